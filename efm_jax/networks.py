@@ -1,0 +1,169 @@
+"""Flax Linen networks: conditional fields, Q ensembles, value and log-ratio networks.  No losses.
+
+All work on any leading axes.  Inputs of different kinds (action, time, state) enter through separate
+first-layer products that are added, which equals one product with their concatenation; a state that
+is shared by M support actions is given as ``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efm_jax import checks
+from efm_jax.types import Array
+
+ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "mish": nn.activation.mish, "tanh": nn.tanh}
+
+
+def fourier_features(t: Array, size: int, max_frequency: float = 32.0) -> Array:
+    """``[...] -> [..., size]``: cosines and sines of ``pi t`` at frequencies from 1/2 to ``max_frequency``.
+
+    Frequencies are spaced geometrically; the lowest alone separates all of [0, 1].
+    """
+    if size % 2:
+        raise ValueError(f"size: expected an even number; got {size}")
+    frequencies = jnp.geomspace(0.5, max_frequency, size // 2, dtype=t.dtype)
+    angles = jnp.pi * t[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class JointDense(nn.Module):
+    """A dense layer on the concatenation of its inputs, without concatenating (or broadcasting) them."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, *inputs: Array) -> Array:
+        # LeCun initialisation for the joint fan-in.
+        fan_in = sum(x.shape[-1] for x in inputs)
+        init = nn.initializers.normal(fan_in**-0.5)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        kernels = [
+            self.param(f"kernel_{i}", init, (x.shape[-1], self.features)) for i, x in enumerate(inputs)
+        ]
+        return sum(x @ kernel.astype(x.dtype) for x, kernel in zip(inputs, kernels, strict=True)) + bias
+
+
+class MLP(nn.Module):
+    """Hidden layers ``hidden_dims`` and a linear output; several inputs are joined in the first layer."""
+
+    hidden_dims: Sequence[int]
+    out_dim: int
+    activation: str = "silu"
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, *inputs: Array) -> Array:
+        checks.check_choice("activation", self.activation, ACTIVATIONS)
+        if not self.hidden_dims:
+            raise ValueError("hidden_dims: expected at least one hidden layer; got none")
+        x = JointDense(self.hidden_dims[0])(*inputs)
+        for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+            x = nn.Dense(width, name=f"dense_{i}")(ACTIVATIONS[self.activation](x))
+        return x
+
+
+class MLPField(nn.Module):
+    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain MLP."""
+
+    hidden_dims: Sequence[int]
+    activation: str = "silu"
+    layer_norm: bool = False
+    time_features: int = 32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+        inputs = [x, fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
+        return MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, name="mlp")(*inputs)
+
+
+class _ResidualBlock(nn.Module):
+    """Two dense layers around an added embedding, with a skip connection."""
+
+    features: int
+    activation: Callable[[Array], Array]
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array) -> Array:
+        h = nn.LayerNorm()(x) if self.layer_norm else x
+        h = self.activation(nn.Dense(self.features)(h) + nn.Dense(self.features)(embedding))
+        h = nn.Dense(self.features)(h)
+        skip = x if x.shape[-1] == self.features else nn.Dense(self.features, use_bias=False)(x)
+        return self.activation(h) + skip
+
+
+class UNetField(nn.Module):
+    """A conditional field: residual U-shaped MLP, ``hidden_dims`` down and up again with skips.
+
+    Of the kind that QGPO uses (Lu et al. 2023, arXiv 2304.12824), with 512, 256, 128 there.
+    """
+
+    hidden_dims: Sequence[int] = (512, 256, 128)
+    activation: str = "silu"
+    layer_norm: bool = False
+    time_features: int = 32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+        checks.check_choice("activation", self.activation, ACTIVATIONS)
+        activation = ACTIVATIONS[self.activation]
+        inputs = [fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
+        embedding = activation(JointDense(self.hidden_dims[-1], name="embedding")(*inputs))
+        h, skips = x, []
+        for width in self.hidden_dims:
+            h = _ResidualBlock(width, activation, self.layer_norm)(h, embedding)
+            skips.append(h)
+        for width, skip in zip(self.hidden_dims[-2::-1], skips[-2::-1], strict=True):
+            h = nn.Dense(width)(h) + skip
+            h = _ResidualBlock(width, activation, self.layer_norm)(h, embedding)
+        return nn.Dense(x.shape[-1], name="out")(h)
+
+
+class QEnsemble(nn.Module):
+    """``(observation: [..., S], action: [..., A]) -> [num, ...]``: ``num`` independent Q-networks."""
+
+    hidden_dims: Sequence[int]
+    num: int = 2
+    activation: str = "relu"
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, observation: Array, action: Array) -> Array:
+        ensemble = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.num
+        )
+        q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")(observation, action)
+        return q[..., 0]
+
+
+class Value(nn.Module):
+    """``observation: [..., S] -> [...]``."""
+
+    hidden_dims: Sequence[int]
+    activation: str = "relu"
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")(observation)[..., 0]
+
+
+class LogRatio(nn.Module):
+    """``(x: [..., A], t: [...], condition: [..., S]) -> [...]``: the network of contrastive energy prediction."""
+
+    hidden_dims: Sequence[int]
+    activation: str = "silu"
+    layer_norm: bool = False
+    time_features: int = 32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+        inputs = [x, fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
+        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="mlp")(*inputs)[..., 0]
+
+
+# The names of the configuration field `network`.
+FIELDS = {"mlp": MLPField, "unet": UNetField}

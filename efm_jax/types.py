@@ -1,0 +1,87 @@
+"""Records shared by every module, and the conventions stated once.
+
+Time: ``t = 0`` is data, ``t = 1`` is noise.  Energy: low is good; in offline RL
+``E = -Q(s, a)``.  A *field* is any callable ``field(x, t) -> [..., d]``.
+
+Shape letters: ``B`` batch, ``d`` event size, ``n``/``N`` number of data points or
+transitions, ``M`` support actions of a state, ``S`` observation size, ``A`` action size,
+``K`` training seeds, ``E`` evaluation episodes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Field = Callable[[Array, Array], Array]
+Params = Any
+
+
+class Transitions(NamedTuple):
+    """One-step transitions; a pytree of arrays that share the leading axis.
+
+    ``terminated`` is 1 only where the environment's own dynamics ended the episode: a
+    truncated (timed-out) step keeps 0 and its real next observation.
+    """
+
+    observations: Array  # [N, S] float32
+    actions: Array  # [N, A] float32
+    rewards: Array  # [N] float32
+    next_observations: Array  # [N, S] float32
+    terminated: Array  # [N] float32, 0 or 1
+
+    def __len__(self) -> int:
+        return self.rewards.shape[0]
+
+
+class Dataset(NamedTuple):
+    """Offline data as read from its source, in the environment's own units, on the host."""
+
+    name: str
+    transitions: Transitions
+    episode_returns: np.ndarray  # [number of episodes] float64, undiscounted
+    episode_lengths: np.ndarray  # [number of episodes] int64
+    action_low: np.ndarray  # [A] float32
+    action_high: np.ndarray  # [A] float32
+    env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
+    reference_scores: tuple[float, float] | None  # mean return of (random, expert) = scores (0, 100)
+
+    @property
+    def observation_size(self) -> int:
+        return self.transitions.observations.shape[1]
+
+    @property
+    def action_size(self) -> int:
+        return self.transitions.actions.shape[1]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every transition: two datasets with the same one train the same policy."""
+        digest = hashlib.sha256()
+        for array in self.transitions:
+            digest.update(repr((array.shape, str(array.dtype))).encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class Normalizer(NamedTuple):
+    """Statistics that travel with a checkpoint; a pytree, usable on NumPy and JAX arrays alike."""
+
+    observation_mean: Array  # [S]
+    observation_std: Array  # [S], > 0
+    action_low: Array  # [A]
+    action_high: Array  # [A]
+
+    def normalize_observations(self, observations: Array) -> Array:
+        """Environment units to zero mean and unit variance, ``[..., S]``."""
+        return (observations - self.observation_mean) / self.observation_std
+
+    def scale_actions(self, actions: Array) -> Array:
+        """The environment's bounds to [-1, 1], ``[..., A]``."""
+        return 2.0 * (actions - self.action_low) / (self.action_high - self.action_low) - 1.0
+
+    def unscale_actions(self, actions: Array) -> Array:
+        """[-1, 1] back to the environment's bounds, ``[..., A]``; the inverse of :meth:`scale_actions`."""
+        return self.action_low + 0.5 * (actions + 1.0) * (self.action_high - self.action_low)

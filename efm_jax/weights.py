@@ -1,0 +1,151 @@
+"""From energies to weights: over a batch, a state's support set, or every device together.
+
+``g = softmax(-beta E)`` is self-normalised importance sampling of ``q_0 ∝ p_0 exp(-beta E)`` with
+samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).
+"""
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from efm_jax import checks
+from efm_jax.types import Array
+
+AxisName = Hashable | tuple[Hashable, ...] | None
+
+
+def psum_if(value: Array, axis_name: AxisName) -> Array:
+    """``lax.psum`` over ``axis_name``, or the value itself when it is None."""
+    return value if axis_name is None else lax.psum(value, axis_name)
+
+
+def energy_weights(energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
+    """Weights ``softmax(-beta * energy)`` along ``axis``, summing to 1.
+
+    The least energy is taken off before anything is scaled, so no energy overflows.  An energy of
+    ``+inf`` gets weight 0; energies of ``-inf`` share all the weight; where all are ``+inf``, or
+    ``beta = 0``, the weights are uniform.  A NaN makes every weight along its axis NaN.
+
+    Args:
+      energy: ``[...]``, low is good.
+      beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy``.
+      axis: the axis that is normalised.
+      axis_name: if given, the normalisation is also over this mapped axis of ``pmap``,
+        ``shard_map`` or ``vmap``: the weights of all devices together sum to 1.
+
+    Returns:
+      Weights of the shape of ``energy``.
+
+    Raises:
+      ValueError: if a scalar ``beta`` is concrete and negative or not finite, or ``energy`` a scalar.
+
+    Reference: Zhang et al. 2025, Algorithm 1.
+
+    Example:
+      >>> weights = energy_weights(jnp.array([1e6, 1e6 + 1.0]), beta=1.0)
+      >>> [round(float(w), 3) for w in weights]
+      [0.731, 0.269]
+    """
+    checks.check_rank("energy", energy, 1)
+    if jnp.ndim(beta) == 0:
+        checks.check_number("beta", beta, minimum=0.0)
+    energy = jnp.asarray(energy)
+    energy = energy.astype(jnp.result_type(energy, jnp.float32))
+    unnormalised = jnp.exp(_shifted_logits(energy, beta, axis, axis_name))
+    return unnormalised / psum_if(unnormalised.sum(axis, keepdims=True), axis_name)
+
+
+def _shifted_logits(energy: Array, beta: Array, axis: int, axis_name: AxisName) -> Array:
+    """``-beta (energy - min)``: at most 0, and 0 for the least energy."""
+    least = lax.stop_gradient(energy.min(axis, keepdims=True))
+    if axis_name is not None:
+        least = lax.pmin(least, axis_name)
+    # inf - inf is undefined, but equal infinities are equally good.
+    unbounded = jnp.isinf(least)
+    gap = jnp.where(
+        unbounded,
+        jnp.where(energy == least, 0, jnp.where(jnp.isnan(energy), jnp.nan, jnp.inf)),
+        energy - jnp.where(unbounded, 0, least),
+    )
+    # 0 * inf is undefined, but beta = 0 means no weighting whatever the energies.
+    ignored = jnp.isinf(gap) & (jnp.asarray(beta) == 0)
+    return jnp.where(ignored, 0, -beta * jnp.where(ignored, 0, gap)).astype(energy.dtype)
+
+
+def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
+    """Kish's effective sample size ``(sum w)^2 / sum w^2`` along ``axis``.
+
+    Args:
+      weights: ``[...]``, non-negative; they need not sum to 1.
+      axis: the axis that is summed, removed from the result.
+      axis_name: if given, the sums are also over this mapped axis.
+
+    Returns:
+      Between 1 and the number of weights.
+
+    Example:
+      >>> float(effective_sample_size(jnp.array([0.5, 0.5, 0.0])))
+      2.0
+    """
+    checks.check_rank("weights", weights, 1)
+    weights = jnp.asarray(weights)
+    total = psum_if(weights.sum(axis), axis_name)
+    return total**2 / psum_if((weights**2).sum(axis), axis_name)
+
+
+def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
+    """The ``beta >= 0`` whose weights have an effective sample size of ``fraction * n``.
+
+    The effective sample size falls from n at ``beta = 0`` to the number of energies that tie for the
+    least; its logarithm is bisected in ``log beta``.
+
+    Args:
+      energy: ``[...]`` with n energies along ``axis``.
+      fraction: in (0, 1]; 1 gives ``beta = 0``.
+      axis: the axis of the weights, removed from the result.
+
+    Returns:
+      ``beta``, of the shape of ``energy`` without ``axis``.  Where ties (or ``fraction * n < 1``) put the
+      target out of reach, a beta that leaves all the weight on the least energies; where all energies
+      are equal, 0.
+
+    Raises:
+      ValueError: if ``fraction`` is not in (0, 1].
+
+    Example:
+      >>> energy = jnp.arange(8.0)
+      >>> beta = beta_for_ess(energy, 0.5)
+      >>> round(float(effective_sample_size(energy_weights(energy, beta))), 3)
+      4.0
+    """
+    checks.check_number("fraction", fraction, minimum=0.0, maximum=1.0, open_minimum=True)
+    checks.check_rank("energy", energy, 1)
+    energy = jnp.moveaxis(jnp.asarray(energy), axis, -1)
+    energy = energy.astype(jnp.result_type(energy, jnp.float32))
+    gap = -_shifted_logits(energy, 1.0, -1, None)
+    target = fraction * energy.shape[-1]
+    finite = jnp.isfinite(gap)
+    positive = finite & (gap > 0)
+    # exp(-beta gap) is 1 up to rounding below the low end and 0 up to rounding above the high end.
+    largest = jnp.max(jnp.where(positive, gap, 0), axis=-1)
+    smallest = jnp.min(jnp.where(positive, gap, jnp.inf), axis=-1)
+    spread = largest > 0
+    epsilon = jnp.finfo(energy.dtype).eps
+    low = jnp.log(epsilon) - jnp.log(jnp.where(spread, largest, 1))
+    high = jnp.log(-2 * jnp.log(epsilon)) - jnp.log(jnp.where(spread, smallest, 1))
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        weights = energy_weights(energy, jnp.exp(middle)[..., None])
+        above = effective_sample_size(weights) > target
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    # The bracket of log beta is under 1000 wide; it is halved to one rounding error.
+    steps = int(np.ceil(np.log2(1000 / float(epsilon))))
+    low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+    beta = jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0)
+    return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)

@@ -1,0 +1,34 @@
+"""Package definition; requirements.txt is the one place that names versions of run-time needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+TEST = [
+    "pytest>=8,<10",  # test runner
+    "pytest-xdist>=3.6,<4",  # tests on every core
+    "hypothesis>=6.100,<7",  # property tests
+    "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
+    "ruff>=0.11,<0.18",  # lint
+]
+MUJOCO = ["mujoco>=3.2,<5"]  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
+
+setup(
+    name="efm-jax",
+    version="0.1.0",
+    description="Energy-weighted flow matching, energy-weighted diffusion and QIPO offline RL in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]),
+    install_requires=requirements(),
+    extras_require={"test": TEST, "mujoco": MUJOCO},
+)
