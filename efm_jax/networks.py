@@ -7,13 +7,14 @@ is shared by M support actions is given as ``[B, 1, S]`` against ``[B, M, A]`` a
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from efm_jax import checks
 from efm_jax.types import Array
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "mish": nn.activation.mish, "tanh": nn.tanh}
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "mish": jax.nn.mish, "tanh": jnp.tanh}
 
 
 def fourier_features(t: Array, size: int, max_frequency: float = 32.0) -> Array:

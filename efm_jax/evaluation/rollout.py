@@ -144,7 +144,9 @@ def _step_limit(spec: EnvSpec, max_steps: int | None) -> int:
         checks.check_integer("max_steps", max_steps, 1)
     limits = [limit for limit in (spec.max_episode_steps, max_steps) if limit is not None]
     if not limits:
-        raise ValueError(f"environment {spec.id} has no limit on the length of an episode: max_steps is needed")
+        raise ValueError(
+            f"environment {spec.id} has no limit on the length of an episode: max_steps is needed"
+        )
     return min(limits)
 
 

@@ -133,7 +133,11 @@ class MetricsWriter:
         )
 
     def write(
-        self, total_step: int, phase: str, step: int, per_seed: Mapping[str, float | Sequence[float | None] | None]
+        self,
+        total_step: int,
+        phase: str,
+        step: int,
+        per_seed: Mapping[str, float | Sequence[float | None] | None],
     ) -> None:
         """Logs one point, on disk when this returns.
 

@@ -1,6 +1,7 @@
 """``learning_curve.png``: a run's losses, weights, Q-values and returns at a glance."""
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter, StrMethodFormatter
 
 from efm_jax.training.metrics import read_table
 
@@ -63,20 +65,22 @@ def plot_learning_curve(
         raise ValueError(f"{epath.Path(metrics_csv)}: no finite number to draw")
 
     rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
-    figure = Figure(figsize=(5.6 * columns, 3.9 * rows), dpi=120, layout="constrained")
+    width = 5.6 * columns
+    figure = Figure(figsize=(width, 3.9 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for index, draw in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, not 10000
         draw(axes)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle("\n".join(textwrap.wrap(title, int(10 * width))), fontsize=12)
     _save(figure, epath.Path(output_png))
 
 
 def _draw_losses(axes: Axes, metrics: Rows) -> None:
-    smallest = np.inf
+    smallest, largest = np.inf, -np.inf
     phases = list(dict.fromkeys(row["phase"] for row in metrics))
     for index, phase in enumerate(phases):
         rows = [row for row in metrics if row["phase"] == phase]
@@ -84,9 +88,13 @@ def _draw_losses(axes: Axes, metrics: Rows) -> None:
             color = _PHASE_COLORS.get(phase, _OTHER_COLORS[index % len(_OTHER_COLORS)])
             steps, values = _by_seed(rows, "total_step", "loss")
             _line(axes, steps, values, phase, color)
-            smallest = min(smallest, np.nanmin(values))
+            smallest, largest = min(smallest, np.nanmin(values)), max(largest, np.nanmax(values))
     if smallest > 0:
         axes.set_yscale("log")
+        number = StrMethodFormatter("{x:g}")
+        axes.yaxis.set_major_formatter(number)
+        # Within one decade the powers of ten alone would leave the axis with one or two numbers.
+        axes.yaxis.set_minor_formatter(number if largest < 10 * smallest else NullFormatter())
     _label(axes, "Loss by phase", "gradient step, all phases", "loss")
 
 
@@ -95,7 +103,9 @@ def _draw_weights(axes: Axes, policy: Rows) -> None:
     if _has(policy, "ess"):
         handles += _line(axes, *_by_seed(policy, "step", "ess"), "effective sample size", "#4477aa")
         handles.append(
-            axes.axhline(_LOW_ESS, color="#4477aa", linewidth=1, linestyle=":", label=f"warning below {_LOW_ESS}")
+            axes.axhline(
+                _LOW_ESS, color="#4477aa", linewidth=1, linestyle=":", label=f"warning below {_LOW_ESS}"
+            )
         )
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
     _label(axes, "Weights of a state's support actions", "policy step", "effective sample size")
@@ -133,8 +143,12 @@ def _draw_returns(axes: Axes, returns: Rows, policy_start: int, dataset_return: 
         handles.append(axes.axhline(np.nanmean(values), color=color, linewidth=1.6, label="behavior"))
         axes.axhspan(np.nanmin(values), np.nanmax(values), color=color, alpha=0.15, linewidth=0)
     if dataset_return is not None and np.isfinite(dataset_return):
-        line = axes.axhline(dataset_return, color=_DATASET_COLOR, linewidth=1.2, linestyle="--", label="dataset")
+        line = axes.axhline(
+            dataset_return, color=_DATASET_COLOR, linewidth=1.2, linestyle="--", label="dataset"
+        )
         handles.append(line)
+    if names == ["behavior"]:
+        axes.set_xticks([])  # nothing was evaluated along the policy phase yet
     seeds = len({row["seed"] for row in returns})
     spread = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
     _label(axes, f"Return of an episode ({spread})", "policy step", "return")
@@ -148,7 +162,13 @@ def _line(
     if len(steps) == 1:
         marker = "o"  # a line through one point is invisible
     handles = axes.plot(
-        steps, np.nanmean(values, axis=1), color=color, label=label, marker=marker, markersize=4, linewidth=1.6
+        steps,
+        np.nanmean(values, axis=1),
+        color=color,
+        label=label,
+        marker=marker,
+        markersize=4,
+        linewidth=1.6,
     )
     low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
     axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
@@ -191,8 +211,9 @@ def _by_seed(rows: Rows, step_column: str, column: str) -> tuple[np.ndarray, np.
     steps = sorted({step for step, _ in groups})
     seeds = sorted({seed for _, seed in groups})
     values = np.full((len(steps), len(seeds)), np.nan)
+    row_of = {step: index for index, step in enumerate(steps)}
     for (step, seed), numbers in groups.items():
-        values[steps.index(step), seeds.index(seed)] = np.mean(numbers)
+        values[row_of[step], seeds.index(seed)] = np.mean(numbers)
     return np.array(steps), values
 
 
