@@ -35,8 +35,8 @@ _MAZE2D: dict[str, tuple[float, float]] = {
     "maze2d-medium-dense-v1": (44.264742, 297.4552547777125),
     "maze2d-large-dense-v1": (30.569041, 303.4857382709002),
 }
-# Whole ids in lower case, D4RL's and Gymnasium's; group 1 is the task. Whole, so that environments with another
-# reward (`AdroitHandPenSparse-v1`, `AntMaze_UMazeDense-v5`, `HopperBulletEnv-v0`) get no reference.
+# Whole ids in lower case, D4RL's and Gymnasium's; group 1 is the task. Whole, so that environments with
+# another reward (`AdroitHandPenSparse-v1`, `AntMaze_UMazeDense-v5`, `HopperBulletEnv-v0`) get no reference.
 _ID_PATTERNS = (
     r"(hopper|halfcheetah|walker2d|ant)"
     r"(?:-(?:random|medium|expert|medium-replay|full-replay|medium-expert))?-v\d+",

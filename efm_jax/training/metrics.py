@@ -7,12 +7,17 @@ effective sample size), ``top_weight``, ``q_data`` and ``q_support``.
 import csv
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from efm_jax import checks
 
 METRICS_FILE = "metrics.csv"
 RETURNS_FILE = "returns.csv"
@@ -107,9 +112,9 @@ def read_table(path: epath.PathLike) -> list[dict[str, str]]:
 class MetricsWriter:
     """Writes ``metrics.csv`` (one row per logged point and training seed) and TensorBoard events.
 
-    ``metrics.csv`` has at least the columns ``total_step, step, phase, seed, loss, steps_per_second``; ``step``
-    counts within the phase, ``total_step`` across phases, ``seed`` is the index of the training seed. TensorBoard
-    gets the mean over seeds as ``phase/metric`` at ``total_step``, under ``tensorboard/``.
+    ``metrics.csv`` has at least the columns ``total_step, step, phase, seed, loss, steps_per_second``;
+    ``step`` counts within the phase, ``total_step`` across phases, ``seed`` is the training seed's index.
+    TensorBoard gets the mean over seeds as ``phase/metric`` at ``total_step``, under ``tensorboard/``.
 
     Args:
       workdir: the run's folder.
@@ -127,10 +132,15 @@ class MetricsWriter:
         if resume_from is not None:
             self._table.keep_until(resume_from)
             CsvTable(workdir / RETURNS_FILE, _RETURN_COLUMNS).keep_until(resume_from)
-        self._events = SummaryWriter(
-            logdir=os.fspath(workdir / TENSORBOARD_FOLDER),
-            purge_step=0 if resume_from is None else resume_from + 1,
-        )
+        folder = workdir / TENSORBOARD_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        # tensorboardX's SummaryWriter hands events to a thread: a killed run would lose those of steps that
+        # it has checkpointed. Its EventsWriter writes at once; the count keeps names apart within a second.
+        count = len(list(folder.iterdir()))
+        self._events = EventsWriter(os.fspath(folder / "events"), filename_suffix=f".{count:04d}")
+        # A session start at a step makes TensorBoard hide what earlier files hold from there on.
+        start = 0 if resume_from is None else resume_from + 1
+        self._write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(
         self,
@@ -165,15 +175,24 @@ class MetricsWriter:
             | {name: column[seed] for name, column in columns.items()}
             for seed in range(count)
         )
-        for name, column in columns.items():
-            known = [float(value) for value in column if value is not None]
-            if known:
-                self._events.add_scalar(f"{phase}/{name}", float(np.mean(known)), total_step)
-        self._events.flush()
+        known = {name: [float(v) for v in column if v is not None] for name, column in columns.items()}
+        summary = Summary(
+            value=[
+                Summary.Value(tag=f"{phase}/{name}", simple_value=float(np.mean(numbers)))
+                for name, numbers in known.items()
+                if numbers
+            ]
+        )
+        self._write_event(Event(step=total_step, summary=summary))
 
     def close(self) -> None:
         """Closes the event file."""
         self._events.close()
+
+    def _write_event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
 
 def return_rows(
@@ -187,7 +206,14 @@ def return_rows(
       returns: ``[K, E]``.
       lengths: ``[K, E]``.
       episode_seeds: ``[E]``.
+
+    Raises:
+      ValueError: shapes that disagree.
     """
+    returns, lengths = np.asarray(returns), np.asarray(lengths)
+    expected = (len(returns), len(episode_seeds))
+    checks.check_shape("returns", returns, expected)
+    checks.check_shape("lengths", lengths, expected)
     return [
         {
             "total_step": total_step,

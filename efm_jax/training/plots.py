@@ -18,7 +18,7 @@ Rows = list[dict[str, str]]
 _PHASE_COLORS = {"behavior": "#4477aa", "critic": "#ccbb44", "policy": "#aa3377"}
 _OTHER_COLORS = ("#228833", "#66ccee", "#ee6677", "#777777")
 _DATASET_COLOR = "#555555"
-# Below this effective sample size one action carries nearly all the weight of a state; the run warns there too.
+# Below this effective sample size one action carries nearly all the weight of a state; the run warns too.
 _LOW_ESS = 1.5
 
 
@@ -121,7 +121,7 @@ def _draw_weights(axes: Axes, policy: Rows) -> None:
 
 
 def _draw_q_values(axes: Axes, metrics: Rows) -> None:
-    names = (("q_data", "data actions", "#777777"), ("q_support", "support actions", "#aa3377"))
+    names = (("q_data", "data actions", "#4477aa"), ("q_support", "support actions", "#aa3377"))
     for column, label, color in names:
         if _has(metrics, column):
             _line(axes, *_by_seed(metrics, "total_step", column), label, color)

@@ -1,0 +1,18 @@
+"""Offline datasets: sources, validation, normalisation, to one ``Transitions`` record."""
+
+from efm_jax.data.builtin import BUILTIN_DATASET
+from efm_jax.data.errors import DataError
+from efm_jax.data.flatten import flatten_observation
+from efm_jax.data.preprocess import REWARD_TRANSFORMS, fit_normalizer, preprocess
+from efm_jax.data.sources import DATASET_SOURCES, load_dataset
+
+__all__ = [
+    "BUILTIN_DATASET",
+    "DATASET_SOURCES",
+    "REWARD_TRANSFORMS",
+    "DataError",
+    "fit_normalizer",
+    "flatten_observation",
+    "load_dataset",
+    "preprocess",
+]

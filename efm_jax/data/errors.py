@@ -1,0 +1,19 @@
+"""The one exception of this package: data that cannot be used, said in one line."""
+
+
+class DataError(ValueError):
+    """Unusable data; ``str(error)`` is one line that says what is wrong and where.
+
+    Line breaks of a wrapped library's message are folded, so that a launcher can print it as it is.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """Another library's error as part of a one-line message: its type and its text, cut at ``limit``."""
+    text = " ".join(str(error).split())
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,93 @@
+"""From a dataset in the environment's units to what networks are trained on."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from efm_jax import checks
+from efm_jax.data.errors import DataError
+from efm_jax.types import Dataset, Normalizer, Transitions
+
+# An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant up to
+# float32 rounding: it is centred only (std 1), for dividing by its std would amplify nothing but rounding.
+CONSTANT_TOLERANCE = 1e-6
+
+
+def fit_normalizer(dataset: Dataset) -> Normalizer:
+    """Mean and standard deviation of the observations, ``[S]`` float32, and the action bounds, ``[A]``.
+
+    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.
+    """
+    columns = dataset.transitions.observations.T  # a column at a time keeps the float64 copies small
+    mean = np.array([column.mean(dtype=np.float64) for column in columns])
+    std = np.array([column.std(dtype=np.float64) for column in columns])
+    constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
+    return Normalizer(
+        observation_mean=mean.astype(np.float32),
+        observation_std=np.where(constant, 1.0, std).astype(np.float32),
+        action_low=np.asarray(dataset.action_low, np.float32),
+        action_high=np.asarray(dataset.action_high, np.float32),
+    )
+
+
+def preprocess(dataset: Dataset, normalizer: Normalizer, reward_transform: str = "none") -> Transitions:
+    """The dataset's transitions, all float32 on the host, ready for training.
+
+    Observations and next observations ``[N, S]`` are standardised, actions ``[N, A]`` scaled from their
+    bounds to [-1, 1], rewards ``[N]`` transformed by ``REWARD_TRANSFORMS[reward_transform]``.
+
+    Raises:
+      ValueError: unknown ``reward_transform``, or a normalizer of other sizes.
+      DataError: the transform cannot be applied to this dataset.
+    """
+    checks.check_choice("reward_transform", reward_transform, REWARD_TRANSFORMS)
+    checks.check_shape(
+        "normalizer.observation_mean", normalizer.observation_mean, (dataset.observation_size,)
+    )
+    checks.check_shape("normalizer.action_low", normalizer.action_low, (dataset.action_size,))
+    data = dataset.transitions
+    actions = normalizer.scale_actions(data.actions)
+    return Transitions(
+        observations=_float32(normalizer.normalize_observations(data.observations)),
+        actions=_float32(np.clip(actions, -1.0, 1.0)),  # rounding in the scaling can leave the interval
+        rewards=_float32(REWARD_TRANSFORMS[reward_transform](dataset)),
+        next_observations=_float32(normalizer.normalize_observations(data.next_observations)),
+        terminated=_float32(data.terminated),
+    )
+
+
+def _float32(array) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def _none(dataset: Dataset) -> np.ndarray:
+    return dataset.transitions.rewards
+
+
+def _locomotion(dataset: Dataset) -> np.ndarray:
+    """Rewards x 1000 / (max - min episode return), as in IQL and QGPO on D4RL's locomotion tasks."""
+    returns = dataset.episode_returns
+    if len(returns) < 2:
+        raise DataError(
+            f"{dataset.name}: reward transform 'locomotion' needs at least 2 episodes; got {len(returns)}"
+        )
+    spread = float(returns.max() - returns.min())
+    if spread == 0.0:
+        raise DataError(
+            f"{dataset.name}: reward transform 'locomotion' divides by max - min episode return, and every "
+            f"episode returned {returns.max():g}"
+        )
+    return dataset.transitions.rewards * (1000.0 / spread)
+
+
+def _antmaze(dataset: Dataset) -> np.ndarray:
+    """Rewards - 1: a cost for every step until the goal."""
+    return dataset.transitions.rewards - 1.0
+
+
+# Name -> function of the dataset to rewards [N].
+REWARD_TRANSFORMS: dict[str, Callable[[Dataset], np.ndarray]] = {
+    "none": _none,
+    "locomotion": _locomotion,
+    "antmaze": _antmaze,
+}

@@ -1,0 +1,126 @@
+"""The hyper-parameters of QIPO: each defined, typed and checked here, once."""
+
+import dataclasses
+import typing
+
+from efm_jax import checks
+from efm_jax.networks import ACTIVATIONS, FIELDS
+from efm_jax.paths import PATHS
+from efm_jax.sampling import SAMPLE_SOLVERS
+
+CRITICS = ("softmax_q", "iql")
+ESTIMATORS = ("full", "resample")
+SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
+
+
+@dataclasses.dataclass
+class QIPOConfig:
+    """Hyper-parameters of the three stages; the defaults are tuned to nothing but the built-in data."""
+
+    # Policy: behaviour model, then improved policy.
+    path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp a score (QIPO-Diff)
+    network: str = "mlp"
+    hidden_dims: tuple[int, ...] = (64, 64, 64)
+    activation: str = "silu"
+    layer_norm: bool = False
+    time_features: int = 12
+    learning_rate: float = 1e-3
+    batch_size: int = 256  # states per step, over all devices
+    max_grad_norm: float = 1.0  # of the behaviour and policy gradients; 0 does not clip
+    ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
+    solver: str = "auto"  # auto: euler for velocities, DPM-Solver++ for scores
+    sample_steps: int = 10
+    # Energy weighting.
+    beta: float = 10.0
+    support_size: int = 16  # actions drawn from the policy for each state; the data action is added
+    renew_every: int = 2500
+    estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
+    # Critic.
+    critic: str = "softmax_q"
+    critic_hidden_dims: tuple[int, ...] = (128, 128)
+    critic_layer_norm: bool = True
+    critic_learning_rate: float = 1e-3
+    discount: float = 0.99
+    polyak: float = 0.005
+    beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
+    expectile: float = 0.7  # iql
+    # Data and schedule.
+    reward_transform: str = "none"
+    behavior_steps: int = 10_000
+    critic_steps: int = 10_000
+    policy_steps: int = 10_000
+    log_every: int = 500
+    checkpoint_every: int = 5_000
+    eval_every: int = 2_500  # policy steps between evaluations; 0 evaluates at the end only
+    eval_episodes: int = 10
+
+    @property
+    def algorithm(self) -> str:
+        """The paper's name of this configuration."""
+        return {"ot": "qipo_ot", "vp": "qipo_diff", "vp_cosine": "qipo_cosine"}[self.path]
+
+    def validate(self) -> "QIPOConfig":
+        """Return self, or raise a ``ValueError`` or ``TypeError`` that names the field."""
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
+        for name, choices in (
+            ("path", PATHS),
+            ("network", FIELDS),
+            ("activation", ACTIVATIONS),
+            ("solver", SOLVERS),
+            ("critic", CRITICS),
+            ("estimator", ESTIMATORS),
+        ):
+            checks.check_choice(name, getattr(self, name), choices)
+        for name in (
+            "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps", "critic_steps",
+            "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
+        ):  # fmt: skip
+            checks.check_integer(name, getattr(self, name), 1)
+        checks.check_integer("eval_every", self.eval_every, 0)
+        checks.check_integer("time_features", self.time_features, 2)
+        if self.time_features % 2:
+            raise ValueError(f"time_features: expected an even number; got {self.time_features}")
+        for name in ("hidden_dims", "critic_hidden_dims"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected at least one hidden layer; got none")
+            for width in getattr(self, name):
+                checks.check_integer(name, width, 1)
+        for name in ("beta", "beta_q", "max_grad_norm"):
+            checks.check_number(name, getattr(self, name), minimum=0.0)
+        for name in ("learning_rate", "critic_learning_rate"):
+            checks.check_number(name, getattr(self, name), minimum=0.0, open_minimum=True)
+        checks.check_number("discount", self.discount, minimum=0.0, maximum=1.0)
+        checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
+        for name in ("expectile", "ema_decay"):
+            value = getattr(self, name)
+            checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=name == "expectile")
+            if value == 1:
+                raise ValueError(f"{name}: expected a number below 1; got 1")
+        return self
+
+    def to_dict(self) -> dict[str, typing.Any]:
+        """Fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, typing.Any]) -> "QIPOConfig":
+        """The inverse of :meth:`to_dict`; raises ``ValueError`` for an unknown field."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config: unknown field {unknown[0]!r}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).validate()
+
+
+def _check_type(name: str, value: typing.Any, expected: type) -> None:
+    if typing.get_origin(expected) is tuple:
+        matches = isinstance(value, tuple)
+    elif expected is float:
+        matches = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif expected is int:
+        matches = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        matches = isinstance(value, expected)
+    if not matches:
+        label = "tuple of integers" if typing.get_origin(expected) is tuple else expected.__name__
+        raise TypeError(f"{name}: expected {label}; got {value!r}")

@@ -1,0 +1,1 @@
+"""State, step, scan over steps, devices, checkpoints, metrics."""

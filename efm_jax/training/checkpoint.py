@@ -1,0 +1,101 @@
+"""Checkpoints through Orbax: asynchronous, the last few kept, verified when read.
+
+Orbax writes to a temporary folder and renames it, so a run killed in the middle of a save leaves the
+previous checkpoint.  A digest of every array is saved beside them, because the format itself
+does not notice every damaged byte.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class CheckpointError(ValueError):
+    """Checkpoints are there, and none of them can be read."""
+
+
+class Checkpointer:
+    """Checkpoints of one run under ``directory``.
+
+    Args:
+      directory: local or ``gs://``; made at the first save.
+      max_to_keep: older checkpoints are deleted.
+      report: called with one line about every checkpoint that cannot be read.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, *, max_to_keep: int = 3, report: Callable[[str], None] = print
+    ):
+        self._directory = epath.Path(directory)
+        self._report = report
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
+        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+
+    def save(self, step: int, tree: Any) -> None:
+        """Start saving a tree under a step number; returns once the tree has been copied."""
+        # A copy: on the CPU a device array may share its memory with the buffer that the next chunk reuses.
+        tree = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"digest": _digest(tree)})
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, template: Any, *, discard: bool = False) -> tuple[int, Any] | None:
+        """The newest readable checkpoint as ``(step, tree)``, or None where there is none.
+
+        Args:
+          template: a tree of arrays of the structure, shapes and types that were saved.
+          discard: delete newer checkpoints that cannot be read, so that the run can save them anew.
+
+        Raises:
+          CheckpointError: if there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        problem = ""
+        for step in steps:
+            try:
+                tree = self._read(step, template)
+            # Damage shows as whatever the reader of the damaged part raises.
+            except Exception as error:
+                problem = f"checkpoint {self._directory / str(step)} cannot be read: {_first_line(error)}"
+                self._report(problem)
+                if discard:
+                    self._manager.delete(step)
+                continue
+            return step, tree
+        if steps:
+            raise CheckpointError(problem)
+        return None
+
+    def _read(self, step: int, template: Any) -> Any:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(np.asarray, template)), meta=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=args)
+        tree = jax.tree.map(np.asarray, restored["state"])
+        if _digest(tree) != restored["meta"]["digest"]:
+            raise ValueError("its arrays do not match their digest")
+        return tree
+
+    def close(self) -> None:
+        """Wait for saves in progress."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _digest(tree: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,95 @@
+"""One pure training step made from a loss and an optimiser, and many of them in one scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from efm_jax.training.state import TrainState
+from efm_jax.types import Array, Params
+from efm_jax.weights import AxisName, psum_if
+
+Batch = Any
+Metrics = dict[str, Array]
+# (params, average, key, batch) -> (this device's share of the loss, aux): see efm_jax.losses.
+LossFn = Callable[[Params, Params, Array, Batch], tuple[Array, Metrics]]
+StepFn = Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    average_rate: float = 1.0,
+    axis_name: AxisName = None,
+) -> StepFn:
+    """A pure step ``(state, key, batch) -> (state, metrics)``.
+
+    Args:
+      loss_fn: returns this device's share of the global loss; shares and their gradients are summed.
+      optimizer: optax transformation.
+      average_rate: the Polyak rate of ``state.average``; 1 keeps it equal to the parameters.
+      axis_name: mapped axis over which the batch is split.
+
+    Returns:
+      The step; its metrics are ``loss``, ``grad_norm`` and what the loss reports.
+    """
+
+    def step(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Metrics]:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, aux), grads = grad_fn(state.params, state.average, key, batch)
+        loss, grads = psum_if((loss, grads), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = optax.incremental_update(params, state.average, average_rate)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
+        return TrainState(state.step + 1, params, average, opt_state), metrics
+
+    return step
+
+
+def sample_indices(
+    key: Array, batch_size: int, num_rows: int, *, num_devices: int = 1, axis_name: AxisName = None
+) -> Array:
+    """This device's part ``[batch_size / num_devices]`` of a batch drawn with replacement.
+
+    Every index has a key of its own, folded from its place in the global batch, so any number of
+    devices draws the same global batch.
+    """
+    share = batch_size // num_devices
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * share
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(share))
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_rows))(keys)
+
+
+def make_chunk(
+    step: StepFn, draw_batch: Callable[[Array, Any], Batch], num_steps: int
+) -> Callable[[TrainState, Array, Any], tuple[TrainState, Metrics]]:
+    """``num_steps`` steps in one ``lax.scan``: Python sees a chunk, not a step.
+
+    Args:
+      step: from :func:`make_step`.
+      draw_batch: ``(key, tables) -> batch``.
+      num_steps: length of the scan.
+
+    Returns:
+      ``(state, key, tables) -> (state, metrics)``.  Step i uses ``fold_in(key, i)`` with i counted
+      from the start of training, so chunks of any length draw the same batches.  Metrics are means
+      over the chunk, and ``first_nonfinite`` is the offset of the first step with a loss that is not
+      finite, or -1.
+    """
+
+    def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
+        def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+            batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+            return step(state, loss_key, draw_batch(batch_key, tables))
+
+        state, history = lax.scan(body, state, length=num_steps)
+        bad = ~jnp.isfinite(history["loss"])
+        first = jnp.where(bad.any(), jnp.argmax(bad), -1)
+        return state, {**jax.tree.map(lambda x: x.mean(), history), "first_nonfinite": first}
+
+    return chunk

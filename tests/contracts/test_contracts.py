@@ -1,0 +1,292 @@
+"""Every path, loss and solver through one suite: what any member of a family must do.
+
+A new path, loss or solver needs one line in the tables below.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from efm_jax import losses, paths
+from efm_jax.sampling import sample, sample_dpmpp
+
+B, M, D = 8, 3, 2
+
+PATHS = {"ot": paths.conditional_ot(), "vp_linear": paths.vp_linear(), "vp_cosine": paths.vp_cosine()}
+
+
+def field(params, x, t):
+    """A small field that fits a velocity, a score and any leading axes."""
+    return jnp.tanh(x @ params["kernel"] + params["time"] * t[..., None]) + params["bias"]
+
+
+def bound(params):
+    return functools.partial(field, params)
+
+
+def log_ratio(params):
+    return lambda x, t: field(params, x, t).sum(-1)
+
+
+# name -> loss(params, path, key, batch, beta, axis_name); CEP and the support losses take no axis name
+LOSSES = {
+    "cfm": lambda p, path, key, b, beta, a=None: losses.cfm(bound(p), path, key, b["x0"], axis_name=a),
+    "cefm": lambda p, path, key, b, beta, a=None: losses.cefm(
+        bound(p), path, key, b["x0"], b["energy"], beta, axis_name=a
+    ),
+    "dsm": lambda p, path, key, b, beta, a=None: losses.dsm(bound(p), path, key, b["x0"], axis_name=a),
+    "ced": lambda p, path, key, b, beta, a=None: losses.ced(
+        bound(p), path, key, b["x0"], b["energy"], beta, axis_name=a
+    ),
+    "cep": lambda p, path, key, b, beta: losses.cep(log_ratio(p), path, key, b["x0"], b["energy"], beta),
+    "support_cefm": lambda p, path, key, b, beta: losses.support_cefm(
+        bound(p), path, key, b["actions"], b["q_values"], beta
+    ),
+    "support_ced": lambda p, path, key, b, beta: losses.support_ced(
+        bound(p), path, key, b["actions"], b["q_values"], beta
+    ),
+}
+OVER_DEVICES = ["cfm", "cefm", "dsm", "ced"]
+WEIGHTED = ["cefm", "ced", "support_cefm", "support_ced"]
+
+# name -> sampler(params, path, noise)
+SAMPLERS = {
+    **{
+        solver: lambda p, path, noise, solver=solver: sample(bound(p), noise, solver=solver, num_steps=2)
+        for solver in ("euler", "midpoint", "heun", "rk4", "dopri5")
+    },
+    **{
+        f"dpmpp{order}": lambda p, path, noise, order=order: sample_dpmpp(
+            bound(p), path, noise, num_steps=3, order=order
+        )
+        for order in (1, 2)
+    },
+}
+
+each_path = pytest.mark.parametrize("path", PATHS)
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+
+
+def make_params(dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    leaves = {"kernel": rng.normal(size=(D, D)), "time": rng.normal(size=D), "bias": 0.1 * rng.normal(size=D)}
+    return {name: jnp.asarray(leaf, dtype) for name, leaf in leaves.items()}
+
+
+def make_batch(dtype, size=B, seed=1):
+    rng = np.random.default_rng(seed)
+    shapes = {"x0": (size, D), "energy": (size,), "actions": (size, M, D), "q_values": (size, M)}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+@functools.cache
+def gradient_of(path, loss):
+    """Jitted ``(params, key, batch, beta) -> ((loss, aux), gradient)``, compiled once for all tests."""
+    function = LOSSES[loss]
+
+    def value(params, key, batch, beta):
+        return function(params, PATHS[path], key, batch, beta)
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+
+@functools.cache
+def sampler_of(path, sampler):
+    return jax.jit(lambda params, noise: SAMPLERS[sampler](params, PATHS[path], noise))
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.isfinite(leaf).all()
+
+
+# --- losses -----------------------------------------------------------------------------------------
+
+
+@each_path
+@each_loss
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_loss_shape_dtype_and_finite_gradient(x64, path, loss, dtype):
+    """With 64-bit types on, so that float32 stays float32 by the code's care and not by JAX's limits."""
+    params, batch = make_params(dtype), make_batch(dtype)
+    (value, aux), gradient = gradient_of(path, loss)(params, jax.random.key(0), batch, 2.0)
+    assert value.shape == ()
+    assert value.dtype == dtype
+    assert isinstance(aux, dict)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
+    assert_finite((value, aux, gradient))
+    assert value != 0
+    assert all(np.abs(leaf).max() > 0 for name, leaf in gradient.items() if (loss, name) != ("cep", "bias"))
+    if loss in WEIGHTED:
+        assert "ess" in aux
+        assert aux["ess"].dtype == dtype
+
+
+@each_path
+@each_loss
+def test_loss_eager_equals_jit(path, loss):
+    params, batch, key = make_params("float32"), make_batch("float32"), jax.random.key(0)
+    eager, _ = LOSSES[loss](params, PATHS[path], key, batch, 2.0)
+    (value, _), _ = gradient_of(path, loss)(params, key, batch, 2.0)
+    np.testing.assert_allclose(eager, value, rtol=1e-5)
+
+
+@each_path
+@each_loss
+def test_loss_under_vmap(path, loss):
+    """Two training seeds in one call: parameters, keys and batches of their own."""
+    run = gradient_of(path, loss)
+    params = [make_params("float32", seed) for seed in (0, 5)]
+    batches = [make_batch("float32", seed=seed) for seed in (1, 6)]
+    keys = jax.random.split(jax.random.key(0))
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    mapped = jax.vmap(run, in_axes=(0, 0, 0, None))(stack(*params), keys, stack(*batches), 2.0)
+    alone = stack(*(run(p, k, b, 2.0) for p, k, b in zip(params, keys, batches, strict=True)))
+    chex.assert_trees_all_close(mapped, alone, rtol=1e-4, atol=1e-5)
+
+
+@each_path
+@each_loss
+def test_loss_compiles_once(path, loss):
+    """New keys, data and guidance scales are data: they must not compile again."""
+    function = LOSSES[loss]
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def value(params, key, batch, beta):
+        return function(params, PATHS[path], key, batch, beta)[0]
+
+    chex.clear_trace_counter()
+    values = [
+        value(make_params("float32", i), jax.random.key(i), make_batch("float32", seed=i), float(i))
+        for i in range(3)
+    ]
+    assert len({float(v) for v in values}) == 3
+    assert value._cache_size() == 1
+
+
+@each_path
+@each_loss
+def test_loss_survives_extreme_energies(path, loss):
+    batch = make_batch("float32")
+    batch["energy"], batch["q_values"] = 1e6 * batch["energy"], 1e6 * batch["q_values"]
+    assert_finite(gradient_of(path, loss)(make_params("float32"), jax.random.key(0), batch, 10.0))
+    batch["energy"] = batch["energy"].at[0].set(jnp.inf).at[1].set(-jnp.inf)
+    batch["q_values"] = batch["q_values"].at[:, 0].set(jnp.inf).at[0, 1].set(-jnp.inf)
+    assert_finite(gradient_of(path, loss)(make_params("float32"), jax.random.key(0), batch, 10.0))
+
+
+@each_path
+@pytest.mark.parametrize("loss", OVER_DEVICES)
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_loss_on_four_devices_sums_to_one(devices, path, loss, how):
+    params, batch, key = make_params("float32"), make_batch("float32"), jax.random.key(3)
+    (expected, _), expected_gradient = gradient_of(path, loss)(params, key, batch, 2.0)
+    shards = jax.tree.map(lambda leaf: leaf.reshape(4, B // 4, *leaf.shape[1:]), batch)
+
+    def share(params, key, shard):
+        def value(params):
+            return LOSSES[loss](params, PATHS[path], key, shard, 2.0, "devices")[0]
+
+        return jax.lax.psum(jax.value_and_grad(value)(params), "devices")
+
+    if how == "pmap":
+        mapped = jax.pmap(share, axis_name="devices", in_axes=(None, None, 0), devices=devices)
+        value, gradient = jax.tree.map(lambda leaf: leaf[0], mapped(params, key, shards))
+    else:
+        mesh, same, split = Mesh(np.array(devices), ("devices",)), PartitionSpec(), PartitionSpec("devices")
+        mapped = jax.shard_map(
+            share, mesh=mesh, in_specs=(same, same, split), out_specs=same, check_vma=False
+        )
+        value, gradient = jax.jit(mapped)(params, key, batch)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+
+
+# --- samplers ---------------------------------------------------------------------------------------
+
+
+@each_path
+@each_sampler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sampler_shape_dtype_and_gradient(x64, path, sampler, dtype):
+    params, noise = make_params(dtype), make_batch(dtype)["x0"]
+    run = sampler_of(path, sampler)
+    samples = run(params, noise)
+    assert samples.shape == noise.shape
+    assert samples.dtype == dtype
+    assert_finite(samples)
+    assert np.abs(samples - noise).max() > 1e-3
+    if dtype == "float64":
+        gradient = jax.grad(lambda params: (run(params, noise) ** 2).sum())(params)
+        assert_finite(gradient)
+        assert np.abs(gradient["bias"]).max() > 0
+
+
+@each_path
+@each_sampler
+def test_sampler_under_vmap_pmap_and_without_recompiling(devices, path, sampler):
+    params, batches = make_params("float32"), make_batch("float32", 4 * B)["x0"].reshape(4, B, D)
+    run = sampler_of(path, sampler)
+    alone = jnp.stack([run(params, batch) for batch in batches])
+    size = run._cache_size()
+    run(make_params("float32", 9), batches[0])
+    assert run._cache_size() == size
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if sampler == "dopri5" else {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(jax.vmap(run, in_axes=(None, 0))(params, batches), alone, **tolerance)
+    mapped = jax.pmap(run, in_axes=(None, 0), devices=devices)(params, batches)
+    np.testing.assert_allclose(mapped, alone, **tolerance)
+
+
+# --- path x loss x solver ---------------------------------------------------------------------------
+
+
+@each_path
+@each_loss
+@each_sampler
+def test_one_step_of_training_then_sampling(path, loss, sampler):
+    """The whole chain: gradient, step, noise to samples; the step changes the samples."""
+    params, batch = make_params("float32"), make_batch("float32")
+    _, gradient = gradient_of(path, loss)(params, jax.random.key(0), batch, 2.0)
+    stepped = jax.tree.map(lambda p, g: p - 1e-2 * g / (1.0 + jnp.abs(g)), params, gradient)
+    before, after = (sampler_of(path, sampler)(p, batch["x0"]) for p in (params, stepped))
+    assert after.shape == (B, D)
+    assert after.dtype == jnp.float32
+    assert_finite(after)
+    assert np.abs(after - before).max() > 1e-6
+
+
+# --- paths ------------------------------------------------------------------------------------------
+
+
+@each_path
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_path_keeps_dtype_and_round_trips(x64, path, dtype):
+    """Truth to any prediction and back, under jit and vmap, in both precisions."""
+    path, batch = PATHS[path], make_batch(dtype)
+    noise, t = batch["x0"][::-1], jnp.linspace(0.1, 0.9, B, dtype=dtype)
+
+    def predictions(x0, noise, t):
+        x, u, s = path.sample(x0, noise, t), path.velocity(x0, noise, t), path.score(noise, t)
+        truth = {"x0": x0, "noise": noise, "velocity": u, "score": s}
+        names = ("velocity_score", "score_velocity", "velocity_noise", "noise_velocity", "velocity_x0")
+        names += ("x0_velocity", "x0_score", "score_x0")
+        got = {}
+        for target, source in (name.split("_") for name in names):
+            got[f"{target} from {source}"] = (
+                getattr(path, f"{target}_from_{source}")(truth[source], x, t),
+                truth[target],
+            )
+        return got
+
+    for run in (predictions, jax.vmap(predictions)):
+        for name, (got, expected) in jax.jit(run)(batch["x0"], noise, t).items():
+            assert got.dtype == dtype
+            tolerance = 2e-3 if dtype == "float32" else 1e-9
+            np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+from efm_jax.data import REWARD_TRANSFORMS, DataError, fit_normalizer, preprocess
+from efm_jax.types import Dataset, Transitions
+
+
+def make_dataset(n=500, returns=(10.0, 30.0), **changes):
+    rng = np.random.default_rng(0)
+    observations = rng.normal([5, -100, 0], [2, 0.01, 30], (n, 3))
+    arrays = {
+        "observations": observations,
+        "actions": rng.uniform([-2, 0], [2, 10], (n, 2)),
+        "rewards": rng.normal(size=n),
+        "next_observations": observations + 1,
+        "terminated": np.zeros(n),
+    } | changes
+    return Dataset(
+        name="made up",
+        transitions=Transitions(**{name: np.asarray(array, np.float32) for name, array in arrays.items()}),
+        episode_returns=np.array(returns),
+        episode_lengths=np.array([n] * len(returns)),
+        action_low=np.array([-2, 0], np.float32),
+        action_high=np.array([2, 10], np.float32),
+        env_spec=None,
+        reference_scores=None,
+    )
+
+
+def test_standardised_and_scaled():
+    dataset = make_dataset()
+    normalizer = fit_normalizer(dataset)
+    data = preprocess(dataset, normalizer)
+    assert all(array.dtype == np.float32 for array in (*data, *normalizer))
+    np.testing.assert_allclose(data.observations.mean(0, dtype=np.float64), 0, atol=1e-3)
+    np.testing.assert_allclose(data.observations.std(0, dtype=np.float64), 1, rtol=1e-3)
+    exact = dataset.transitions.observations.astype(np.float64)
+    np.testing.assert_allclose(normalizer.observation_mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(normalizer.observation_std, exact.std(0), rtol=1e-6)
+    # Next observations with the statistics of the observations.
+    shift = 1 / normalizer.observation_std
+    np.testing.assert_allclose(
+        data.next_observations - data.observations, shift[None].repeat(500, 0), rtol=2e-3
+    )
+    actions = dataset.transitions.actions
+    np.testing.assert_allclose(data.actions, actions / [2, 5] - [0, 1], atol=1e-6)
+    assert np.abs(data.actions).max() <= 1
+    np.testing.assert_allclose(normalizer.unscale_actions(data.actions), actions, atol=1e-5)
+    np.testing.assert_array_equal(data.rewards, dataset.transitions.rewards)
+
+
+def test_bounds_become_exactly_one():
+    low, high = np.float32(-0.1), np.float32(0.3)
+    dataset = make_dataset(2, actions=[[low, low], [high, high]])
+    dataset = dataset._replace(action_low=np.array([low] * 2), action_high=np.array([high] * 2))
+    np.testing.assert_array_equal(preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]])
+
+
+def test_constant_dimensions_are_only_centred():
+    # 0, a value that float32 cannot hold, a large one; and small variations that are real.
+    observations = np.tile(np.array([0, 0.1, 1e6], np.float32), (500, 1))
+    dataset = make_dataset(observations=observations, next_observations=observations + np.float32(1))
+    normalizer = fit_normalizer(dataset)
+    np.testing.assert_array_equal(normalizer.observation_std, [1, 1, 1])
+    data = preprocess(dataset, normalizer)
+    np.testing.assert_allclose(data.observations, 0, atol=1e-6)
+    np.testing.assert_allclose(data.next_observations, 1, atol=1e-6)
+    small = np.random.default_rng(0).normal(0, 1e-4, (500, 3))
+    assert np.all(fit_normalizer(make_dataset(observations=small)).observation_std < 2e-4)
+
+
+def test_reward_transforms():
+    assert set(REWARD_TRANSFORMS) == {"none", "locomotion", "antmaze"}
+    dataset = make_dataset(returns=(10.0, 30.0, 20.0))
+    normalizer = fit_normalizer(dataset)
+    rewards = dataset.transitions.rewards
+    locomotion = preprocess(dataset, normalizer, "locomotion").rewards
+    np.testing.assert_allclose(locomotion, rewards * 1000 / 20, rtol=1e-6)
+    np.testing.assert_allclose(preprocess(dataset, normalizer, "antmaze").rewards, rewards - 1, atol=1e-6)
+    assert locomotion.dtype == np.float32
+    with pytest.raises(ValueError, match="reward_transform"):
+        preprocess(dataset, normalizer, "other")
+
+
+@pytest.mark.parametrize(("returns", "word"), [((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")])
+def test_locomotion_refuses(returns, word):
+    dataset = make_dataset(returns=returns)
+    with pytest.raises(DataError, match=word):
+        preprocess(dataset, fit_normalizer(dataset), "locomotion")
+
+
+def test_normalizer_of_another_dataset():
+    dataset = make_dataset()
+    normalizer = fit_normalizer(dataset)
+    with pytest.raises(ValueError, match="observation_mean"):
+        preprocess(dataset, normalizer._replace(observation_mean=np.zeros(2)))
+    with pytest.raises(ValueError, match="action_low"):
+        preprocess(dataset, normalizer._replace(action_low=np.zeros(3)))

@@ -1,0 +1,320 @@
+import json
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from efm_jax.evaluation import evaluate, mean_and_interval, normalized_score, reference_scores
+
+SEEDS = [3, 11, 7]
+
+
+class Countdown(gymnasium.Env):
+    """Ends after 2 + seed % 5 steps, paying 1 a step; a second episode pays a million a step."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    closed = 0
+
+    def __init__(self, truncates=False):
+        self.truncates = truncates
+        self.episodes = 0
+        self.steps = 0
+        self.total = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes += 1
+        self.steps = 0
+        self.total = 2 + (seed if seed is not None else 0) % 5
+        return np.array([self.total, 0.0]), {}
+
+    def step(self, action):
+        self.steps += 1
+        ended = self.steps == self.total
+        reward = 10.0 if ended else 1.0
+        if self.episodes > 1:
+            reward = 1e6
+        observation = np.array([self.total, self.steps], float)
+        return observation, reward, ended and not self.truncates, ended and self.truncates, {}
+
+    def close(self):
+        Countdown.closed += 1
+
+
+class Maze(gymnasium.Env):
+    """Dict observations; the reward is the action's distance from the first goal coordinate."""
+
+    observation_space = spaces.Dict(
+        {
+            "observation": spaces.Box(-10, 10, (2,), np.float64),
+            "achieved_goal": spaces.Box(-10, 10, (1,), np.float64),
+            "desired_goal": spaces.Box(-10, 10, (1,), np.float64),
+        }
+    )
+    action_space = spaces.Box(-2.0, 1.0, (1,), np.float32)
+
+    def _observe(self):
+        return {
+            "observation": np.array([5.0, 6.0]),
+            "achieved_goal": np.array([1.0]),
+            "desired_goal": np.array([2.0]),
+        }
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action):
+        return self._observe(), float(action[0]), False, False, {}
+
+
+class Steered(Maze):
+    action_space = spaces.Discrete(3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environments():
+    made = {
+        "efmtest/Countdown-v0": (Countdown, 20),
+        "efmtest/Endless-v0": (Countdown, None),
+        "efmtest/Maze-v0": (Maze, 4),
+        "efmtest/Steered-v0": (Steered, 4),
+    }
+    for name, (entry_point, limit) in made.items():
+        gymnasium.register(name, entry_point=entry_point, max_episode_steps=limit)
+    yield
+    for name in made:
+        gymnasium.registry.pop(name)
+
+
+def swing(gain, observation, step):
+    return np.array([gain * observation[..., 1] * observation[..., 2] + 0.1 * np.sin(step)], np.float32)
+
+
+def zeros(observations, step):
+    return np.zeros((*observations.shape[:2], 1))
+
+
+def test_pendulum_matches_a_plain_loop():
+    gains = np.array([0.5, -2.0])
+
+    def act(observations, step):
+        assert observations.shape == (2, 3, 3)
+        assert observations.dtype == np.float32
+        return np.stack(
+            [
+                [swing(gain, observation, step) for observation in policy]
+                for gain, policy in zip(gains, observations, strict=True)
+            ]
+        )
+
+    result = evaluate(act, gymnasium.spec("Pendulum-v1").to_json(), num_policies=2, episode_seeds=SEEDS)
+
+    expected = np.zeros((2, 3))
+    for k, gain in enumerate(gains):
+        for e, seed in enumerate(SEEDS):
+            environment = gymnasium.make("Pendulum-v1")
+            observation, _ = environment.reset(seed=seed)
+            for step in range(200):
+                action = np.clip(swing(gain, observation, step), -2.0, 2.0)
+                observation, reward, _, _, _ = environment.step(action)
+                expected[k, e] += reward
+            environment.close()
+    assert result.returns.dtype == np.float64
+    assert result.lengths.dtype == np.int64
+    np.testing.assert_allclose(result.returns, expected, rtol=1e-12)
+    np.testing.assert_array_equal(result.lengths, 200)
+    assert len(set(result.returns.ravel())) == 6
+
+
+def test_episode_seeds_belong_to_episodes_not_to_policies():
+    result = evaluate(zeros, "Pendulum-v1", num_policies=2, episode_seeds=SEEDS)
+    np.testing.assert_array_equal(result.returns[0], result.returns[1])
+    assert len(set(result.returns[0])) == 3
+    np.testing.assert_array_equal(
+        evaluate(zeros, "Pendulum-v1", episode_seeds=SEEDS[::-1]).returns[0], result.returns[0, ::-1]
+    )
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+def test_nothing_leaks_into_a_finished_episode(truncates):
+    seeds = [0, 4, 2]
+    calls, frozen = [], []
+    spec = gymnasium.spec("efmtest/Countdown-v0")
+    spec.kwargs = {"truncates": truncates}
+
+    def act(observations, step):
+        frozen.append(observations[0, 0].copy())
+        return zeros(observations, step)
+
+    spec.entry_point = f"{__name__}:Countdown"
+    result = evaluate(
+        act, spec.to_json(), num_policies=2, episode_seeds=seeds, progress=lambda *done: calls.append(done)
+    )
+    lengths = np.array([2, 6, 4])
+    np.testing.assert_array_equal(result.lengths, [lengths, lengths])
+    # 1 for every step but the last, which pays 10.
+    np.testing.assert_array_equal(result.returns, [lengths - 1 + 10.0] * 2)
+    assert calls == [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)]
+    np.testing.assert_array_equal(frozen[2:], [[2.0, 2.0]] * 4)
+
+
+def test_nan_in_a_finished_episode_is_no_error_but_in_a_running_one_is():
+    def act(observations, step, broken):
+        actions = zeros(observations, step)
+        if step == 3:
+            actions[1, broken] = np.nan
+        return actions
+
+    def run(broken):
+        return evaluate(
+            lambda observations, step: act(observations, step, broken),
+            "efmtest/Countdown-v0",
+            num_policies=2,
+            episode_seeds=[0, 4],
+        )
+
+    assert run(0).lengths.tolist() == [[2, 6], [2, 6]]
+    Countdown.closed = 0
+    with pytest.raises(
+        ValueError, match=r"non-finite action .* at step 3 of episode 1 \(seed 4\) of policy 1"
+    ):
+        run(1)
+    assert Countdown.closed == 4
+
+
+def test_infinite_action_is_not_clipped_to_a_bound():
+    with pytest.raises(ValueError, match="non-finite action"):
+        evaluate(
+            lambda observations, step: zeros(observations, step) + np.inf,
+            "efmtest/Countdown-v0",
+            episode_seeds=[0],
+        )
+
+
+def test_dict_observations_are_flattened_by_key_and_actions_clipped():
+    def act(observations, step):
+        np.testing.assert_array_equal(observations, np.broadcast_to([1.0, 2.0, 5.0, 6.0], (2, 2, 4)))
+        return np.array([[[-5.0], [-0.5]], [[0.5], [5.0]]])
+
+    result = evaluate(act, "efmtest/Maze-v0", num_policies=2, episode_seeds=[0, 1])
+    np.testing.assert_array_equal(result.returns, [[-8.0, -2.0], [2.0, 4.0]])
+
+
+def test_length_must_be_bounded():
+    with pytest.raises(ValueError, match=r"efmtest/Endless-v0 .*max_steps"):
+        evaluate(zeros, "efmtest/Endless-v0", episode_seeds=[0])
+    result = evaluate(zeros, "efmtest/Endless-v0", episode_seeds=[0, 4], max_steps=3)
+    assert result.lengths.tolist() == [[2, 3]]
+    assert result.returns.tolist() == [[11.0, 3.0]]
+    assert evaluate(zeros, "efmtest/Maze-v0", episode_seeds=[0], max_steps=100).lengths.tolist() == [[4]]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("NoSuchThing-v3", "NoSuchThing-v3"),
+        ("Pendulum-v99", "Pendulum-v99"),
+        ("not an id", "not an id"),
+        ("{]", "EnvSpec"),
+        ('{"id": "Pendulum-v1"}', "EnvSpec"),
+        ("efmtest/Steered-v0", "Box action space"),
+    ],
+)
+def test_bad_environment_is_one_line(environment, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        evaluate(zeros, environment, episode_seeds=[0], max_steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_simulator_names_the_extra(monkeypatch):
+    for module in [name for name in sys.modules if name.startswith(("gymnasium.envs.mujoco", "mujoco"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ValueError, match=r"Hopper-v5 .*pip install -e \.\[mujoco\]") as caught:
+        evaluate(zeros, "Hopper-v5", episode_seeds=[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_package_is_named():
+    spec = json.loads(gymnasium.spec("Pendulum-v1").to_json())
+    spec["entry_point"] = "no_such_package.envs:Thing"
+    with pytest.raises(ValueError, match="no-such-package"):
+        evaluate(zeros, json.dumps(spec), episode_seeds=[0])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="at least one seed"):
+        evaluate(zeros, "Pendulum-v1", episode_seeds=[])
+    with pytest.raises(ValueError, match="num_policies"):
+        evaluate(zeros, "Pendulum-v1", episode_seeds=[0], num_policies=0)
+    with pytest.raises(ValueError, match=r"actions: expected shape \(1, 1, 1\)"):
+        evaluate(lambda observations, step: np.zeros((1, 1)), "Pendulum-v1", episode_seeds=[0])
+
+
+def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
+    spec = gymnasium.spec("Pendulum-v1")
+    spec.kwargs = {"render_mode": "no_such_mode"}
+    assert evaluate(zeros, spec.to_json(), episode_seeds=[0], max_steps=1).lengths.tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("Hopper-v5", "Hopper-v2", "hopper-medium-v2", "hopper-full-replay-v2"), (-20.272305, 3234.3)),
+        (("HalfCheetah-v4", "halfcheetah-medium-expert-v2"), (-280.178953, 12135.0)),
+        (("Walker2d-v5", "walker2d-medium-replay-v2"), (1.629008, 4592.3)),
+        (("Ant-v5", "ant-random-v2"), (-325.6, 3879.7)),
+        (("AntMaze_UMaze-v5", "AntMaze_Large_Diverse_GR-v4", "antmaze-large-play-v2"), (0.0, 1.0)),
+        (("FrankaKitchen-v1", "kitchen-mixed-v0"), (0.0, 4.0)),
+        (("AdroitHandPen-v1", "pen-human-v1"), (96.262799, 3076.8331017826877)),
+        (("AdroitHandDoor-v1", "door-cloned-v0"), (-56.512833, 2880.5693087298737)),
+        (("AdroitHandHammer-v1", "hammer-expert-v1"), (-274.856578, 12794.134825156867)),
+        (("AdroitHandRelocate-v1", "relocate-human-v1"), (-6.425911, 4233.877797728884)),
+        (("maze2d-umaze-v1",), (23.85, 161.86)),
+        (
+            (
+                "Pendulum-v1",
+                "AdroitHandPenSparse-v1",
+                "AntMaze_UMazeDense-v5",
+                "HopperBulletEnv-v0",
+                "hopper-stochastic-v3",
+                "PointMaze_UMaze-v3",
+                "maze2d-umaze-v9",
+            ),
+            None,
+        ),
+    ],
+)
+def test_reference_scores(names, expected):
+    assert [reference_scores(name) for name in names] == [expected] * len(names)
+
+
+def test_normalized_score():
+    references = reference_scores("Hopper-v5")
+    assert normalized_score(-20.272305, references) == 0.0
+    assert normalized_score(3234.3, references) == 100.0
+    np.testing.assert_allclose(normalized_score(np.array([[0.5], [2.0]]), (0.0, 1.0)), [[50.0], [200.0]])
+    assert normalized_score(5.0, None) is None
+    with pytest.raises(ValueError, match="references"):
+        normalized_score(5.0, (1.0, 1.0))
+
+
+def test_mean_and_interval():
+    # Student's t with 4 degrees of freedom: 2.7764451 from the printed table; s = sqrt(2.5).
+    mean, low, high = mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    margin = 2.7764451 * np.sqrt(2.5 / 5)
+    np.testing.assert_allclose([mean, low, high], [3.0, 3.0 - margin, 3.0 + margin], rtol=1e-7)
+    assert mean_and_interval([4.0]) == (4.0, 4.0, 4.0)
+    for values, confidence in (([], 0.95), ([[1.0, 2.0]], 0.95), ([1.0, 2.0], 1.0), ([1.0, 2.0], 0.0)):
+        with pytest.raises(ValueError, match=r"values|confidence"):
+            mean_and_interval(values, confidence)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(size=(2000, 3))
+    covered = [low <= 0.0 <= high for _, low, high in map(mean_and_interval, draws)]
+    assert 0.93 < np.mean(covered) < 0.97

@@ -1,0 +1,263 @@
+"""Exact posteriors, fields and energies against the plain NumPy way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efm_jax import exact, paths, sampling
+from tests.reference import exact as reference
+from tests.reference import paths as reference_paths
+
+PATHS = {
+    "ot": (paths.conditional_ot(), reference_paths.conditional_ot()),
+    "vp_linear": (paths.vp_linear(), reference_paths.vp_linear()),
+    "vp_cosine": (paths.vp_cosine(), reference_paths.vp_cosine()),
+}
+each_path = pytest.mark.parametrize("name", PATHS)
+B, D = 4, 2
+TIMES = np.array([0.05, 0.3, 0.7, 1.0])
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def problem(n, *, some_impossible=False):
+    """Points, times, data and log weights."""
+    log_weights = normal(2, n)
+    if some_impossible:
+        log_weights[:: max(n // 3, 2)] = -np.inf  # the first point among them
+    return normal(0, B, D), TIMES, 1.5 * normal(1, n, D), log_weights
+
+
+@each_path
+@pytest.mark.parametrize("n", [1, 7, 5003])
+@pytest.mark.parametrize("weights", ["none", "finite", "some_impossible"])
+def test_posterior_velocity_and_score_match_numpy(x64, name, n, weights):
+    if n == 1 and weights == "some_impossible":
+        weights = "finite"
+    path, ref = PATHS[name]
+    x, t, data, log_weights = problem(n, some_impossible=weights == "some_impossible")
+    extra = () if weights == "none" else (log_weights,)
+    for function in ("posterior", "velocity", "score"):
+        got = getattr(exact, function)(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), *extra)
+        expected = getattr(reference, function)(ref, x, t, data, *extra)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9, err_msg=function)
+
+
+@each_path
+@pytest.mark.parametrize("n", [1, 7, 5003])
+def test_energies_and_classifier_guidance_match_numpy(x64, name, n):
+    path, ref = PATHS[name]
+    x, t, data, energy = problem(n)
+    inputs = path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
+    got = exact.intermediate_energy(*inputs, jnp.asarray(energy), 1.7)
+    expected = reference.intermediate_energy(ref, x, t, data, energy, 1.7)
+    np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
+    probability = 1.0 / (1.0 + np.exp(energy))
+    got = exact.cg_score(*inputs, jnp.asarray(probability), 3.0)
+    np.testing.assert_allclose(
+        got, reference.cg_score(ref, x, t, data, probability, 3.0), rtol=1e-8, atol=1e-9
+    )
+
+
+@each_path
+def test_infinite_energies(x64, name):
+    path, ref = PATHS[name]
+    x, t, data, energy = problem(7)
+    energy[[0, 3]] = np.inf
+    inputs = path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
+    got = exact.intermediate_energy(*inputs, jnp.asarray(energy), 1.7)
+    np.testing.assert_allclose(got, reference.intermediate_energy(ref, x, t, data, energy, 1.7), rtol=1e-8)
+    probability = np.where(np.isinf(energy), 0.0, 0.5 + 0.1 * np.arange(7) / 7)
+    got = exact.cg_score(*inputs, jnp.asarray(probability), 2.0)
+    np.testing.assert_allclose(got, reference.cg_score(ref, x, t, data, probability, 2.0), rtol=1e-8)
+
+
+def test_constant_energy_passes_through(x64):
+    path, _ = PATHS["ot"]
+    x, t, data, _ = problem(7)
+    got = exact.intermediate_energy(path, jnp.asarray(x), t, jnp.asarray(data), jnp.full(7, 1e6), 2.0)
+    np.testing.assert_allclose(got, 2e6, rtol=1e-12)
+
+
+@each_path
+def test_gradient_of_the_energy_is_the_difference_of_scores(x64, name):
+    """Eq. 4.3: ``q_t ∝ p_t exp(-E_t)``, so ``grad E_t = score_p - score_q``."""
+    path, _ = PATHS[name]
+    x, t, data, energy = (jnp.asarray(a) for a in problem(7))
+    gradient = jax.jit(jax.grad(lambda x: exact.intermediate_energy(path, x, t, data, energy, 2.0).sum()))(x)
+    expected = exact.score(path, x, t, data) - exact.score(path, x, t, data, -2.0 * energy)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
+
+
+@each_path
+def test_score_is_the_gradient_of_the_log_density(x64, name):
+    path, ref = PATHS[name]
+    x, t, data, log_weights = problem(5003)
+    mu, sigma = ref.mu(t)[:, None, None], ref.sigma(t)[:, None]
+
+    def log_density(x):
+        distance = ((x[:, None] - mu * data) ** 2).sum(-1) / (2 * sigma**2)
+        return jax.nn.logsumexp(log_weights - distance, axis=-1).sum()
+
+    got = exact.score(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
+    np.testing.assert_allclose(got, jax.grad(log_density)(jnp.asarray(x)), rtol=1e-7, atol=1e-8)
+
+
+@each_path
+def test_velocity_differentiates_in_x(x64, name):
+    path, ref = PATHS[name]
+    x, t, data, log_weights = problem(23)
+    direction, h = normal(9, B, D), 1e-6
+
+    def field(x):
+        return exact.velocity(path, x, jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
+
+    difference = (
+        reference.velocity(ref, x + h * direction, t, data, log_weights)
+        - reference.velocity(ref, x - h * direction, t, data, log_weights)
+    ) / (2 * h)
+    tangent = jax.jvp(field, (jnp.asarray(x),), (jnp.asarray(direction),))[1]
+    np.testing.assert_allclose(tangent, difference, rtol=1e-5, atol=1e-5)
+    pulled = jax.grad(lambda x: (field(x) * direction).sum())(jnp.asarray(x))
+    assert np.isfinite(pulled).all()
+
+
+@each_path
+def test_classifier_guidance_is_exact_only_at_zero_and_one(x64, name):
+    path, _ = PATHS[name]
+    x, t, data, energy = (jnp.asarray(a) for a in problem(7))
+    probability = jnp.exp(-jnp.abs(energy))
+    for beta in (0.0, 1.0):
+        guided = exact.score(path, x, t, data, beta * jnp.log(probability))
+        np.testing.assert_allclose(
+            exact.cg_score(path, x, t, data, probability, beta), guided, rtol=1e-8, atol=1e-9
+        )
+    guided = exact.score(path, x, t, data, 3.0 * jnp.log(probability))
+    difference = np.abs(exact.cg_score(path, x, t, data, probability, 3.0) - guided)
+    assert difference[:3].max() > 1e-3
+
+
+@each_path
+def test_near_zero_one_point_takes_the_posterior(x64, name):
+    path, ref = PATHS[name]
+    data, t = 1.5 * normal(1, 7, D), np.full(7, 1e-4)
+    x = reference_paths.sample(ref, data, normal(3, 7, D), t)
+    got = exact.posterior(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
+    np.testing.assert_allclose(got, np.eye(7), atol=1e-8)
+    velocity = exact.velocity(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
+    np.testing.assert_allclose(velocity, reference.velocity(ref, x, t, data), rtol=1e-6)
+
+
+@each_path
+def test_float32_near_zero(name):
+    path, _ = PATHS[name]
+    data = (1.5 * normal(1, 7, D)).astype(np.float32)
+    t = np.full(B, 1e-5, np.float32)
+    x = normal(0, B, D).astype(np.float32)  # far from every data point: distances / sigma^2 of 1e10
+    for function in (exact.posterior, exact.velocity, exact.score):
+        got = function(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
+        assert got.dtype == jnp.float32
+        assert np.isfinite(got).all()
+    near = np.argmin(((x[:, None] - data) ** 2).sum(-1), -1)
+    np.testing.assert_allclose(exact.posterior(path, x, t, data), np.eye(7)[near], atol=1e-6)
+
+
+@each_path
+@pytest.mark.parametrize("time", [1e-5, 1e-3, 0.05])
+def test_float32_energy_keeps_its_digits(name, time):
+    """Two logarithms of sums of size 1 / sigma^2 must not be subtracted from each other."""
+    path, ref = PATHS[name]
+    data = (1.5 * normal(1, 7, D)).astype(np.float32)
+    x, t, energy = (
+        normal(0, B, D).astype(np.float32),
+        np.full(B, time, np.float32),
+        np.arange(7, dtype=np.float32),
+    )
+    got = exact.intermediate_energy(path, x, t, data, energy, 2.0)
+    wide = [a.astype(np.float64) for a in (x, t, data, energy)]
+    np.testing.assert_allclose(got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3)
+
+
+@each_path
+def test_float32_keeps_its_digits(name):
+    path, ref = PATHS[name]
+    x, t, data, log_weights = (a.astype(np.float32) for a in problem(500))
+    got = exact.velocity(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
+    expected = reference.velocity(ref, *(a.astype(np.float64) for a in (x, t, data, log_weights)))
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@each_path
+def test_at_time_zero_on_a_data_point(x64, name):
+    path, _ = PATHS[name]
+    data, zero = 1.5 * normal(1, 7, D), np.zeros(7)
+    posterior = exact.posterior(path, jnp.asarray(data), jnp.asarray(zero), jnp.asarray(data))
+    np.testing.assert_allclose(posterior, np.eye(7), atol=1e-12)
+    velocity = exact.velocity(path, jnp.asarray(data), jnp.asarray(zero), jnp.asarray(data))
+    assert np.isfinite(velocity).all()
+    energy = exact.intermediate_energy(path, jnp.asarray(data), zero, jnp.asarray(data), jnp.arange(7.0), 2.0)
+    np.testing.assert_allclose(energy, 2.0 * np.arange(7), rtol=1e-9)
+
+
+@pytest.mark.parametrize("block_elements", [1, 4 * 37, 4 * 5003])
+def test_streaming_in_several_blocks(x64, monkeypatch, block_elements):
+    """Whatever the block size; here whole blocks carry no weight, the first and the last among them."""
+    monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", block_elements)
+    path, ref = PATHS["ot"]
+    n = 40 if block_elements == 1 else 5003
+    x, t, data, log_weights = problem(n)
+    log_weights[: n // 4] = log_weights[-n // 4 :] = -np.inf
+    inputs = jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
+    got = exact.velocity(path, *inputs, jnp.asarray(log_weights))
+    np.testing.assert_allclose(got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9)
+    got = exact.intermediate_energy(path, *inputs, jnp.asarray(-log_weights), 1.3)
+    expected = reference.intermediate_energy(ref, x, t, data, -log_weights, 1.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+def test_two_hundred_thousand_points():
+    path, ref = PATHS["ot"]
+    data = normal(4, 200_000, 4).astype(np.float32)
+    x, t, energy = normal(5, B, 4).astype(np.float32), TIMES.astype(np.float32), data[:, 0]
+    velocity = jax.jit(lambda x: exact.velocity(path, x, t, data, -energy))(x)
+    some = 20_000  # the reference on all of them takes seconds: a tenth is close by the law of large numbers
+    expected = reference.velocity(ref, *(a.astype(np.float64) for a in (x, t, data[:some], -energy[:some])))
+    assert velocity.shape == (B, 4)
+    np.testing.assert_allclose(velocity[1:], expected[1:], atol=0.15)
+    assert np.isfinite(exact.intermediate_energy(path, x, t, data, energy, 1.0)).all()
+
+
+def test_memory_does_not_hold_every_pair():
+    """Compiled for n = 1e6, d = 16, the work space stays under a tenth of one ``[B, n, d]`` array."""
+    path, n, d = PATHS["ot"][0], 1_000_000, 16
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    function = jax.jit(lambda x, t, data, w: exact.velocity(path, x, t, data, w))
+    compiled = function.lower(shape(8, d), shape(8), shape(n, d), shape(n)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * 4 * 8 * n * d
+
+
+@each_path
+def test_the_guided_flow_reaches_the_weighted_data(name):
+    """Continuity: Thm 4.1's field takes noise to the data points in proportion to their weights."""
+    path, _ = PATHS[name]
+    data = jnp.array([[2.0, 2.0], [-2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
+    log_weights = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    noise = jax.random.normal(jax.random.key(0), (2000, 2))
+
+    def run(noise):
+        def field(x, t):
+            return exact.velocity(path, x, t, data, log_weights)
+
+        return sampling.sample(field, noise, solver="midpoint", num_steps=60, t_end=1e-3)
+
+    distance = jnp.linalg.norm(jax.jit(run)(noise)[:, None] - data, axis=-1)
+    frequency = np.bincount(np.asarray(distance.argmin(-1)), minlength=4) / 2000
+    np.testing.assert_allclose(frequency, np.exp(log_weights), atol=0.045)
+    assert np.median(distance.min(-1)) < 0.1

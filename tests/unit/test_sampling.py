@@ -1,0 +1,244 @@
+"""Sampling and likelihood against closed forms for Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.linalg import expm
+
+from efm_jax import paths
+from efm_jax.sampling import log_likelihood, sample, sample_dpmpp
+from tests.reference import gaussian
+from tests.reference import paths as reference_paths
+from tests.reference import solvers as reference_solvers
+
+PATHS = {
+    "ot": (paths.conditional_ot(), reference_paths.conditional_ot()),
+    "vp_linear": (paths.vp_linear(), reference_paths.vp_linear()),
+    "vp_cosine": (paths.vp_cosine(), reference_paths.vp_cosine()),
+}
+each_path = pytest.mark.parametrize("name", PATHS)
+MEAN, SCALE = np.array([1.5, -0.5]), 0.4
+NOISE = np.random.default_rng(0).normal(size=(32, 2))
+
+
+def velocity_of(path):
+    """Exact velocity of ``N(MEAN, SCALE^2 I)``, finite at both ends of time."""
+
+    def field(x, t):
+        mu, sigma = path.mean_coef(t)[:, None], path.std(t)[:, None]
+        mean = jnp.asarray(MEAN, x.dtype)
+        centred = (x - mu * mean) / (mu**2 * SCALE**2 + sigma**2)
+        x0 = mean + mu * SCALE**2 * centred
+        return path.mean_coef_dot(t)[:, None] * x0 + path.std_dot(t)[:, None] * sigma * centred
+
+    return field
+
+
+def score_of(path):
+    def score(x, t):
+        mu, sigma = path.mean_coef(t)[:, None], path.std(t)[:, None]
+        return -(x - mu * jnp.asarray(MEAN, x.dtype)) / (mu**2 * SCALE**2 + sigma**2)
+
+    return score
+
+
+def dpmpp(path, order, num_steps, noise=NOISE):
+    return np.asarray(
+        sample_dpmpp(score_of(path), path, jnp.asarray(noise), num_steps=num_steps, order=order)
+    )
+
+
+def flow_end(ref):
+    return gaussian.flow_map(ref, NOISE, np.asarray(1.0), np.asarray(0.0), MEAN, SCALE)
+
+
+@each_path
+def test_reference_velocity_agrees_with_its_flow_map(name):
+    """The two closed forms of the reference against each other, by a difference in time."""
+    _, ref = PATHS[name]
+    t, h = 0.6, 1e-6
+    ends = [gaussian.flow_map(ref, NOISE, np.asarray(t), np.asarray(t + s * h), MEAN, SCALE) for s in (1, -1)]
+    velocity = gaussian.velocity(ref, NOISE, np.full(32, t), MEAN, SCALE)
+    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * h), velocity, rtol=1e-6, atol=1e-6)
+
+
+@each_path
+def test_velocity_field_reaches_the_closed_form_flow(x64, name):
+    path, ref = PATHS[name]
+    end = 1e-6 if name == "vp_linear" else 0.0
+    got = sample(velocity_of(path), jnp.asarray(NOISE), solver="dopri5", t_end=end, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(got, flow_end(ref), atol=1e-5)
+
+
+@each_path
+def test_dpmpp_reaches_the_closed_form_flow(x64, name):
+    """Few steps come close, more steps closer, and order 2 beats order 1 where it is used."""
+    path, ref = PATHS[name]
+    expected = flow_end(ref)
+    error = {
+        (order, steps): np.abs(dpmpp(path, order, steps) - expected).max()
+        for order in (1, 2)
+        for steps in (5, 15, 60)
+    }
+    assert error[1, 5] > error[1, 15] > error[1, 60]
+    assert error[2, 15] > error[2, 60]
+    assert error[2, 15] < 0.5 * error[1, 15]
+    assert error[2, 60] < 0.5 * error[1, 60]
+    assert error[2, 15] < 0.05
+    assert error[2, 60] < 0.006
+
+
+@each_path
+@pytest.mark.parametrize("order", [1, 2])
+def test_dpmpp_rate(x64, name, order):
+    """Against the flow from the time the sampler starts at, which may lie a little before pure noise."""
+    path, ref = PATHS[name]
+    times, steps = [], np.array([20, 40, 80])
+
+    def watched(x, t):
+        jax.debug.callback(lambda t: times.append(np.array(t)), t)
+        return score_of(path)(x, t)
+
+    sample_dpmpp(watched, path, jnp.asarray(NOISE), num_steps=1)
+    jax.effects_barrier()
+    assert 0.99 < max(t[0] for t in times) <= 1.0
+    start = np.asarray(max(t[0] for t in times))
+    expected = gaussian.flow_map(ref, NOISE, start, np.asarray(0.0), MEAN, SCALE)
+    errors = [np.sqrt(((dpmpp(path, order, int(n)) - expected) ** 2).mean()) for n in steps]
+    rate = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert rate > order - 0.35
+
+
+@each_path
+@pytest.mark.parametrize("order", [1, 2])
+def test_dpmpp_steps_match_numpy(x64, name, order):
+    """Every recorded step, but the last, is the published update between the times the sampler chose."""
+    path, ref = PATHS[name]
+    calls, plain = [], score_of(path)
+
+    def score(x, t):
+        jax.debug.callback(lambda x, t: calls.append((np.array(x), np.array(t))), x, t, ordered=True)
+        return plain(x, t)
+
+    sample_dpmpp(score, path, jnp.asarray(NOISE), num_steps=8, order=order)
+    jax.effects_barrier()
+    assert len(calls) in (7, 8, 9)  # one evaluation a step
+    x = [call[0] for call in calls]
+    t = [call[1][0] for call in calls]
+    assert all(call[1].shape == (32,) for call in calls)
+    assert (np.diff(t) < 0).all()
+    assert t[0] > 0.98
+    x0 = [
+        reference_paths.convert(
+            ref, "x0", "score", gaussian.score(ref, x[k], np.full(32, t[k]), MEAN, SCALE), x[k], t[k]
+        )
+        for k in range(len(t))
+    ]
+    first = 1 if ref.mu(t[0]) < 1e-12 else 0  # log SNR of pure noise is -inf: the first step has a limit only
+    for k in range(first, len(t) - 1):
+        previous = (x0[k - 1], t[k - 1]) if order == 2 and k > first else ()
+        expected = reference_solvers.dpmpp_step(ref, x[k], x0[k], t[k], t[k + 1], *previous)
+        np.testing.assert_allclose(x[k + 1], expected, rtol=1e-6, atol=1e-6, err_msg=f"step {k}")
+
+
+@each_path
+def test_dpmpp_against_dopri5(x64, name):
+    path, _ = PATHS[name]
+    end = 1e-6 if name == "vp_linear" else 0.0
+    adaptive = sample(velocity_of(path), jnp.asarray(NOISE), solver="dopri5", t_end=end, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(dpmpp(path, 2, 100), adaptive, atol=4e-3)
+
+
+@each_path
+def test_dpmpp_float32_keeps_dtype_and_is_finite(name):
+    path, ref = PATHS[name]
+    got = sample_dpmpp(score_of(path), path, jnp.asarray(NOISE, jnp.float32))
+    assert got.shape == NOISE.shape
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, flow_end(ref), atol=0.06)
+
+
+@each_path
+def test_dpmpp_one_step(x64, name):
+    """With a score that knows the data is one point, a single step of either order lands on it."""
+    path, _ = PATHS[name]
+
+    def score(x, t):
+        return -(x - path.mean_coef(t)[:, None] * jnp.asarray(MEAN, x.dtype)) / path.std(t)[:, None] ** 2
+
+    for order in (1, 2):
+        got = sample_dpmpp(score, path, jnp.asarray(NOISE), num_steps=1, order=order)
+        np.testing.assert_allclose(got, np.broadcast_to(MEAN, NOISE.shape), atol=0.05)
+
+
+def test_dpmpp_refuses():
+    path, noise = PATHS["ot"][0], jnp.ones((2, 2))
+    with pytest.raises((ValueError, TypeError), match="order"):
+        sample_dpmpp(score_of(path), path, noise, order=3)
+    with pytest.raises((ValueError, TypeError), match="num_steps"):
+        sample_dpmpp(score_of(path), path, noise, num_steps=0)
+
+
+# --- log-likelihood ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ot", "vp_cosine"])
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_log_likelihood_of_a_gaussian(x64, name, solver):
+    path, _ = PATHS[name]
+    x0 = MEAN + 0.6 * NOISE
+    got = log_likelihood(velocity_of(path), jnp.asarray(x0), num_steps=50, solver=solver)
+    assert got.shape == (32,)
+    tolerance = 1e-4 if solver == "rk4" else 1e-3
+    np.testing.assert_allclose(got, gaussian.log_density(x0, MEAN, SCALE), atol=tolerance)
+
+
+MATRIX = np.array([[0.5, 0.8, -0.3], [-0.4, -0.7, 0.6], [0.9, 0.2, 0.3]])
+POINTS = np.random.default_rng(1).normal(size=(5, 3))
+
+
+def linear(x, t):
+    return x @ jnp.asarray(MATRIX.T, x.dtype) + 0.0 * t[:, None]
+
+
+def linear_answer():
+    """``log N(e^A x; 0, I) + tr A``."""
+    return gaussian.log_density(POINTS @ expm(MATRIX).T, np.zeros(3), 1.0) + np.trace(MATRIX)
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "heun", "rk4", "dopri5"])
+def test_log_likelihood_with_a_full_jacobian(x64, solver):
+    got = log_likelihood(linear, jnp.asarray(POINTS), num_steps=40, solver=solver)
+    np.testing.assert_allclose(got, linear_answer(), atol=1e-4 if solver == "rk4" else 2e-3)
+
+
+def test_hutchinson_is_unbiased(x64):
+    """Averaged over keys it is the exact divergence; the field must be one whose estimate varies at all."""
+    keys = jax.random.split(jax.random.key(2), 400)
+    estimates = jax.jit(
+        jax.vmap(lambda key: log_likelihood(linear, jnp.asarray(POINTS), key=key, num_steps=8, solver="rk4"))
+    )(keys)
+    assert estimates.shape == (400, 5)
+    mean, error = estimates.mean(0), estimates.std(0, ddof=1) / np.sqrt(400)
+    assert (error > 1e-4).all()
+    assert (np.abs(mean - linear_answer()) < 4.5 * error + 1e-4).all()
+    assert np.abs(np.corrcoef(np.asarray(estimates).T) - np.eye(5)).max() < 0.3  # a probe for every point
+
+
+def test_log_likelihood_jit_grad_and_float32():
+    points = jnp.asarray(POINTS, jnp.float32)
+
+    def total(scale):
+        return log_likelihood(lambda x, t: scale * linear(x, t), points, num_steps=20, solver="rk4").sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(1.0)
+    np.testing.assert_allclose(value, linear_answer().sum(), rtol=1e-4)
+    h = 1e-2
+    np.testing.assert_allclose(gradient, (total(1 + h) - total(1 - h)) / (2 * h), rtol=1e-2)
+    assert log_likelihood(linear, points).dtype == jnp.float32
+
+
+def test_log_likelihood_refuses_an_unknown_solver():
+    with pytest.raises(ValueError, match="solver"):
+        log_likelihood(linear, jnp.asarray(POINTS), solver="rk9")
