@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 
 def requirements() -> list[str]:
+    """The requirements without their comments."""
     lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
     return [line for line in lines if line]
 
@@ -19,7 +20,10 @@ TEST = [
     "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
     "ruff>=0.11,<0.18",  # lint
 ]
-MUJOCO = ["mujoco>=3.2,<5"]  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
+MUJOCO = [
+    "mujoco>=3.2,<5",  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
+    "imageio>=2.14.1,<3",  # which gymnasium.envs.mujoco imports
+]
 
 setup(
     name="efm-jax",
@@ -28,7 +32,9 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]),
+    packages=find_packages(
+        include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]
+    ),
     install_requires=requirements(),
     extras_require={"test": TEST, "mujoco": MUJOCO},
 )

@@ -25,9 +25,7 @@ _BLOCK_ELEMENTS = 1 << 22
 _LEAST_VARIANCE = 1e-24
 
 
-def posterior(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
+def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
     """Posterior ``p_{0t}(x_i | x)`` over the data, ``[B, n]``, rows summing to 1.
 
     Args:
@@ -49,9 +47,7 @@ def posterior(
     return jax.nn.softmax(_logits(path, x, t, data, log_weights), axis=-1)
 
 
-def velocity(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
+def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
     """Exact velocity ``u_t(x)``, ``[B, d]``; guided with ``log_weights = -beta * energy``.
 
     Arguments as in :func:`posterior`.  At ``t = 0`` it is finite only on the data, as the field is.
@@ -92,9 +88,7 @@ def intermediate_energy(
     return log_total - log_guided
 
 
-def cg_score(
-    path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array
-) -> Array:
+def cg_score(path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array) -> Array:
     """The score classifier guidance samples with: ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``.
 
     Equal to the guided score for ``E = -log p(c|x)`` at ``beta`` 0 and 1 only.
@@ -135,9 +129,7 @@ def _logits(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Ar
     return log_weights - squared / (2 * variance[:, None])
 
 
-def _stream(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array
-) -> tuple[Array, Array]:
+def _stream(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> tuple[Array, Array]:
     """``logsumexp_i(l_i - d_i)``, ``[B]``, and ``x_hat0``, ``[B, d]``."""
     n, d = data.shape
     block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
@@ -159,6 +151,10 @@ def _stream(
         return (new_peak, total, weighted), None
 
     dtype = jnp.result_type(x, data)
-    start = (jnp.full(x.shape[0], -jnp.inf, dtype), jnp.zeros(x.shape[0], dtype), jnp.zeros((x.shape[0], d), dtype))
+    start = (
+        jnp.full(x.shape[0], -jnp.inf, dtype),
+        jnp.zeros(x.shape[0], dtype),
+        jnp.zeros((x.shape[0], d), dtype),
+    )
     (peak, total, weighted), _ = lax.scan(accumulate, start, (data_blocks, weight_blocks))
     return peak + jnp.log(total), weighted / total[:, None]

@@ -14,7 +14,13 @@ from flax import linen as nn
 from efm_jax import checks
 from efm_jax.types import Array
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "mish": jax.nn.mish, "tanh": jnp.tanh}
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "tanh": jnp.tanh,
+}
 
 
 def fourier_features(t: Array, size: int) -> Array:
@@ -157,7 +163,7 @@ class Value(nn.Module):
 
 
 class LogRatio(nn.Module):
-    """``(x: [..., A], t: [...], condition: [..., S]) -> [...]``: the network of contrastive energy prediction."""
+    """``(x: [..., A], t: [...], condition: [..., S]) -> [...]``, for contrastive energy prediction."""
 
     hidden_dims: Sequence[int]
     activation: str = "silu"

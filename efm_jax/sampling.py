@@ -221,7 +221,9 @@ def log_likelihood(
     x0 = jnp.asarray(x0)
     # Directions to differentiate along, each with the part of the trace that it estimates.
     if key is None:
-        directions = jnp.broadcast_to(jnp.eye(x0.shape[-1], dtype=x0.dtype)[:, None], (x0.shape[-1], *x0.shape))
+        directions = jnp.broadcast_to(
+            jnp.eye(x0.shape[-1], dtype=x0.dtype)[:, None], (x0.shape[-1], *x0.shape)
+        )
     else:
         directions = jax.random.rademacher(key, (1, *x0.shape), x0.dtype)
 

@@ -33,7 +33,9 @@ class Transitions(NamedTuple):
     next_observations: Array  # [N, S] float32
     terminated: Array  # [N] float32, 0 or 1
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Number of transitions (``len`` of a named tuple is its number of fields)."""
         return self.rewards.shape[0]
 
 

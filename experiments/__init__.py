@@ -1,0 +1,1 @@
+"""One file per question; configs/ has the presets of the launcher."""

@@ -1,0 +1,1 @@
+"""Entry points with absl flags; the only place that reads flags, signals and the command line."""

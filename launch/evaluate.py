@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from efm_jax.evaluation import evaluate
-from efm_jax.rl.qipo import PHASES, QIPO
+from efm_jax.rl.qipo import QIPO
 from efm_jax.rl.trainer import make_act
 from efm_jax.training.checkpoint import Checkpointer
 from efm_jax.training.metrics import return_rows, write_returns

@@ -28,8 +28,8 @@ def check_environment(env_spec: str, observation_size: int, action_size: int) ->
     def act(observations: np.ndarray, _: int) -> np.ndarray:
         if observations.shape[-1] != observation_size:
             raise ValueError(
-                f"environment {env_id(env_spec)}: expected observations of size {observation_size}, as in the "
-                f"dataset; got {observations.shape[-1]}"
+                f"environment {env_id(env_spec)}: expected observations of size {observation_size}, "
+                f"as in the dataset; got {observations.shape[-1]}"
             )
         return np.zeros((1, 1, action_size), np.float32)
 

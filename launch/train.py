@@ -13,7 +13,6 @@ Exit status: 0 done, 1 failed (a loss that is not finite), 2 bad flags, data or 
 by SIGTERM and saved.
 """
 
-import json
 import pathlib
 import re
 import signal
@@ -21,7 +20,6 @@ import sys
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -107,7 +105,9 @@ def _read_config() -> QIPOConfig:
         raise ValueError(f"--config={path}: no such file")
     config = _CONFIG.value
     if not isinstance(config, QIPOConfig):
-        raise ValueError(f"--config={path}: get_config() must return a QIPOConfig; got {type(config).__name__}")
+        raise ValueError(
+            f"--config={path}: get_config() must return a QIPOConfig; got {type(config).__name__}"
+        )
     return config.validate()
 
 

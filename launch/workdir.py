@@ -41,7 +41,7 @@ class RunInfo:
             num_seeds=num_seeds,
             dataset=dataset.name,
             fingerprint=dataset.fingerprint(),
-            transitions=len(dataset.transitions),
+            transitions=dataset.transitions.size,
             dataset_return=float(dataset.episode_returns.mean()),
             observation_size=dataset.observation_size,
             action_size=dataset.action_size,

@@ -1,0 +1,1 @@
+"""Offline RL: policy, critics, support sets, QIPO and its trainer."""

@@ -49,7 +49,9 @@ class Critic(abc.ABC):
     ) -> tuple[Array, Aux]:
         """This device's share of the mean loss over the global batch; ``aux`` has means over it."""
 
-    def _temporal_difference(self, params: Params, batch: Transitions, next_value: Array) -> tuple[Array, Array]:
+    def _temporal_difference(
+        self, params: Params, batch: Transitions, next_value: Array
+    ) -> tuple[Array, Array]:
         """Squared errors ``[B]``, summed over the ensemble, and Q-values ``[num, B]``."""
         # terminated, not truncated: a timed-out state still has a future.
         target = batch.rewards + self.discount * (1 - batch.terminated) * next_value

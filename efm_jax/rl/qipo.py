@@ -147,7 +147,7 @@ class QIPO:
         index_key, choice_key = jax.random.split(key)
         size = self.config.batch_size
         indices = sample_indices(
-            index_key, size, len(tables.transitions), num_devices=num_devices, axis_name=axis_name
+            index_key, size, tables.transitions.size, num_devices=num_devices, axis_name=axis_name
         )
         if tables.support is None or self.config.estimator == "full":
             return jax.tree.map(lambda leaf: leaf[indices], tables)
@@ -177,7 +177,13 @@ class QIPO:
         return SupportSet(actions, self.critic.q_values(state.critic.average, observations, actions))
 
     def act(
-        self, params: Params, normalizer: Normalizer, key: Array, observations: Array, step: Array, seeds: Array
+        self,
+        params: Params,
+        normalizer: Normalizer,
+        key: Array,
+        observations: Array,
+        step: Array,
+        seeds: Array,
     ) -> Array:
         """Actions ``[E, A]`` in the environment's units for raw observations ``[E, S]``.
 
@@ -193,6 +199,4 @@ def empty_tables(config: QIPOConfig, num_rows: int, action_size: int) -> tuple[A
     """Zeros of the shapes of next actions and support sets, to be filled by blocks."""
     m = config.support_size
     next_actions = jnp.zeros((num_rows, m, action_size))
-    return next_actions, SupportSet(
-        jnp.zeros((num_rows, m + 1, action_size)), jnp.zeros((num_rows, m + 1))
-    )
+    return next_actions, SupportSet(jnp.zeros((num_rows, m + 1, action_size)), jnp.zeros((num_rows, m + 1)))

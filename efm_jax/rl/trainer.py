@@ -68,9 +68,9 @@ class Trainer:
     def __init__(self, config: QIPOConfig, data: Transitions, seeds: Sequence[int]):
         self.config = config
         self._devices = parallel.device_count()
-        check_batch_size(config.batch_size, len(data), self._devices)
+        check_batch_size(config.batch_size, data.size, self._devices)
         self.algorithm = QIPO(config, data.observations.shape[1], data.actions.shape[1])
-        self._num_rows = len(data)
+        self._num_rows = data.size
         self._keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = parallel.replicate(self._keys)
         self._data = parallel.replicate(jax.tree.map(jnp.asarray, data))
@@ -113,7 +113,9 @@ class Trainer:
             start = parallel.over_devices_and_seeds(self.algorithm.start_policy)
             state = start(state)
         periods = (config.log_every, config.checkpoint_every)
-        for begin, end in segments(done, total, *periods, *((config.renew_every, config.eval_every) * policy)):
+        for begin, end in segments(
+            done, total, *periods, *((config.renew_every, config.eval_every) * policy)
+        ):
             if policy and (support is None or begin % config.renew_every == 0):
                 pipe.drain()
                 state, support = self._renew(state, begin, hooks)
@@ -206,7 +208,7 @@ class Trainer:
         return table
 
     def act_fn(self, params: Params, normalizer: Normalizer, episode_seeds: Sequence[int]) -> Callable:
-        """``act(observations [K, E, S], step) -> actions [K, E, A]`` for :func:`efm_jax.evaluation.evaluate`."""
+        """The policy as :func:`efm_jax.evaluation.evaluate` wants it; see :func:`make_act`."""
         return make_act(self.algorithm, self._keys, params, normalizer, episode_seeds)
 
 
@@ -237,7 +239,9 @@ def make_act(
 def check_batch_size(batch_size: int, num_rows: int, devices: int) -> None:
     """Refuse a batch that is larger than the dataset or does not divide over the devices."""
     if batch_size > num_rows:
-        raise ValueError(f"batch_size: expected at most the {num_rows} transitions of the dataset; got {batch_size}")
+        raise ValueError(
+            f"batch_size: expected at most the {num_rows} transitions of the dataset; got {batch_size}"
+        )
     if batch_size % devices:
         below = batch_size // devices * devices
         fitting = f"{below} or {below + devices}" if below else f"{devices}"

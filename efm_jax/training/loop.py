@@ -66,7 +66,8 @@ class MetricsPipe:
         if (first >= 0).any():
             seed = int(np.argmax(first >= 0))
             raise NonFiniteLossError(
-                f"{phase} phase: the loss of seed number {seed} is not finite at step {start + int(first[seed]) + 1}"
+                f"{phase} phase: the loss of seed number {seed} is not finite "
+                f"at step {start + int(first[seed]) + 1}"
             )
         values["steps_per_second"] = np.full(first.shape, (stop - start) / elapsed)
         self._emit(phase, stop, values)

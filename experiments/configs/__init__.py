@@ -1,0 +1,1 @@
+"""Presets of the launcher, each with ``get_config()``."""

@@ -37,7 +37,7 @@ def folders(folder):
 
 def test_whole_default_dataset(folder):
     dataset = load_dataset(BUILTIN_DATASET)
-    assert len(dataset.transitions) == 40_000
+    assert dataset.transitions.size == 40_000
     assert len(dataset.episode_returns) == 200
     returns = dataset.episode_returns
     assert -450 < returns.mean() < -350
@@ -65,7 +65,7 @@ def test_whole_default_dataset(folder):
 def test_recorded_once(quick, monkeypatch):
     builtin.record(num_episodes=2)
     monkeypatch.setattr(builtin, "record", pytest.fail)
-    assert len(load_dataset(BUILTIN_DATASET).transitions) == 400
+    assert load_dataset(BUILTIN_DATASET).transitions.size == 400
 
 
 def test_same_bytes_for_the_same_seed(quick, folder, monkeypatch):
@@ -127,7 +127,7 @@ def test_loser_of_the_race_uses_the_winners(quick, folder, monkeypatch):
 
     monkeypatch.setattr(builtin, "_record", slow)
     builtin.record(seed=0, num_episodes=2)
-    assert len(load_dataset(BUILTIN_DATASET).transitions) == 200
+    assert load_dataset(BUILTIN_DATASET).transitions.size == 200
     assert folders(folder) == ["efm"]
 
 
@@ -146,7 +146,7 @@ def test_killed_recording_is_never_loaded(quick, folder, monkeypatch, stage):
             builtin.record(num_episodes=2)
     assert not (folder / BUILTIN_DATASET).exists()
     builtin.record(num_episodes=1)
-    assert len(load_dataset(BUILTIN_DATASET).transitions) == 200
+    assert load_dataset(BUILTIN_DATASET).transitions.size == 200
 
 
 def test_failed_recording_leaves_nothing(quick, folder, monkeypatch):

@@ -79,7 +79,7 @@ def test_unfinished_episode_counts_when_it_is_the_only_one(tmp_path):
     dataset = load(tmp_path, d4rl_arrays([0, 0, 0], [0, 0, 0]))
     np.testing.assert_array_equal(dataset.episode_returns, [7])
     np.testing.assert_array_equal(dataset.episode_lengths, [3])
-    assert len(dataset.transitions) == 2
+    assert dataset.transitions.size == 2
 
 
 def test_missing_timeouts_come_from_the_step_limit(tmp_path):
@@ -225,7 +225,7 @@ def test_discrete_actions_and_images(tmp_path):
 def test_text_and_odd_flags(tmp_path):
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
     odd = arrays["timeouts"].astype(np.float32)
-    assert len(load(tmp_path, arrays | {"timeouts": odd}).transitions) == 6
+    assert load(tmp_path, arrays | {"timeouts": odd}).transitions.size == 6
     odd[3] = np.nan
     fails(tmp_path, arrays | {"timeouts": odd}, "timeouts[3]", "nan")
     fails(tmp_path, arrays | {"rewards": np.array([b"a"] * 8)}, "rewards", "numbers")
@@ -253,7 +253,7 @@ def test_files_that_are_not_hdf5(tmp_path):
     (tmp_path / "text.hdf5").write_text("not HDF5")
     (tmp_path / "nothing.h5").write_bytes(b"")
     (tmp_path / "folder.h5").mkdir()
-    assert len(load_dataset(good).transitions) == 1000
+    assert load_dataset(good).transitions.size == 1000
     for name in ("cut.hdf5", "text.hdf5", "nothing.h5", "folder.h5", "absent.hdf5", "absent/x.h5"):
         with pytest.raises(DataError) as caught:
             load_dataset(str(tmp_path / name))
@@ -269,7 +269,7 @@ def test_paths_relative_home_and_by_ending(tmp_path, monkeypatch):
     for name in ("a.hdf5", "./a.hdf5", "B.H5", "~/a.hdf5"):
         dataset = load_dataset(name)
         assert dataset.name == name
-        assert len(dataset.transitions) == 2
+        assert dataset.transitions.size == 2
     for name in ("/x/y.csv", "./data", "gs://bucket/data"):
         with pytest.raises(DataError, match=r"\.hdf5"):
             load_dataset(name)
@@ -282,7 +282,7 @@ def test_shared_halfcheetah():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         dataset = load_dataset(str(path))
-    assert len(dataset.transitions) == 100_000 - 100  # every episode times out, with no next observation
+    assert dataset.transitions.size == 100_000 - 100  # every episode times out, with no next observation
     assert len(dataset.episode_returns) == 100
     assert dataset.episode_returns.mean() == pytest.approx(8296, abs=1)
     assert (dataset.observation_size, dataset.action_size) == (17, 6)

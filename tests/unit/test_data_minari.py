@@ -175,7 +175,7 @@ def test_non_finite(folder, value):
         fails("test/bad-v0", f" {name}[{row}]", f"(episode 1, step {row - 3})", str(value))
         with h5py.File(folder / "test/bad-v0/data/main_data.hdf5", "a") as file:
             file[path + key][index] = before
-    assert len(load_dataset("test/bad-v0").transitions) == 6
+    assert load_dataset("test/bad-v0").transitions.size == 6
 
 
 def test_lengths_that_disagree(folder):
@@ -257,8 +257,8 @@ def test_download_that_works(monkeypatch):
         write_minari(name, [episode(2, rows(0, 2))])
 
     monkeypatch.setattr(minari, "download_dataset", download)
-    assert len(load_dataset("far/away-v1").transitions) == 2
-    assert len(load_dataset("far/away-v1").transitions) == 2
+    assert load_dataset("far/away-v1").transitions.size == 2
+    assert load_dataset("far/away-v1").transitions.size == 2
     assert asked == ["far/away-v1"]
 
 
@@ -296,7 +296,7 @@ def test_shared_hopper(monkeypatch):
         pytest.skip(f"no {SHARED_DATA}")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(SHARED_DATA / "minari"))
     dataset = load_dataset("rlzoo/hopper/medium-expert-v0")
-    assert len(dataset.transitions) == 100_475
+    assert dataset.transitions.size == 100_475
     assert len(dataset.episode_returns) == 173
     assert dataset.episode_returns.mean() == pytest.approx(2103, abs=1)
     assert dataset.reference_scores == (-20.272305, 3234.3)

@@ -52,10 +52,11 @@ class Recorder:
         return x, t, (x - ref.mu(t)[..., None] * x0) / ref.sigma(t)[..., None]
 
 
-def recorded(ref, x0, loss, *arguments, field=linear, **options):
-    """(loss, aux, x, t, noise) of one batch loss called with a recording field."""
+def recorded(ref, x0, loss, path, key, *arrays, field=linear, **options):
+    """(loss, aux, x, t, noise) of one batch loss called with a recording field, compiled as one."""
     recorder = Recorder(field)
-    value, aux = loss(recorder, *arguments, **options)
+    run = jax.jit(lambda key, *arrays: loss(recorder, path, key, *arrays, **options))
+    value, aux = run(key, *(jnp.asarray(array) for array in arrays))
     return value, aux, *recorder.seen(ref, x0)
 
 
@@ -105,7 +106,7 @@ def test_cfm_and_dsm_match_numpy(x64, name):
 
 
 @each_path
-@pytest.mark.parametrize("beta", [0.0, 1.0, 7.0])
+@pytest.mark.parametrize("beta", [0.0, 7.0])
 def test_cefm_and_ced_match_numpy(x64, name, beta):
     path, ref = PATHS[name]
     x0, energy, key = normal(2, B, D), normal(3, B), jax.random.key(KEY)
@@ -136,7 +137,7 @@ def test_time_weight_replaces_sigma_squared(x64):
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.5, 30.0])
+@pytest.mark.parametrize("beta", [0.0, 1.5])
 @each_path
 def test_support_losses_match_numpy(x64, name, beta):
     path, ref = PATHS[name]

@@ -65,11 +65,12 @@ def test_coefficients_match_numpy(x64, name, coefficient):
 
 @each_path
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
-@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
-def test_coefficients_keep_the_shape_of_t(name, coefficient, shape):
-    got = getattr(PATHS[name][0], coefficient)(jnp.full(shape, 0.3, jnp.float32))
-    assert got.shape == shape
-    assert got.dtype == jnp.float32
+def test_coefficients_keep_the_shape_of_t(name, coefficient):
+    for shape in [(), (3,), (3, 4)]:
+        function = getattr(PATHS[name][0], coefficient)
+        got = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32))
+        assert got.shape == shape
+        assert got.dtype == jnp.float32
 
 
 @each_path

