@@ -5,6 +5,7 @@ before it on the devices.  What comes next follows from the state's step counter
 run does what an uninterrupted one does.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from efm_jax.rl.qipo import PHASES, QIPO, Purpose, QIPOState, Tables, empty_tabl
 from efm_jax.rl.support import SupportSet, summarize, write_rows
 from efm_jax.training import parallel
 from efm_jax.training.loop import MetricsPipe, segments
+from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk
 from efm_jax.types import Array, Normalizer, Params, Transitions
 
@@ -119,14 +121,15 @@ class Trainer:
             if policy and (support is None or begin % config.renew_every == 0):
                 pipe.drain()
                 state, support = self._renew(state, begin, hooks)
-                pipe.restart_clock()
-            chunk = self._chunk(phase, end - begin)
             tables = {"next_actions": next_actions, "support": support}
-            trained, metrics = chunk(getattr(state, phase), self._device_keys, self._data, tables)
-            state = state.replace(**{phase: trained})
-            if begin == done:
-                pipe.restart_clock()  # the first call has just been compiled
-            pipe.push(phase, begin, end, metrics)
+            inputs = (getattr(state, phase), self._device_keys, self._data, tables)
+            if (phase, end - begin) not in self._chunks:
+                # Compiled ahead of the call, so that steps per second are of steps alone.
+                self._chunks[phase, end - begin] = (
+                    self._make_chunk(phase, end - begin).lower(*inputs).compile()
+                )
+            chunk = functools.partial(self._chunks[phase, end - begin], *inputs)
+            state = state.replace(**{phase: pipe.run(phase, begin, end, chunk)})
             stop = hooks.stop_requested()
             save = stop or end % config.checkpoint_every == 0 or end == total
             evaluate = policy and bool(config.eval_every) and end % config.eval_every == 0 and end < total
@@ -136,27 +139,22 @@ class Trainer:
                     hooks.on_evaluate(end, parallel.first_copy(state.policy.average))
                 if save:
                     hooks.on_checkpoint(parallel.first_copy(state))
-                pipe.restart_clock()
             if stop:
                 raise StoppedError
         return state
 
-    def _chunk(self, phase: str, num_steps: int) -> Callable:
-        if (phase, num_steps) not in self._chunks:
-            step = self.algorithm.step(phase, parallel.DEVICE_AXIS)
+    def _make_chunk(self, phase: str, num_steps: int) -> Callable:
+        def draw_batch(key: Array, tables: Tables) -> Tables:
+            return self.algorithm.draw_batch(
+                key, tables, num_devices=self._devices, axis_name=parallel.DEVICE_AXIS
+            )
 
-            def draw_batch(key: Array, tables: Tables) -> Tables:
-                return self.algorithm.draw_batch(
-                    key, tables, num_devices=self._devices, axis_name=parallel.DEVICE_AXIS
-                )
+        run = make_chunk(self.algorithm.step(phase, parallel.DEVICE_AXIS), draw_batch, num_steps)
 
-            run = make_chunk(step, draw_batch, num_steps)
+        def chunk(state: TrainState, key: Array, data: Transitions, tables: dict[str, Any]) -> tuple:
+            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(data, **tables))
 
-            def chunk(state: Any, key: Array, data: Transitions, tables: dict[str, Any]) -> tuple[Any, dict]:
-                return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(data, **tables))
-
-            self._chunks[phase, num_steps] = parallel.over_devices_and_seeds(chunk, shared=(2,), donate=(0,))
-        return self._chunks[phase, num_steps]
+        return parallel.over_devices_and_seeds(chunk, shared=(2,), donate=(0,))
 
     def _renew(self, state: QIPOState, step: int, hooks: Hooks) -> tuple[QIPOState, SupportSet]:
         """Draw the support sets; between renewals (after a resume) draw the current ones again."""

@@ -1,8 +1,11 @@
 """How a phase is cut into compiled chunks, and how their metrics reach the host without waiting."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from efm_jax.training.parallel import first_copy
@@ -29,6 +32,16 @@ def segments(start: int, stop: int, *periods: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
+@dataclasses.dataclass
+class _Chunk:
+    phase: str
+    start: int
+    stop: int
+    metrics: dict[str, Array]
+    dispatched: float
+    finished: float | None = None
+
+
 class MetricsPipe:
     """Hands a chunk's metrics on while the next chunk already runs, and stops on a non-finite loss.
 
@@ -38,36 +51,42 @@ class MetricsPipe:
 
     def __init__(self, emit: Callable[[str, int, dict[str, np.ndarray]], None]):
         self._emit = emit
-        self._pending: tuple[str, int, int, dict[str, Array]] | None = None
-        self._clock = time.perf_counter()
+        self._pending: _Chunk | None = None
 
-    def restart_clock(self) -> None:
-        """Leave what happened since the last chunk out of the next one's steps per second."""
-        self._clock = time.perf_counter()
-
-    def push(self, phase: str, start: int, stop: int, metrics: dict[str, Array]) -> None:
-        """Take the metrics of a chunk just dispatched; emit those of the one before."""
-        previous, self._pending = self._pending, (phase, start, stop, metrics)
+    def run(
+        self, phase: str, start: int, stop: int, chunk: Callable[[], tuple[Any, dict[str, Array]]]
+    ) -> Any:
+        """Dispatch ``chunk() -> (state, metrics)`` and return its state; emit the chunk before it."""
+        # Waiting first costs one dispatch a chunk and makes every chunk's time its own.
+        self._wait()
+        dispatched = time.perf_counter()
+        state, metrics = chunk()
+        previous, self._pending = self._pending, _Chunk(phase, start, stop, metrics, dispatched)
         self._flush(previous)
+        return state
 
     def drain(self) -> None:
         """Wait for the last chunk and emit its metrics."""
+        self._wait()
         previous, self._pending = self._pending, None
         self._flush(previous)
 
-    def _flush(self, entry: tuple[str, int, int, dict[str, Array]] | None) -> None:
-        if entry is None:
+    def _wait(self) -> None:
+        if self._pending is not None:
+            jax.block_until_ready(self._pending.metrics)
+            self._pending.finished = time.perf_counter()
+
+    def _flush(self, chunk: _Chunk | None) -> None:
+        if chunk is None:
             return
-        phase, start, stop, metrics = entry
-        values = {name: np.asarray(value) for name, value in first_copy(metrics).items()}
-        elapsed = time.perf_counter() - self._clock
-        self._clock = time.perf_counter()
+        values = {name: np.asarray(value) for name, value in first_copy(chunk.metrics).items()}
         first = values.pop("first_nonfinite")
         if (first >= 0).any():
             seed = int(np.argmax(first >= 0))
             raise NonFiniteLossError(
-                f"{phase} phase: the loss of seed number {seed} is not finite "
-                f"at step {start + int(first[seed]) + 1}"
+                f"{chunk.phase} phase: the loss of seed number {seed} is not finite "
+                f"at step {chunk.start + int(first[seed]) + 1}"
             )
-        values["steps_per_second"] = np.full(first.shape, (stop - start) / elapsed)
-        self._emit(phase, stop, values)
+        rate = (chunk.stop - chunk.start) / (chunk.finished - chunk.dispatched)
+        values["steps_per_second"] = np.full(first.shape, rate)
+        self._emit(chunk.phase, chunk.stop, values)

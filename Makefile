@@ -1,0 +1,29 @@
+# make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff.
+PYTHON ?= python3
+BIN := .venv/bin
+NEEDS := requirements.lock requirements.txt setup.py
+
+.PHONY: demo test lint
+
+demo: .venv/.installed
+	$(BIN)/python -m launch.train
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/.installed: $(NEEDS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e .
+	touch $@
+
+.venv/.installed-test: $(NEEDS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[test]'
+	touch $@ .venv/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
