@@ -15,7 +15,7 @@ SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
 
 @dataclasses.dataclass
 class QIPOConfig:
-    """Hyper-parameters of the three stages; the defaults are tuned to nothing but the built-in data."""
+    """Hyper-parameters of the three stages; the defaults fit the built-in data."""
 
     # Policy: behaviour model, then improved policy.
     path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp a score (QIPO-Diff)
@@ -37,11 +37,13 @@ class QIPOConfig:
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
     # Critic.
     critic: str = "softmax_q"
-    critic_hidden_dims: tuple[int, ...] = (128, 128)
-    critic_layer_norm: bool = True
+    critic_hidden_dims: tuple[int, ...] = (64, 64, 64)
+    critic_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
-    discount: float = 0.99
-    polyak: float = 0.005
+    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak steps:
+    # keep critic_steps above a few times their product.
+    discount: float = 0.98
+    polyak: float = 0.02
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql
     # Data and schedule.

@@ -121,6 +121,12 @@ def sampling_pair(request):
     return request.param
 
 
+@pytest.fixture(scope="module", params=[(p, n) for p in PATHS for n in OVER_DEVICES], ids="-".join)
+def device_pair(request):
+    """Name of a path and of a loss that takes an axis name."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _wide_types(x64):
     """64-bit types are on everywhere: float32 must stay float32 by the code's care, not by JAX's limits."""
@@ -134,13 +140,17 @@ def assert_finite(tree):
 # --- losses -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_loss_shape_dtype_finite_gradient_and_no_recompilation(pair, dtype):
-    """New keys, data and guidance scales are data: they must not compile again."""
-    path, loss = pair
-    params, batch, run = make_params(dtype), make_batch(dtype), gradient_of(path, loss)
-    (value, aux), gradient = run(params, jax.random.key(0), batch, 2.0)
-    assert value.shape == ()
+@functools.cache
+def two_seeds_of(path, loss):
+    """The same for two training seeds at once: parameters, keys, batches of their own, in float32."""
+    return jax.jit(jax.vmap(gradient_of(path, loss), in_axes=(0, 0, 0, None)))
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def check_loss_and_gradient(loss, params, value, aux, gradient, dtype):
     assert value.dtype == dtype
     assert isinstance(aux, dict)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
@@ -148,49 +158,54 @@ def test_loss_shape_dtype_finite_gradient_and_no_recompilation(pair, dtype):
     assert all(np.abs(leaf).max() > 0 for name, leaf in gradient.items() if (loss, name) != ("cep", "bias"))
     if loss in WEIGHTED:
         assert aux["ess"].dtype == dtype
+
+
+def test_loss_shape_dtype_finite_gradient_and_no_recompilation(pair):
+    """New keys, data and guidance scales are data: they must not compile again."""
+    params, batch, run = make_params("float64"), make_batch("float64"), gradient_of(*pair)
+    (value, aux), gradient = run(params, jax.random.key(0), batch, 2.0)
+    assert value.shape == ()
+    check_loss_and_gradient(pair[1], params, value, aux, gradient, "float64")
     compiled = run._cache_size()
-    (other, _), _ = run(make_params(dtype, 3), jax.random.key(1), make_batch(dtype, seed=4), 3.0)
+    (other, _), _ = run(make_params("float64", 3), jax.random.key(1), make_batch("float64", seed=4), 3.0)
     assert other != value
     assert run._cache_size() == compiled
 
 
+def test_loss_in_float32_under_vmap(pair):
+    """Seeds stay apart: changing one and the order of both leaves the other's numbers alone."""
+    run, keys = two_seeds_of(*pair), jax.random.split(jax.random.key(0), 3)
+    seeds = [(make_params("float32", i), keys[i], make_batch("float32", seed=10 + i)) for i in range(3)]
+
+    def both(first, second):
+        params, batches = stack(seeds[first][0], seeds[second][0]), stack(seeds[first][2], seeds[second][2])
+        (value, aux), gradient = run(params, keys[np.array([first, second])], batches, 2.0)
+        check_loss_and_gradient(pair[1], params, value, aux, gradient, "float32")
+        return value, gradient
+
+    here, there = both(0, 1), both(2, 0)
+    assert here[0].shape == (2,)
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i, tree in ((0, here), (1, there)))
+    chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-6)
+    assert here[0][1] != there[0][0]
+
+
 def test_loss_survives_extreme_energies(pair):
-    run, params, batch, key = (
-        gradient_of(*pair),
-        make_params("float32"),
-        make_batch("float32"),
-        jax.random.key(0),
-    )
+    """Energies of 1e6 for one seed, infinite ones for the other, in float32."""
+    params, batch = make_params("float32"), make_batch("float32")
     huge = batch | {"energy": 1e6 * batch["energy"], "q_values": 1e6 * batch["q_values"]}
-    assert_finite(run(params, key, huge, 10.0))
     infinite = batch | {
         "energy": batch["energy"].at[0].set(jnp.inf).at[1].set(-jnp.inf),
         "q_values": batch["q_values"].at[:, 0].set(jnp.inf).at[0, 1].set(-jnp.inf),
     }
-    assert_finite(run(params, key, infinite, 10.0))
-
-
-def test_loss_under_vmap(pair):
-    """Two training seeds in one call: parameters, keys and batches of their own."""
-    run = gradient_of(*pair)
-    params = [make_params("float32", seed) for seed in (0, 5)]
-    batches = [make_batch("float32", seed=seed) for seed in (1, 6)]
     keys = jax.random.split(jax.random.key(0))
-
-    def stack(*trees):
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-    mapped = jax.vmap(run, in_axes=(0, 0, 0, None))(stack(*params), keys, stack(*batches), 2.0)
-    alone = stack(*(run(p, k, b, 2.0) for p, k, b in zip(params, keys, batches, strict=True)))
-    chex.assert_trees_all_close(mapped, alone, rtol=1e-4, atol=1e-5)
+    assert_finite(two_seeds_of(*pair)(stack(params, params), keys, stack(huge, infinite), 10.0))
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
-def test_loss_on_four_devices_sums_to_one(devices, pair, how):
-    path, loss = pair
-    if loss not in OVER_DEVICES:
-        pytest.skip("weights within a state, or no axis name in its contract")
-    params, batch, key = make_params("float32"), make_batch("float32"), jax.random.key(3)
+def test_loss_on_four_devices_sums_to_one(devices, device_pair, how):
+    path, loss = device_pair
+    params, batch, key = make_params("float64"), make_batch("float64"), jax.random.key(3)
     (expected, _), expected_gradient = gradient_of(path, loss)(params, key, batch, 2.0)
 
     def share(params, key, shard):
@@ -209,8 +224,8 @@ def test_loss_on_four_devices_sums_to_one(devices, pair, how):
             share, mesh=mesh, in_specs=(same, same, split), out_specs=same, check_vma=False
         )
         value, gradient = jax.jit(mapped)(params, key, batch)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
 
 
 # --- path x loss x solver ---------------------------------------------------------------------------
@@ -220,10 +235,14 @@ def test_loss_on_four_devices_sums_to_one(devices, pair, how):
 def test_one_step_of_training_then_sampling(pair, sampler):
     """The whole chain: gradient, step, noise to samples; the step changes the samples."""
     path, loss = pair
-    params, batch = make_params("float32"), make_batch("float32")
-    _, gradient = gradient_of(path, loss)(params, jax.random.key(0), batch, 2.0)
-    stepped = {name: leaf - 1e-2 * np.tanh(gradient[name]) for name, leaf in params.items()}
-    before, after = (shared_sampler(path, sampler)(p, batch["x0"]) for p in (params, stepped))
+    params, noise = make_params("float32"), make_batch("float32")["x0"]
+    _, gradient = gradient_of(path, loss)(
+        make_params("float64"), jax.random.key(0), make_batch("float64"), 2.0
+    )
+    stepped = {
+        name: np.asarray(leaf - 1e-2 * np.tanh(gradient[name]), np.float32) for name, leaf in params.items()
+    }
+    before, after = (shared_sampler(path, sampler)(p, noise) for p in (params, stepped))
     assert after.shape == (B, D)
     assert_finite(after)
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-6
@@ -232,34 +251,42 @@ def test_one_step_of_training_then_sampling(pair, sampler):
 # --- samplers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_sampler_shape_dtype_and_no_recompilation(sampling_pair, dtype):
-    params, noise, run = make_params(dtype), make_batch(dtype)["x0"], sampler_of(*sampling_pair)
+def test_sampler_in_float32_and_no_recompilation(sampling_pair):
+    params, noise, run = make_params("float32"), make_batch("float32")["x0"], sampler_of(*sampling_pair)
     samples = run(params, noise)
     assert samples.shape == noise.shape
-    assert samples.dtype == dtype
+    assert samples.dtype == jnp.float32
     assert_finite(samples)
     assert np.abs(np.asarray(samples) - np.asarray(noise)).max() > 1e-3
     compiled = run._cache_size()
-    run(make_params(dtype, 9), -noise)
+    run(make_params("float32", 9), -noise)
     assert run._cache_size() == compiled
 
 
-def test_sampler_differentiates(sampling_pair):
-    run, noise = sampler_of(*sampling_pair), make_batch("float32")["x0"]
-    gradient = jax.jit(jax.grad(lambda params: (run(params, noise) ** 2).sum()))(make_params("float32"))
+def test_sampler_in_float64_with_its_gradient(sampling_pair):
+    sampler, noise = sampler_of(*sampling_pair), make_batch("float64")["x0"]
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def run(params):
+        samples = sampler(params, noise)
+        return (samples**2).sum(), samples
+
+    gradient, samples = run(make_params("float64"))
+    assert samples.dtype == jnp.float64
+    narrow = sampler(make_params("float32"), make_batch("float32")["x0"])
+    np.testing.assert_allclose(samples, narrow, rtol=1e-2, atol=1e-2)
     assert_finite(gradient)
     assert np.abs(gradient["bias"]).max() > 0
 
 
-def test_sampler_under_vmap_and_pmap(devices, sampling_pair):
+def test_sampler_under_pmap_of_vmap(devices, sampling_pair):
     run, params = sampler_of(*sampling_pair), make_params("float32")
-    batches = make_batch("float32", 4 * B)["x0"].reshape(4, B, D)
-    alone = np.stack([run(params, batch) for batch in batches])
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if sampling_pair[1] == "dopri5" else {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(jax.vmap(run, in_axes=(None, 0))(params, batches), alone, **tolerance)
-    mapped = jax.pmap(run, in_axes=(None, 0), devices=devices)(params, batches)
-    np.testing.assert_allclose(mapped, alone, **tolerance)
+    batches = make_batch("float32", 8 * B)["x0"].reshape(4, 2, B, D)
+    alone = np.stack([[run(params, batch) for batch in pair] for pair in batches])
+    mapped = jax.pmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(None, 0), devices=devices)(params, batches)
+    tolerance = 1e-2 if sampling_pair[1] == "dopri5" else 1e-4
+    np.testing.assert_allclose(mapped, alone, rtol=tolerance, atol=tolerance)
 
 
 # --- paths ------------------------------------------------------------------------------------------

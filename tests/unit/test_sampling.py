@@ -43,6 +43,31 @@ def score_of(path):
     return score
 
 
+def halves(array):
+    """float64 as two float32: callbacks run on threads that may not have 64-bit types enabled."""
+    high = array.astype(jnp.float32)
+    return high, (array - high.astype(array.dtype)).astype(jnp.float32)
+
+
+def whole(high, low):
+    return np.asarray(high, np.float64) + np.asarray(low, np.float64)
+
+
+def recorded_calls(path, **options):
+    """(x, t) of every call that `sample_dpmpp` makes of the exact score, in order."""
+    calls = []
+
+    def score(x, t):
+        jax.debug.callback(
+            lambda x, t: calls.append((whole(*x), whole(*t))), halves(x), halves(t), ordered=True
+        )
+        return score_of(path)(x, t)
+
+    sample_dpmpp(score, path, jnp.asarray(NOISE), **options)
+    jax.effects_barrier()
+    return calls
+
+
 def dpmpp(path, order, num_steps, noise=NOISE):
     return np.asarray(
         sample_dpmpp(score_of(path), path, jnp.asarray(noise), num_steps=num_steps, order=order)
@@ -76,15 +101,8 @@ def test_dopri5_reaches_the_closed_form_flow_and_dpmpp_agrees(x64, name):
 def test_dpmpp_reaches_the_closed_form_flow(x64, name):
     """Few steps come close, more steps closer at the rate of the order, and order 2 beats order 1."""
     path, ref = PATHS[name]
-    times, steps = [], np.array([15, 30, 60])
-
-    def watched(x, t):
-        jax.debug.callback(lambda t: times.append(np.array(t)), t)
-        return score_of(path)(x, t)
-
-    sample_dpmpp(watched, path, jnp.asarray(NOISE), num_steps=1)
-    jax.effects_barrier()
-    start = np.asarray(max(t[0] for t in times))  # it may start a little before pure noise
+    steps = np.array([15, 30, 60])
+    start = recorded_calls(path, num_steps=1)[0][1][0]  # it may start a little before pure noise
     assert 0.99 < start <= 1.0
     from_start = gaussian.flow_map(ref, NOISE, start, np.asarray(0.0), MEAN, SCALE)
     results = {(order, int(n)): dpmpp(path, order, int(n)) for order in (1, 2) for n in steps}
@@ -104,14 +122,7 @@ def test_dpmpp_reaches_the_closed_form_flow(x64, name):
 def test_dpmpp_steps_match_numpy(x64, name, order):
     """Every recorded step, but the last, is the published update between the times the sampler chose."""
     path, ref = PATHS[name]
-    calls, plain = [], score_of(path)
-
-    def score(x, t):
-        jax.debug.callback(lambda x, t: calls.append((np.array(x), np.array(t))), x, t, ordered=True)
-        return plain(x, t)
-
-    sample_dpmpp(score, path, jnp.asarray(NOISE), num_steps=8, order=order)
-    jax.effects_barrier()
+    calls = recorded_calls(path, num_steps=8, order=order)
     assert len(calls) in (7, 8, 9)  # one evaluation a step
     x = [call[0] for call in calls]
     t = [call[1][0] for call in calls]
