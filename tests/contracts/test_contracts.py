@@ -121,9 +121,13 @@ def sampling_pair(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=[(p, n) for p in PATHS for n in OVER_DEVICES], ids="-".join)
-def device_pair(request):
-    """Name of a path and of a loss that takes an axis name."""
+ON_DEVICES = [(p, n, "pmap") for p in PATHS for n in OVER_DEVICES]
+ON_DEVICES += [("ot", n, "shard_map") for n in OVER_DEVICES]  # how an axis is mapped does not touch the path
+
+
+@pytest.fixture(scope="module", params=ON_DEVICES, ids="-".join)
+def on_devices(request):
+    """Names of a path, of a loss that takes an axis name, and of what maps the axis."""
     return request.param
 
 
@@ -202,9 +206,8 @@ def test_loss_survives_extreme_energies(pair):
     assert_finite(two_seeds_of(*pair)(stack(params, params), keys, stack(huge, infinite), 10.0))
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map"])
-def test_loss_on_four_devices_sums_to_one(devices, device_pair, how):
-    path, loss = device_pair
+def test_loss_on_four_devices_sums_to_one(devices, on_devices):
+    path, loss, how = on_devices
     params, batch, key = make_params("float64"), make_batch("float64"), jax.random.key(3)
     (expected, _), expected_gradient = gradient_of(path, loss)(params, key, batch, 2.0)
 

@@ -120,6 +120,7 @@ def test_velocity_differentiates_in_x(x64, name):
     x, t, data, log_weights = problem(23)
     direction, h = normal(9, B, D), 1e-6
 
+    @jax.jit
     def field(x):
         return exact.velocity(path, x, jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
 
@@ -138,14 +139,16 @@ def test_classifier_guidance_is_exact_only_at_zero_and_one(x64, name):
     path, _ = PATHS[name]
     x, t, data, energy = (jnp.asarray(a) for a in problem(7))
     probability = jnp.exp(-jnp.abs(energy))
-    for beta in (0.0, 1.0):
+
+    @jax.jit
+    def both(beta):
         guided = exact.score(path, x, t, data, beta * jnp.log(probability))
-        np.testing.assert_allclose(
-            exact.cg_score(path, x, t, data, probability, beta), guided, rtol=1e-8, atol=1e-9
-        )
-    guided = exact.score(path, x, t, data, 3.0 * jnp.log(probability))
-    difference = np.abs(exact.cg_score(path, x, t, data, probability, 3.0) - guided)
-    assert difference[:3].max() > 1e-3
+        return exact.cg_score(path, x, t, data, probability, beta), guided
+
+    for beta in (0.0, 1.0):
+        np.testing.assert_allclose(*both(beta), rtol=1e-8, atol=1e-9)
+    classifier, guided = both(3.0)
+    assert np.abs(classifier - guided)[:3].max() > 1e-3
 
 
 @each_path
@@ -174,7 +177,7 @@ def test_float32_near_zero(name):
 
 
 @each_path
-@pytest.mark.parametrize("time", [1e-5, 1e-3, 0.05])
+@pytest.mark.parametrize("time", [1e-5, 0.05])
 def test_float32_energy_keeps_its_digits(name, time):
     """Two logarithms of sums of size 1 / sigma^2 must not be subtracted from each other."""
     path, ref = PATHS[name]
@@ -184,7 +187,7 @@ def test_float32_energy_keeps_its_digits(name, time):
         np.full(B, time, np.float32),
         np.arange(7, dtype=np.float32),
     )
-    got = exact.intermediate_energy(path, x, t, data, energy, 2.0)
+    got = jax.jit(lambda x, t: exact.intermediate_energy(path, x, t, data, energy, 2.0))(x, t)
     wide = [a.astype(np.float64) for a in (x, t, data, energy)]
     np.testing.assert_allclose(got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3)
 

@@ -101,7 +101,7 @@ def test_dopri5_reaches_the_closed_form_flow_and_dpmpp_agrees(x64, name):
 def test_dpmpp_reaches_the_closed_form_flow(x64, name):
     """Few steps come close, more steps closer at the rate of the order, and order 2 beats order 1."""
     path, ref = PATHS[name]
-    steps = np.array([15, 30, 60])
+    steps = np.array([15, 60])
     start = recorded_calls(path, num_steps=1)[0][1][0]  # it may start a little before pure noise
     assert 0.99 < start <= 1.0
     from_start = gaussian.flow_map(ref, NOISE, start, np.asarray(0.0), MEAN, SCALE)
