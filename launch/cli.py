@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import app, flags, logging
 
@@ -26,27 +26,36 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def run(main: Callable[[list[str]], int]) -> None:
-    """Parse flags, call ``main`` and exit with its status."""
+def run(main: Callable[[list[str]], int], defaults: Mapping[str, str] | None = None) -> None:
+    """Parse flags, call ``main`` and exit with its status.
+
+    Args:
+      main: takes what is left of the command line, returns the exit status.
+      defaults: values of flags that are parsed as if they had been given.  ml_collections reads a default
+        of its own while the flag is being defined, where a bad override could not be caught.
+    """
     logging.set_verbosity(logging.ERROR)
     # Libraries' deprecation notices are for us, not for a user of the launcher.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    app.run(_guard(main), flags_parser=_parse)
+    app.run(_guard(main), flags_parser=lambda argv: _parse(argv, defaults or {}))
 
 
-def _parse(argv: list[str]) -> list[str]:
-    if any(arg in ("-h", "--h") for arg in argv[1:]):
-        argv = [argv[0], "--help"]
+def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
+    if any(arg in ("-h", "--h", "-help", "--help") for arg in argv[1:]):
+        sys.stdout.write(_help())
+        sys.exit(0)
+    missing = [
+        f"--{name}={value}"
+        for name, value in defaults.items()
+        if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
+    ]
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([argv[0], *missing, *argv[1:]])
     # ml_collections raises KeyError or AttributeError for a field that the configuration lacks.
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         _complain(error)
         sys.exit(EXIT_USAGE)
-    if flags.FLAGS["help"].value:
-        sys.stdout.write(_help())
-        sys.exit(0)
     if len(rest) > 1:
         _complain(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         sys.exit(EXIT_USAGE)
@@ -54,9 +63,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    """The entry point's own documentation and flags; absl's helpfull lists the libraries' too."""
-    module = sys.modules["__main__"]
-    return f"{module.__doc__.strip()}\n\nFlags:\n{flags.FLAGS.main_module_help().split(':', 2)[-1].strip()}\n"
+    """The entry point's own documentation and flags; --helpfull lists the libraries' too."""
+    documentation = sys.modules["__main__"].__doc__.strip()
+    own_flags = flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]  # without the module's path
+    return f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
 
 
 def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:

@@ -39,13 +39,15 @@ from efm_jax.types import Normalizer, Params
 from launch import cli, evaluation
 from launch.workdir import CHECKPOINTS, RunInfo
 
-_PRESETS = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "configs"
+_DEFAULT_PRESET = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "configs" / "qipo_ot.py"
 # Under this many effective actions a state's target is all but one action: beta is too large to trust.
 _LEAST_ESS = 1.5
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, "Built-in dataset, Minari id or D4RL .hdf5 file.")
 _ENV = flags.DEFINE_string("env", None, "Gymnasium id to evaluate in, instead of the one the dataset names.")
-_CONFIG = config_flags.DEFINE_config_file("config", str(_PRESETS / "qipo_ot.py"), "Preset, a .py file.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, f"Preset, a .py file; by default {_DEFAULT_PRESET.name}."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; by default runs/ALGORITHM-DATASET-SEED.")
 _SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", lower_bound=0)
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1)
@@ -237,4 +239,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, {"config": str(_DEFAULT_PRESET)})

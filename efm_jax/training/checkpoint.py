@@ -55,20 +55,21 @@ class Checkpointer:
         Raises:
           CheckpointError: if there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[int] = []
         problem = ""
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 tree = self._read(step, template)
             # Damage shows as whatever the reader of the damaged part raises.
             except Exception as error:
                 problem = f"checkpoint {self._directory / str(step)} cannot be read: {_first_line(error)}"
                 self._report(problem)
-                if discard:
-                    self._manager.delete(step)
+                damaged.append(step)
                 continue
+            for newer in damaged if discard else ():
+                self._manager.delete(newer)
             return step, tree
-        if steps:
+        if damaged:
             raise CheckpointError(problem)
         return None
 
