@@ -54,7 +54,7 @@ def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: A
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    _, mean = _stream(path, x, t, data, _check(x, t, data, log_weights))
+    _, mean, _ = _stream(path, x, t, data, _check(x, t, data, log_weights))
     return path.velocity_from_x0(mean, x, t)
 
 
@@ -63,7 +63,7 @@ def score(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Arra
 
     Reference: Zhang et al. 2025, Lemma 4.10.
     """
-    _, mean = _stream(path, x, t, data, _check(x, t, data, log_weights))
+    _, mean, _ = _stream(path, x, t, data, _check(x, t, data, log_weights))
     return path.score_from_x0(mean, x, t)
 
 
@@ -83,8 +83,11 @@ def intermediate_energy(
     Reference: Zhang et al. 2025, Thm 4.1.
     """
     log_weights = _check(x, t, data, -beta * energy)
-    log_total, _ = _stream(path, x, t, data, jnp.zeros_like(log_weights))
-    log_guided, _ = _stream(path, x, t, data, log_weights)
+    plain = jnp.zeros_like(log_weights)
+    # Both sums relative to the nearest point: else two numbers of size 1 / sigma^2 cancel.
+    nearest = lax.stop_gradient(_stream(path, x, t, data, plain)[2])
+    log_total = _stream(path, x, t, data, plain, nearest)[0]
+    log_guided = _stream(path, x, t, data, log_weights, nearest)[0]
     return log_total - log_guided
 
 
@@ -121,16 +124,20 @@ def _check(x: Array, t: Array, data: Array, log_weights: Array | None) -> Array:
     return jnp.asarray(log_weights)
 
 
-def _logits(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> Array:
-    """``l_i - d_i``: ``[B, n]``."""
+def _logits(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, peak: Array | float = 0.0
+) -> Array:
+    """``l_i + (-d_i - peak)``: ``[B, n]``."""
     # Differences, not the expanded square: at small sigma the expansion cancels.
     squared = jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
     variance = jnp.maximum(path.std(t) ** 2, _LEAST_VARIANCE)
-    return log_weights - squared / (2 * variance[:, None])
+    return log_weights + (-squared / (2 * variance[:, None]) - jnp.asarray(peak, squared.dtype)[..., None])
 
 
-def _stream(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> tuple[Array, Array]:
-    """``logsumexp_i(l_i - d_i)``, ``[B]``, and ``x_hat0``, ``[B, d]``."""
+def _stream(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, shift: Array | float = 0.0
+) -> tuple[Array, Array, Array]:
+    """``logsumexp_i(l_i - d_i - shift)``, ``[B]``, ``x_hat0``, ``[B, d]``, and the largest logit, ``[B]``."""
     n, d = data.shape
     block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
     blocks = -(-n // block)
@@ -141,7 +148,7 @@ def _stream(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Ar
     def accumulate(carry: tuple[Array, Array, Array], xs: tuple[Array, Array]) -> tuple[tuple, None]:
         peak, total, weighted = carry
         data_block, weight_block = xs
-        logits = _logits(path, x, t, data_block, weight_block)
+        logits = _logits(path, x, t, data_block, weight_block, shift)
         new_peak = jnp.maximum(peak, logits.max(-1))
         # While every weight so far is 0 the peak is -inf, and -inf - -inf is undefined.
         base = jnp.where(jnp.isneginf(new_peak), 0, new_peak)
@@ -157,4 +164,4 @@ def _stream(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Ar
         jnp.zeros((x.shape[0], d), dtype),
     )
     (peak, total, weighted), _ = lax.scan(accumulate, start, (data_blocks, weight_blocks))
-    return peak + jnp.log(total), weighted / total[:, None]
+    return peak + jnp.log(total), weighted / total[:, None], peak

@@ -39,6 +39,12 @@ def fourier_features(t: Array, size: int) -> Array:
     return jnp.stack(features, axis=-1)
 
 
+def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
+    checks.check_choice("activation", activation, ACTIVATIONS)
+    if not hidden_dims:
+        raise ValueError("hidden_dims: expected at least one hidden layer; got none")
+
+
 class JointDense(nn.Module):
     """A dense layer on the concatenation of its inputs, without concatenating (or broadcasting) them."""
 
@@ -66,9 +72,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
-        checks.check_choice("activation", self.activation, ACTIVATIONS)
-        if not self.hidden_dims:
-            raise ValueError("hidden_dims: expected at least one hidden layer; got none")
+        _check_options(self.hidden_dims, self.activation)
         x = JointDense(self.hidden_dims[0])(*inputs)
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
             x = nn.LayerNorm()(x) if self.layer_norm else x
@@ -119,7 +123,7 @@ class UNetField(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
-        checks.check_choice("activation", self.activation, ACTIVATIONS)
+        _check_options(self.hidden_dims, self.activation)
         activation = ACTIVATIONS[self.activation]
         inputs = [fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
         embedding = activation(JointDense(self.hidden_dims[-1], name="embedding")(*inputs))

@@ -80,11 +80,12 @@ def _solve(
 ) -> Any:
     if solver != "dopri5":
         return integrate(f, y0, t_start, t_end, solver=solver, num_steps=num_steps)
+    dtype = jnp.result_type(*jax.tree.leaves(y0))
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, _: f(t, y)),
         diffrax.Dopri5(),
-        t0=t_start,
-        t1=t_end,
+        t0=jnp.asarray(t_start, dtype),
+        t1=jnp.asarray(t_end, dtype),
         dt0=None,
         y0=y0,
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_largest),

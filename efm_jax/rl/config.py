@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 from efm_jax import checks
+from efm_jax.data import REWARD_TRANSFORMS
 from efm_jax.networks import ACTIVATIONS, FIELDS
 from efm_jax.paths import PATHS
 from efm_jax.sampling import SAMPLE_SOLVERS
@@ -72,6 +73,7 @@ class QIPOConfig:
             ("solver", SOLVERS),
             ("critic", CRITICS),
             ("estimator", ESTIMATORS),
+            ("reward_transform", REWARD_TRANSFORMS),
         ):
             checks.check_choice(name, getattr(self, name), choices)
         for name in (
