@@ -44,7 +44,8 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
       [[0.5, 0.5]]
     """
     log_weights = _check(x, t, data, log_weights)
-    return jax.nn.softmax(_logits(path, x, t, data, log_weights), axis=-1)
+    nearest = _nearest(path, x, t, data)
+    return jax.nn.softmax(_logits(path, x, t, data, log_weights, nearest), axis=-1)
 
 
 def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
@@ -54,7 +55,8 @@ def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: A
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    _, mean, _ = _stream(path, x, t, data, _check(x, t, data, log_weights))
+    log_weights = _check(x, t, data, log_weights)
+    _, mean = _stream(path, x, t, data, log_weights, _nearest(path, x, t, data))
     return path.velocity_from_x0(mean, x, t)
 
 
@@ -63,7 +65,8 @@ def score(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Arra
 
     Reference: Zhang et al. 2025, Lemma 4.10.
     """
-    _, mean, _ = _stream(path, x, t, data, _check(x, t, data, log_weights))
+    log_weights = _check(x, t, data, log_weights)
+    _, mean = _stream(path, x, t, data, log_weights, _nearest(path, x, t, data))
     return path.score_from_x0(mean, x, t)
 
 
@@ -83,11 +86,9 @@ def intermediate_energy(
     Reference: Zhang et al. 2025, Thm 4.1.
     """
     log_weights = _check(x, t, data, -beta * energy)
-    plain = jnp.zeros_like(log_weights)
-    # Both sums relative to the nearest point: else two numbers of size 1 / sigma^2 cancel.
-    nearest = lax.stop_gradient(_stream(path, x, t, data, plain)[2])
-    log_total = _stream(path, x, t, data, plain, nearest)[0]
-    log_guided = _stream(path, x, t, data, log_weights, nearest)[0]
+    nearest = _nearest(path, x, t, data)
+    log_total, _ = _stream(path, x, t, data, jnp.zeros_like(log_weights), nearest)
+    log_guided, _ = _stream(path, x, t, data, log_weights, nearest)
     return log_total - log_guided
 
 
@@ -124,31 +125,53 @@ def _check(x: Array, t: Array, data: Array, log_weights: Array | None) -> Array:
     return jnp.asarray(log_weights)
 
 
-def _logits(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, peak: Array | float = 0.0
-) -> Array:
-    """``l_i + (-d_i - peak)``: ``[B, n]``."""
+def _blocks(x: Array, data: Array, *columns: Array) -> tuple[Array, ...]:
+    """The data and columns ``[n]`` beside it as ``[blocks, block, ...]``, columns padded with -inf."""
+    n, d = data.shape
+    block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
+    padding = -n % block
+    # Repeating a point changes no minimum, and -inf leaves it out of every sum.
+    data = jnp.concatenate([data, jnp.broadcast_to(data[:1], (padding, d))]).reshape(-1, block, d)
+    padded = (jnp.pad(column, (0, padding), constant_values=-jnp.inf) for column in columns)
+    return data, *(column.reshape(-1, block) for column in padded)
+
+
+def _squared_distance(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
+    """``||x - mu_t x_i||^2``: ``[B, n]``."""
     # Differences, not the expanded square: at small sigma the expansion cancels.
-    squared = jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
+    return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
+
+
+def _nearest(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
+    """The least squared distance, ``[B]``.
+
+    Distances are counted from it: at small sigma ``d_i`` is of size ``1 / sigma^2``, and adding a log-weight
+    to it, or taking the difference of two sums of them, would lose every digit.
+    """
+
+    def least(carry: Array, block: tuple[Array]) -> tuple[Array, None]:
+        return jnp.minimum(carry, _squared_distance(path, x, t, block[0]).min(-1)), None
+
+    start = jnp.full(x.shape[0], jnp.inf, jnp.result_type(x, data))
+    return lax.stop_gradient(lax.scan(least, start, _blocks(x, data))[0])
+
+
+def _logits(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array) -> Array:
+    """``l_i - (d_i - d_nearest)``: ``[B, n]``."""
+    further = _squared_distance(path, x, t, data) - nearest[:, None]
     variance = jnp.maximum(path.std(t) ** 2, _LEAST_VARIANCE)
-    return log_weights + (-squared / (2 * variance[:, None]) - jnp.asarray(peak, squared.dtype)[..., None])
+    return log_weights - further / (2 * variance[:, None])
 
 
 def _stream(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, shift: Array | float = 0.0
-) -> tuple[Array, Array, Array]:
-    """``logsumexp_i(l_i - d_i - shift)``, ``[B]``, ``x_hat0``, ``[B, d]``, and the largest logit, ``[B]``."""
-    n, d = data.shape
-    block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
-    blocks = -(-n // block)
-    padding = blocks * block - n
-    data_blocks = jnp.pad(data, ((0, padding), (0, 0))).reshape(blocks, block, d)
-    weight_blocks = jnp.pad(log_weights, (0, padding), constant_values=-jnp.inf).reshape(blocks, block)
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array
+) -> tuple[Array, Array]:
+    """``logsumexp_i(l_i - d_i) + d_nearest``, ``[B]``, and ``x_hat0``, ``[B, d]``."""
 
-    def accumulate(carry: tuple[Array, Array, Array], xs: tuple[Array, Array]) -> tuple[tuple, None]:
+    def accumulate(carry: tuple[Array, Array, Array], block: tuple[Array, Array]) -> tuple[tuple, None]:
         peak, total, weighted = carry
-        data_block, weight_block = xs
-        logits = _logits(path, x, t, data_block, weight_block, shift)
+        data_block, weight_block = block
+        logits = _logits(path, x, t, data_block, weight_block, nearest)
         new_peak = jnp.maximum(peak, logits.max(-1))
         # While every weight so far is 0 the peak is -inf, and -inf - -inf is undefined.
         base = jnp.where(jnp.isneginf(new_peak), 0, new_peak)
@@ -158,10 +181,7 @@ def _stream(
         return (new_peak, total, weighted), None
 
     dtype = jnp.result_type(x, data)
-    start = (
-        jnp.full(x.shape[0], -jnp.inf, dtype),
-        jnp.zeros(x.shape[0], dtype),
-        jnp.zeros((x.shape[0], d), dtype),
-    )
-    (peak, total, weighted), _ = lax.scan(accumulate, start, (data_blocks, weight_blocks))
-    return peak + jnp.log(total), weighted / total[:, None], peak
+    batch, d = x.shape
+    start = (jnp.full(batch, -jnp.inf, dtype), jnp.zeros(batch, dtype), jnp.zeros((batch, d), dtype))
+    (peak, total, weighted), _ = lax.scan(accumulate, start, _blocks(x, data, log_weights))
+    return peak + jnp.log(total), weighted / total[:, None]
