@@ -172,7 +172,8 @@ def _stream(
         peak, total, weighted = carry
         data_block, weight_block = block
         logits = _logits(path, x, t, data_block, weight_block, nearest)
-        new_peak = jnp.maximum(peak, logits.max(-1))
+        # The peak only scales; it cancels in value, so it needs no gradient.
+        new_peak = lax.stop_gradient(jnp.maximum(peak, logits.max(-1)))
         # While every weight so far is 0 the peak is -inf, and -inf - -inf is undefined.
         base = jnp.where(jnp.isneginf(new_peak), 0, new_peak)
         decay, terms = jnp.exp(peak - base), jnp.exp(logits - base[:, None])
