@@ -52,8 +52,8 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
     ]
     try:
         rest = flags.FLAGS([argv[0], *missing, *argv[1:]])
-    # ml_collections raises KeyError or AttributeError for a field that the configuration lacks.
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    # Parsing also runs the configuration file, which is the user's code and may raise anything.
+    except Exception as error:
         _complain(error)
         sys.exit(EXIT_USAGE)
     if len(rest) > 1:

@@ -36,7 +36,7 @@ class Hooks(Protocol):
         """``done`` of ``total`` rows of the next-action table or a support set are drawn."""
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
-        """The support set was renewed; its statistics, ``[K]`` each."""
+        """The support set of the renewal at ``step`` was drawn (after a resume: again); ``[K]`` each."""
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         """Means over the chunk that ended at ``step``, ``[K]`` each."""
@@ -167,9 +167,8 @@ class Trainer:
 
         _, empty = empty_tables(self.config, self._num_rows, self.algorithm.action_size)
         support = self._fill(f"support set {renewal + 1}", empty, rows, state, hooks)
-        if offset == 0:
-            summary = jax.vmap(lambda table: summarize(table, self.config.beta))(parallel.first_copy(support))
-            hooks.on_renewal(step, jax.tree.map(np.asarray, summary))
+        summary = jax.vmap(lambda table: summarize(table, self.config.beta))(parallel.first_copy(support))
+        hooks.on_renewal(step - offset, jax.tree.map(np.asarray, summary))
         return state, support
 
     def _next_actions(self, state: QIPOState, hooks: Hooks) -> Array:

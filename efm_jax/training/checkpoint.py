@@ -74,13 +74,15 @@ class Checkpointer:
         return None
 
     def _read(self, step: int, template: Any) -> Any:
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(np.asarray, template)), meta=ocp.args.JsonRestore()
-        )
+        template = jax.tree.map(np.asarray, template)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         tree = jax.tree.map(np.asarray, restored["state"])
         if _digest(tree) != restored["meta"]["digest"]:
             raise ValueError("its arrays do not match their digest")
+        wanted, found = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (template, tree))
+        if wanted != found:
+            raise ValueError("its arrays have other shapes or types than this configuration")
         return tree
 
     def close(self) -> None:

@@ -78,8 +78,8 @@ def make_chunk(
     Returns:
       ``(state, key, tables) -> (state, metrics)``.  Step i uses ``fold_in(key, i)`` with i counted
       from the start of training, so chunks of any length draw the same batches.  Metrics are means
-      over the chunk, and ``first_nonfinite`` is the offset of the first step with a loss that is not
-      finite, or -1.
+      over the chunk, and ``first_nonfinite`` is the offset of the first step whose loss or gradient
+      is not finite, or -1.
     """
 
     def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
@@ -88,7 +88,8 @@ def make_chunk(
             return step(state, loss_key, draw_batch(batch_key, tables))
 
         state, history = lax.scan(body, state, length=num_steps)
-        bad = ~jnp.isfinite(history["loss"])
+        # A gradient that is not finite spoils the parameters one step before the loss shows it.
+        bad = ~jnp.isfinite(history["loss"] + history["grad_norm"])
         first = jnp.where(bad.any(), jnp.argmax(bad), -1)
         return state, {**jax.tree.map(lambda x: x.mean(), history), "first_nonfinite": first}
 

@@ -1,7 +1,7 @@
 """MuJoCo locomotion (Hopper, HalfCheetah, Walker2d, Ant) on a small machine: about 15 minutes on 2 cores.
 
-Larger networks, D4RL's reward scale, implicit Q-learning, and the resampled estimator, whose steps cost no more
-than a behaviour step.  QIPO-Diff: --config.path=vp --config.solver=dpmpp.
+Larger networks, D4RL's reward scale, implicit Q-learning, and the resampled estimator, whose steps
+cost no more than a behaviour step.  QIPO-Diff: --config.path=vp --config.solver=dpmpp.
 """
 
 from efm_jax.rl.config import QIPOConfig

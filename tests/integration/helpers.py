@@ -1,0 +1,158 @@
+"""Runs the entry points as real processes, without paying for their imports each time.
+
+A *zygote* process imports what the entry points import, without starting JAX's backend, and forks a
+child for each command; the child executes `python -m launch.NAME ARGS` from there. Run as a module
+(`python -m tests.integration.helpers`) this file is that zygote: it reads one JSON request a line from
+its standard input, `{"module", "args", "env", "out", "err"}`, and answers with the child's pid; the child
+writes its exit status into `err + ".status"`.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Lines of libraries that a user may see, and that say nothing about the run.
+HARMLESS = ()
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def line(self):
+        """The last line of the output, as JSON."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+    @property
+    def complaints(self):
+        """Lines of the error output."""
+        return [line for line in self.err.splitlines() if line.strip() and not line.startswith(HARMLESS)]
+
+
+class Process:
+    """A child of the zygote."""
+
+    def __init__(self, pid, out, err):
+        self.pid, self._out, self._err = pid, out, err
+
+    @property
+    def running(self):
+        return not Path(f"{self._err}.status").exists()
+
+    def send(self, number):
+        if self.running:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout=240.0):
+        end = time.monotonic() + timeout
+        status = Path(f"{self._err}.status")
+        while not status.exists():
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f"still running after {timeout} s: {self._err.read_text()[-2000:]}")
+            time.sleep(0.02)
+        return Result(int(status.read_text()), self._out.read_text(), self._err.read_text())
+
+
+class Launcher:
+    """Starts entry points; `folder` is where the outputs of every process go."""
+
+    def __init__(self, folder):
+        self._folder, self._count = Path(folder), 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {
+            "MINARI_DATASETS_PATH": str(self._folder / "minari"),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            # Every process compiles the same few programs.
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.helpers"],
+            cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self, module, *args, env=None):
+        """Start `python -m launch.MODULE ARGS`."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
+        request = {"module": module, "args": [str(a) for a in args], "env": env or {}}
+        self._zygote.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
+        self._zygote.stdin.flush()
+        return Process(int(self._zygote.stdout.readline()), out, err)
+
+    def run(self, module, *args, env=None):
+        """Start it and wait for its end."""
+        return self.start(module, *args, env=env).wait()
+
+    def close(self):
+        self._zygote.stdin.close()
+        self._zygote.wait(30)
+
+
+def _zygote():
+    # Everything heavy that the entry points import; not the entry points, which define flags.
+    for module in (
+        "minari", "efm_jax.data", "efm_jax.rl.trainer", "efm_jax.training.checkpoint",
+        "efm_jax.training.metrics", "efm_jax.training.plots", "launch.cli", "launch.evaluation",
+    ):  # fmt: skip
+        importlib.import_module(module)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        ready, reply = os.pipe()
+        if os.fork() == 0:
+            # A keeper, which outlives a killed child to write down how it ended.
+            pid = os.fork()
+            if pid == 0:
+                _become(request)
+            os.write(reply, str(pid).encode())
+            os.close(reply)
+            _, status = os.waitpid(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            temporary = request["err"] + ".tmp"
+            Path(temporary).write_text(str(code))
+            os.replace(temporary, request["err"] + ".status")
+            os._exit(0)
+        os.close(reply)
+        print(os.read(ready, 32).decode(), flush=True)
+        os.close(ready)
+
+
+def _become(request):
+    """Be `python -m launch.MODULE ARGS`; never returns."""
+    for descriptor, path in ((1, request["out"]), (2, request["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["env"])
+    sys.argv = [f"launch.{request['module']}", *request["args"]]
+    code = 1
+    try:
+        runpy.run_module(f"launch.{request['module']}", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _zygote()

@@ -1,0 +1,436 @@
+"""`launch.train` and `launch.evaluate` as processes: what they print, leave behind, survive and refuse."""
+
+import csv
+import json
+import shutil
+import signal
+import time
+
+import matplotlib.image
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.integration.helpers import Launcher
+from tests.unit.data_fixtures import write_d4rl
+
+STEPS = {"behavior": 40, "critic": 40, "policy": 60}
+TOTAL = sum(STEPS.values())
+CONFIG = {
+    "hidden_dims": "(16,)", "critic_hidden_dims": "(16,)", "support_size": 3, "batch_size": 32,
+    "sample_steps": 2, "renew_every": 20, "log_every": 10, "checkpoint_every": 10, "eval_every": 30,
+    "eval_episodes": 2,
+    **{f"{phase}_steps": steps for phase, steps in STEPS.items()},
+}  # fmt: skip
+ROWS = 300
+
+
+def arrays():
+    """Rows in the layout of D4RL that fit Pendulum-v1."""
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((ROWS, 3)).astype(np.float32)
+    return {
+        "observations": observations,
+        "next_observations": observations + np.float32(0.1),
+        "actions": rng.uniform(-2, 2, (ROWS, 1)).astype(np.float32),
+        "rewards": -rng.uniform(0, 1, ROWS).astype(np.float32),
+        "terminals": np.zeros(ROWS, bool),
+        "timeouts": np.arange(ROWS) % 100 == 99,
+    }
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_d4rl(tmp_path_factory.mktemp("data") / "small.hdf5", arrays(), env_id="Pendulum-v1")
+
+
+SEEDS = ("--seed=3", "--num_seeds=2")
+
+
+def train_flags(dataset, workdir, *more, **config):
+    fields = [f"--config.{name}={value}" for name, value in (CONFIG | config).items()]
+    return [
+        f"--dataset={dataset}",
+        "--config=experiments/configs/quick.py",
+        *fields,
+        f"--workdir={workdir}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(launcher, dataset, tmp_path_factory):
+    """An uninterrupted run: its workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    result = launcher.run("train", *train_flags(dataset, workdir, *SEEDS))
+    assert result.status == 0, result.err
+    return workdir, result
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished workdir, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def arrays_of(workdir, step):
+    """Every array of a checkpoint, read without our code."""
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+    flat = ocp.tree.to_flat_dict(tree)
+    return {"/".join(map(str, key)): np.asarray(value) for key, value in flat.items()}
+
+
+def damage(workdir, step):
+    """Cut the largest file of a checkpoint in half."""
+    files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_train_prints_the_contract_line(finished):
+    result = finished[1]
+    line = result.line
+    for name in (
+        "dataset", "algorithm", "seeds", "steps", "dataset_return", "behavior_return", "policy_return",
+        "behavior_score", "policy_score", "seconds",
+    ):  # fmt: skip
+        assert name in line
+    assert (line["algorithm"], line["seeds"], line["steps"]) == ("qipo_ot", 2, TOTAL)
+    expected = np.mean([arrays()["rewards"][i : i + 100].sum() for i in (0, 100, 200)])
+    assert line["dataset_return"] == pytest.approx(expected, rel=1e-5)
+    assert line["behavior_score"] is None  # Pendulum has no reference scores
+    assert line["policy_score"] is None
+    assert result.complaints == []
+
+
+def test_train_leaves_the_promised_files(finished):
+    workdir = finished[0]
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["config"]["batch_size"] == 32
+    assert saved["config"]["hidden_dims"] == [16]
+    rows = table(workdir / "metrics.csv")
+    for phase, steps in STEPS.items():
+        found = [(int(row["step"]), int(row["seed"])) for row in rows if row["phase"] == phase]
+        assert found == [(step, seed) for step in range(10, steps + 1, 10) for seed in (0, 1)]
+    for row in rows:
+        assert np.isfinite(float(row["loss"]))
+        assert float(row["steps_per_second"]) > 0
+    policy = [row for row in rows if row["phase"] == "policy"]
+    assert all(1 <= float(row["ess"]) <= 4 and float(row["top_weight"]) <= 1 for row in policy)
+    assert all(row["q_data"] and row["q_support"] for row in policy)
+    assert [path for path in (workdir / "tensorboard").iterdir() if path.stat().st_size > 100]
+    picture = matplotlib.image.imread(workdir / "learning_curve.png")
+    assert picture.shape[0] > 100
+    assert picture[..., :3].std() > 0.02  # not blank
+    assert saved_steps(workdir) == [TOTAL - 20, TOTAL - 10, TOTAL]
+    assert not list(workdir.glob("*.tmp"))
+
+
+def test_returns_file_explains_the_printed_returns(finished):
+    workdir, result = finished
+    rows = table(workdir / "returns.csv")
+    for name, step in (("behavior", STEPS["behavior"]), ("policy", TOTAL)):
+        found = [row for row in rows if (row["policy"], int(row["total_step"])) == (name, step)]
+        assert len(found) == 2 * CONFIG["eval_episodes"]
+        assert len({row["return"] for row in found}) == len(found)
+        mean = np.mean([float(row["return"]) for row in found])
+        assert mean == pytest.approx(result.line[f"{name}_return"], rel=1e-9)
+    seeds = {
+        name: {r["episode_seed"] for r in rows if r["policy"] == name} for name in ("behavior", "policy")
+    }
+    assert seeds["behavior"] == seeds["policy"]
+    assert {int(row["total_step"]) for row in rows if row["policy"] == "policy"} == {110, TOTAL}
+
+
+def test_second_run_does_nothing_again(launcher, dataset, finished, copy):
+    before = table(copy / "metrics.csv"), table(copy / "returns.csv")
+    result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
+    assert result.status == 0
+    same = ("behavior_return", "policy_return", "dataset_return", "steps", "seeds")
+    assert {k: result.line[k] for k in same} == {k: finished[1].line[k] for k in same}
+    assert table(copy / "metrics.csv") == before[0]
+    assert sorted(map(str, table(copy / "returns.csv"))) == sorted(map(str, before[1]))
+
+
+def test_evaluate_repeats_the_returns_of_training(launcher, finished, copy):
+    result = launcher.run("evaluate", f"--workdir={copy}")
+    assert result.status == 0, result.err
+    for name in ("behavior_return", "policy_return"):
+        assert result.line[name] == pytest.approx(finished[1].line[name], rel=1e-6)
+    longer = launcher.run("evaluate", f"--workdir={copy}", "--episodes=3")
+    assert longer.line["episodes"] == 3
+    assert longer.line["policy_return"] != result.line["policy_return"]
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_help(launcher, module):
+    result = launcher.run(module, "--help")
+    assert result.status == 0
+    assert "--workdir" in result.out
+    assert result.complaints == []
+    for name in ("--dataset", "--config", "--seed", "--num_seeds") if module == "train" else ("--episodes",):
+        assert name in result.out
+
+
+def interrupt(launcher, flags, workdir, step, number):
+    """Run until the checkpoint of `step` (or a later one) is there, then send a signal."""
+    process = launcher.start("train", *flags)
+    end = time.monotonic() + 200
+    while process.running and not any(saved >= step for saved in saved_steps(workdir)):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send(number)
+    return process.wait()
+
+
+# The first checkpoint of each phase; in the policy phase in the middle of a renewal period and at its end.
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [(10, signal.SIGKILL), (50, signal.SIGKILL), (90, signal.SIGKILL)],
+        [(40, signal.SIGTERM), (80, signal.SIGKILL), (100, signal.SIGTERM)],
+    ],
+    ids=["killed", "terminated"],
+)
+def test_interrupted_run_ends_with_the_same_bits(launcher, dataset, finished, tmp_path, signals):
+    workdir = tmp_path / "run"
+    flags = train_flags(dataset, workdir, *SEEDS)
+    for step, number in signals:
+        result = interrupt(launcher, flags, workdir, step, number)
+        if number == signal.SIGKILL:
+            assert result.status == -signal.SIGKILL
+        else:
+            assert result.status == 143, result.err
+            assert f"saved in {workdir}" in result.err
+            assert "Traceback" not in result.err
+    result = launcher.run("train", *flags)
+    assert result.status == 0, result.err
+    assert f"continuing {workdir} from step" in result.err
+    expected, found = arrays_of(finished[0], TOTAL), arrays_of(workdir, TOTAL)
+    assert expected.keys() == found.keys()
+    assert any("policy" in name and "params" in name for name in found)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert result.line["policy_return"] == finished[1].line["policy_return"]
+    # What was logged is the same too, but for the clock.
+    logs = []
+    for place in (finished[0], workdir):
+        rows = table(place / "metrics.csv")
+        logs.append([{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows])
+    assert logs[0] == logs[1]
+
+
+def refused(result, *words):
+    assert result.status == 2, (result.status, result.err)
+    assert len(result.complaints) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.complaints[0]
+
+
+BAD_FLAGS = {
+    "unknown field": (["--config.nosuch=3"], ["nosuch"]),
+    "not a number": (["--config.beta=abc"], ["beta"]),
+    "fraction of a step": (["--config.batch_size=1.5"], ["batch_size"]),
+    "beta": (["--config.beta=-1"], ["beta", "-1"]),
+    "nan": (["--config.beta=nan"], ["beta"]),
+    "no steps": (["--config.behavior_steps=0"], ["behavior_steps", "0"]),
+    "no support": (["--config.support_size=0"], ["support_size"]),
+    "critic": (["--config.critic=sarsa"], ["critic", "softmax_q", "sarsa"]),
+    "path": (["--config.path=linear"], ["path", "linear"]),
+    "large batch": ([f"--config.batch_size={ROWS + 1}"], ["batch_size", str(ROWS)]),
+    "reward transform": (["--config.reward_transform=log"], ["reward_transform", "log"]),
+    "unknown flag": (["--nosuch=1"], ["nosuch"]),
+    "positional": (["positional"], ["positional"]),
+    "seed": (["--seed=-1"], ["seed"]),
+    "seeds": (["--num_seeds=0"], ["num_seeds"]),
+    "preset": (["--config=experiments/configs/nosuch.py"], ["nosuch.py"]),
+    "environment": (["--env=NoSuchEnv-v0"], ["NoSuchEnv-v0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(launcher, dataset, tmp_path, case):
+    flags, words = BAD_FLAGS[case]
+    refused(launcher.run("train", *train_flags(dataset, tmp_path / "run"), *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_field_of_the_default_preset(launcher):
+    refused(launcher.run("train", "--config.nosuch=3"), "nosuch")
+
+
+def test_preset_that_is_no_preset(launcher, tmp_path):
+    preset = tmp_path / "preset.py"
+    for text in (
+        "def get_config(:\n",
+        "x = 1\n",
+        "import nosuchmodule\n",
+        "def get_config():\n    return 3\n",
+    ):
+        preset.write_text(text)
+        refused(launcher.run("train", f"--config={preset}"), "preset.py")
+
+
+def test_batch_that_does_not_divide_over_devices(launcher, dataset, tmp_path):
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = train_flags(dataset, tmp_path / "run", batch_size=255)
+    refused(launcher.run("train", *flags, env=env), "batch_size", "252", "256", "255")
+    assert not (tmp_path / "run").exists()
+
+
+def broken(name, index=None, value=None):
+    def change(data):
+        data[name][index] = value
+
+    return change
+
+
+def shorter(name):
+    def change(data):
+        data[name] = data[name][:-1]
+
+    return change
+
+
+def discrete(data):
+    data["actions"] = np.zeros((ROWS, 1), np.int64)
+
+
+def images(data):
+    data["observations"] = np.zeros((ROWS, 4, 4, 3), np.uint8)
+
+
+def empty(data):
+    for name in data:
+        data[name] = data[name][:0]
+
+
+def wide(data):
+    for name in ("observations", "next_observations"):
+        data[name] = np.concatenate([data[name]] * 2, axis=1)
+
+
+BAD_DATA = {
+    "nan observation": (broken("observations", (7, 2), np.nan), ["observations[7][2]"]),
+    "infinite next observation": (broken("next_observations", (5, 1), np.inf), ["next_observations[5][1]"]),
+    "nan action": (broken("actions", (11, 0), np.nan), ["actions[11]"]),
+    "infinite reward": (broken("rewards", 13, -np.inf), ["rewards[13]"]),
+    "action outside": (broken("actions", (17, 0), 2.5), ["actions[17]", "2.5"]),
+    "lengths": (shorter("rewards"), ["rewards", "299", "300"]),
+    "discrete": (discrete, ["discrete"]),
+    "images": (images, ["images"]),
+    "empty": (empty, ["empty"]),
+    "another environment": (wide, ["Pendulum-v1", "6"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(launcher, tmp_path, case):
+    change, words = BAD_DATA[case]
+    data = arrays()
+    change(data)
+    path = write_d4rl(tmp_path / "bad.hdf5", data, env_id="Pendulum-v1")
+    refused(launcher.run("train", *train_flags(path, tmp_path / "run")), "bad.hdf5", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_datasets_that_are_not_there(launcher, tmp_path):
+    text = tmp_path / "text.hdf5"
+    text.write_text("not HDF5")
+    for name in (tmp_path / "nosuch.hdf5", text, tmp_path, "nosuch", "nosuch/thing-v0"):
+        # Offline, so that the Minari id fails at once whatever the network.
+        env = {"HF_HUB_OFFLINE": "1"}
+        refused(launcher.run("train", *train_flags(name, tmp_path / "run"), env=env), str(name))
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
+    other = write_d4rl(tmp_path / "other.hdf5", arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1")
+    workdir = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    refused(launcher.run("train", *train_flags(dataset, workdir, *SEEDS, beta=3)), "beta", str(workdir))
+    refused(launcher.run("train", *train_flags(other, workdir, *SEEDS)), "dataset", str(workdir))
+    refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=4", "--num_seeds=2")), "seed")
+    refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=3")), "num_seeds")
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+def test_same_file_with_other_contents_is_another_dataset(launcher, finished, copy, tmp_path):
+    changed = tmp_path / "small.hdf5"
+    write_d4rl(changed, arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1")
+    info = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(info | {"dataset": str(changed)}))
+    refused(launcher.run("train", *train_flags(changed, copy, *SEEDS)), "fingerprint")
+
+
+def test_damaged_config_file(launcher, dataset, copy):
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text[: len(text) // 2])
+    refused(launcher.run("train", *train_flags(dataset, copy, *SEEDS)), "config.json")
+    refused(launcher.run("evaluate", f"--workdir={copy}"), "config.json")
+
+
+def test_damaged_newest_checkpoint(launcher, dataset, finished, copy):
+    damage(copy, TOTAL)
+    result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
+    assert result.status == 0, result.err
+    assert f"checkpoints/{TOTAL} cannot be read" in result.err
+    assert f"continuing {copy} from step {TOTAL - 10}" in result.err
+    expected, found = arrays_of(finished[0], TOTAL), arrays_of(copy, TOTAL)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_all_checkpoints_damaged(launcher, dataset, copy):
+    for step in saved_steps(copy):
+        damage(copy, step)
+    for _ in range(2):  # the second time too: nothing may have been deleted, nor training begun anew
+        result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
+        assert result.status == 2
+        assert "Traceback" not in result.err
+        assert "checkpoints" in result.complaints[-1]
+        assert saved_steps(copy) == [TOTAL - 20, TOTAL - 10, TOTAL]
+    result = launcher.run("evaluate", f"--workdir={copy}")
+    assert result.status == 2
+    assert "Traceback" not in result.err
+
+
+def test_evaluate_refuses(launcher, finished, copy, tmp_path):
+    refused(launcher.run("evaluate"), "--workdir")
+    refused(launcher.run("evaluate", f"--workdir={tmp_path / 'nosuch'}"), "nosuch")
+    assert not (tmp_path / "nosuch").exists()
+    refused(launcher.run("evaluate", f"--workdir={finished[0]}", "--episodes=0"), "episodes")
+    shutil.rmtree(copy / "checkpoints")
+    refused(launcher.run("evaluate", f"--workdir={copy}"), "checkpoint")
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, tmp_path):
+    workdir = tmp_path / "run"
+    flags = train_flags(dataset, workdir, critic_learning_rate=1e30)
+    for _ in range(2):
+        result = launcher.run("train", *flags)
+        assert result.status == 1, result.err
+        assert "Traceback" not in result.err
+        assert "critic" in result.complaints[-1]
+        assert "step 2" in result.complaints[-1] or "step 3" in result.complaints[-1]
+        assert saved_steps(workdir) == [20, 30, 40]
+        assert all(np.isfinite(value).all() for value in arrays_of(workdir, 40).values())
+    assert f"continuing {workdir} from step 40" in result.err

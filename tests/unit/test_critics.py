@@ -1,0 +1,204 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from efm_jax.networks import QEnsemble, Value
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.critics import IQL, CriticBatch, SoftmaxQ, make_critic
+from efm_jax.training.state import TrainState
+from efm_jax.training.step import make_chunk, make_step
+from efm_jax.types import Transitions
+
+S, A, B, M = 3, 2, 8, 5
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    transitions = Transitions(draw(B, S), draw(B, A), draw(B), draw(B, S), np.float32(np.arange(B) % 2))
+    return CriticBatch(transitions, draw(B, M, A))
+
+
+def parameters(critic):
+    """Parameters and, different from them, targets."""
+    params, target = (jax.jit(critic.init, static_argnums=(1, 2))(jax.random.key(k), S, A) for k in (0, 1))
+    return params, target
+
+
+def apply(network, params, *inputs):
+    """A network's values in float64."""
+    return np.asarray(jax.jit(network.apply)(params, *inputs), np.float64)
+
+
+Q, V = QEnsemble((8,)), Value((8,))
+
+
+@pytest.mark.parametrize("beta_q", [0.0, 2.0, 1e4])
+def test_softmax_q_loss(beta_q):
+    critic, (transitions, next_actions) = SoftmaxQ(Q, 0.9, beta_q), batch()
+    params, target = parameters(critic)
+    observations = np.repeat(transitions.next_observations[:, None], M, axis=1)
+    next_q = apply(Q, target["q"], observations, next_actions).min(0)  # the twins' minimum, per action
+    weights = np.exp(beta_q * (next_q - next_q.max(1, keepdims=True)))
+    next_value = (weights * next_q).sum(1) / weights.sum(1)
+    y = transitions.rewards + 0.9 * (1 - transitions.terminated) * next_value
+    q = apply(Q, params["q"], transitions.observations, transitions.actions)
+    expected = ((q - y) ** 2).sum(0).mean()
+    loss, aux = jax.jit(critic.loss)(params, target, None, batch())
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert aux["q_mean"] == pytest.approx(q.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.9])
+def test_iql_loss(expectile):
+    critic, (transitions, _) = IQL(Q, 0.9, V, expectile), batch()
+    params, target = parameters(critic)
+    value = apply(V, params["v"], transitions.observations)
+    next_value = apply(V, params["v"], transitions.next_observations)
+    target_q = apply(Q, target["q"], transitions.observations, transitions.actions).min(0)
+    advantage = target_q - value
+    assert (advantage > 0).any()
+    assert (advantage < 0).any()
+    v_loss = (np.where(advantage > 0, expectile, 1 - expectile) * advantage**2).mean()
+    y = transitions.rewards + 0.9 * (1 - transitions.terminated) * next_value
+    q = apply(Q, params["q"], transitions.observations, transitions.actions)
+    loss, aux = jax.jit(critic.loss)(params, target, None, batch())
+    assert loss == pytest.approx(v_loss + ((q - y) ** 2).sum(0).mean(), rel=1e-4)
+    assert aux["v_mean"] == pytest.approx(value.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 0.9, 1.0), IQL(Q, 0.9, V, 0.7)])
+def test_terminated_steps_ignore_what_follows(critic):
+    params, target = parameters(critic)
+    loss = jax.jit(critic.loss)
+    ended, going = (
+        batch()._replace(transitions=batch().transitions._replace(terminated=np.full(B, flag, np.float32)))
+        for flag in (1, 0)
+    )
+
+    def elsewhere(b):
+        return b._replace(transitions=b.transitions._replace(next_observations=np.ones((B, S), np.float32)))
+
+    assert loss(params, target, None, ended)[0] == loss(params, target, None, elsewhere(ended))[0]
+    assert loss(params, target, None, going)[0] != loss(params, target, None, elsewhere(going))[0]
+
+
+def test_iql_is_semi_gradient_descent():
+    """The Q loss moves Q alone, towards a constant; V's loss moves V alone."""
+    critic, b = IQL(Q, 0.9, V, 0.7), batch()
+    data = b.transitions
+    params, target = parameters(critic)
+    gap = apply(Q, target["q"], data.observations, data.actions).min(0) - apply(
+        V, params["v"], data.observations
+    )
+    y = data.rewards + 0.9 * (1 - data.terminated) * apply(V, params["v"], data.next_observations)
+    error = apply(Q, params["q"], data.observations, data.actions) - y
+
+    def surrogate(p):  # linear in the networks, with the slopes of the squared errors
+        value = V.apply(p["v"], data.observations) @ np.float32(-2 * np.where(gap > 0, 0.7, 0.3) * gap / B)
+        return value + jnp.sum(Q.apply(p["q"], data.observations, data.actions) * np.float32(2 * error / B))
+
+    found, expected = jax.jit(
+        lambda p: (jax.grad(lambda p: critic.loss(p, target, None, b)[0])(p), jax.grad(surrogate)(p))
+    )(params)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 0.9, 1.0), IQL(Q, 0.9, V, 0.7)])
+def test_device_shares_sum_to_the_global_loss(critic):
+    params, target = parameters(critic)
+    split = jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch())
+
+    def share(part):
+        return critic.loss(params, target, None, part, "i")
+
+    losses, aux = jax.jit(jax.vmap(share, axis_name="i"))(split)
+    whole, expected = jax.jit(critic.loss)(params, target, None, batch())
+    assert losses.sum() == pytest.approx(float(whole), rel=1e-5)
+    for name, value in expected.items():
+        np.testing.assert_allclose(aux[name], np.full(4, value), rtol=1e-4, atol=1e-6)
+
+
+def test_q_values_are_the_least_of_the_ensemble():
+    critic = SoftmaxQ(QEnsemble((8,), num=3), 0.9, 1.0)
+    params, _ = parameters(critic)
+    b = batch()
+    q = jax.jit(critic.q_values)(params, b.transitions.observations[:, None], b.next_actions)
+    every = apply(critic.q_network, params["q"], b.transitions.observations[:, None], b.next_actions)
+    assert q.shape == (B, M)
+    np.testing.assert_allclose(q, every.min(0), rtol=1e-6)
+    assert len(set(every.argmin(0).ravel())) == 3
+
+
+# A chain of 3 states: +1 moves right, -1 left (state 0 stays). Right of state 2 is the end, worth 1; every
+# other step costs 0.1.  One more row tells a time limit from an end: it is not terminal, so it bootstraps.
+DISCOUNT = 0.9
+ACTIONS = np.float32([-1, 1])
+
+
+def chain():
+    rows = []
+    for state in range(3):
+        for action in ACTIONS:
+            following = max(state + int(action), 0)
+            ended = following == 3
+            rows.append((state, action, 1.0 if ended else -0.1, min(following, 2), float(ended)))
+    state, action, reward, following, ended = map(np.array, zip(*rows, strict=True))
+    one_hot = np.eye(3, dtype=np.float32)
+    return Transitions(
+        one_hot[state], np.float32(action)[:, None], np.float32(reward), one_hot[following], np.float32(ended)
+    )
+
+
+def solve(share_of_best):
+    """Q `[3, 2]` where a state is worth `share * max Q + (1 - share) * min Q`."""
+    q = np.zeros((3, 2))
+    for _ in range(500):
+        v = share_of_best * q.max(1) + (1 - share_of_best) * q.min(1)
+        left, right = np.array([v[0], v[0], v[1]]), np.array([v[1], v[2]])
+        q[:, 0] = -0.1 + DISCOUNT * left
+        q[:, 1] = [*(-0.1 + DISCOUNT * right), 1.0]
+    return q
+
+
+def test_solution_by_hand():
+    """Always right is best: 1, then 0.9 - 0.1, then 0.9 * 0.8 - 0.1."""
+    np.testing.assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "share_of_best"),
+    [
+        ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),  # the value of the behaviour, uniform over both
+        ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),  # the value of the best policy in support
+        ({"critic": "iql", "expectile": 0.5}, 0.5),
+        ({"critic": "iql", "expectile": 0.9}, 0.9),  # of two equally likely values, the expectile by hand
+    ],
+)
+def test_critic_solves_the_chain(options, share_of_best):
+    config = QIPOConfig(
+        **options, critic_hidden_dims=(32,), critic_layer_norm=False, discount=DISCOUNT, polyak=0.05
+    ).validate()
+    critic, data = make_critic(config), chain()
+    next_actions = np.tile(ACTIONS[:, None], (6, 1, 1)) if critic.uses_next_actions else None
+    optimizer = optax.adam(optax.linear_schedule(5e-3, 1e-4, 4000))
+    step = make_step(critic.loss, optimizer, average_rate=config.polyak)
+    chunk = jax.jit(make_chunk(step, lambda key, tables: tables, 4000))
+    state = TrainState.create(critic.init(jax.random.key(0), 3, 1), optimizer)
+    state, _ = chunk(state, jax.random.key(0), CriticBatch(data, next_actions))
+    q = critic.q_values(state.average, data.observations, data.actions)
+    np.testing.assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
+
+
+def test_make_critic():
+    critic = make_critic(QIPOConfig(critic="iql", expectile=0.8, discount=0.5, critic_hidden_dims=(4,)))
+    assert isinstance(critic, IQL)
+    assert (critic.expectile, critic.discount, critic.uses_next_actions) == (0.8, 0.5, False)
+    critic = make_critic(QIPOConfig(critic="softmax_q", beta_q=3.0))
+    assert isinstance(critic, SoftmaxQ)
+    assert (critic.beta_q, critic.uses_next_actions) == (3.0, True)

@@ -1,0 +1,201 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efm_jax.networks import (
+    ACTIVATIONS,
+    FIELDS,
+    MLP,
+    JointDense,
+    LogRatio,
+    MLPField,
+    QEnsemble,
+    UNetField,
+    Value,
+    fourier_features,
+)
+
+S, A = 5, 2
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def init(network, *inputs):
+    return jax.jit(network.init)(jax.random.key(3), *inputs)
+
+
+def apply(network, params, *inputs):
+    return jax.jit(network.apply)(params, *inputs)
+
+
+def randomized(params):
+    """Parameters with nothing left at zero, so that no term is hidden by its initial value."""
+    rng = np.random.default_rng(9)
+    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), jax.device_get(params))
+
+
+def test_fourier_features_are_octaves_of_a_quarter_turn():
+    t = np.linspace(0, 1, 101, dtype=np.float32)
+    features = fourier_features(jnp.asarray(t), 12)
+    angles = np.pi * t.astype(np.float64)[:, None] / 2 * 2.0 ** np.arange(6)
+    expected = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(101, 12)
+    assert features.dtype == jnp.float32
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    assert fourier_features(jnp.ones((3, 4)), 6).shape == (3, 4, 6)
+
+
+def test_fourier_features_of_odd_size_are_refused():
+    with pytest.raises(ValueError, match=r"size: expected an even number; got 5"):
+        fourier_features(jnp.ones(3), 5)
+
+
+def test_joint_dense_equals_dense_on_the_concatenation():
+    inputs = normal(0, 7, A), normal(1, 7, 4), normal(2, 7, S)
+    layer = JointDense(6)
+    params = randomized(init(layer, *inputs))
+    kernel = np.concatenate([params["params"][f"kernel_{i}"] for i in range(3)])
+    expected = np.concatenate(inputs, axis=-1) @ kernel + np.asarray(params["params"]["bias"])
+    np.testing.assert_allclose(apply(layer, params, *inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_joint_dense_is_initialised_for_the_joint_fan_in():
+    params = init(JointDense(400), jnp.zeros((1, 20)), jnp.zeros((1, 80)))["params"]
+    for kernel in (params["kernel_0"], params["kernel_1"]):
+        assert np.std(kernel) == pytest.approx(0.1, rel=0.05)
+    assert not params["bias"].any()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(("layer_norm", "conditional"), [(False, True), (True, False)])
+def test_fields_on_any_leading_axes(name, layer_norm, conditional):
+    network = FIELDS[name]((8, 6, 4), "silu", layer_norm, 6)
+    x, t, s = normal(0, 3, 4, A), np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), normal(2, 3, 4, S)
+    conditions = (s,) if conditional else ()
+    params = randomized(init(network, x, t, *conditions))
+    out = apply(network, params, x, t, *conditions)
+    assert out.shape == x.shape
+    single = apply(network, params, x[2, 3], t[2, 3], *(c[2, 3] for c in conditions))
+    np.testing.assert_allclose(out[2, 3], single, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_shared_state_equals_the_repeated_state(name):
+    network = FIELDS[name]((16, 8))
+    x, t, s = normal(0, 3, 4, A), np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), normal(2, 3, 1, S)
+    params = randomized(init(network, x, t, s))
+    repeated = np.broadcast_to(s, (3, 4, S))
+    shared = apply(network, params, x, t, s)
+    np.testing.assert_allclose(shared, apply(network, params, x, t, repeated), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_depend_on_every_input(name):
+    network = FIELDS[name]((16, 8))
+    x, t, s = normal(0, 3, A), np.float32([0.1, 0.5, 0.9]), normal(2, 3, S)
+    params = randomized(init(network, x, t, s))
+    out = apply(network, params, x, t, s)
+    for other in ((x + 1, t, s), (x, t / 2, s), (x, t, s + 1)):
+        assert np.abs(apply(network, params, *other) - out).max(axis=1).min() > 1e-4
+    # Both ends of time are told apart.
+    ends = [apply(network, params, x, np.full(3, end, np.float32), s) for end in (0.0, 1.0)]
+    assert np.abs(ends[0] - ends[1]).max() > 1e-3
+
+
+def dense(params, x):
+    return x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def test_mlp_equals_numpy():
+    x, s = normal(0, 3, A), normal(1, 3, S)
+    network = MLP((6, 7), 4)
+    params = randomized(init(network, x, s))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
+    joint = p["JointDense_0"]
+    h = np.asarray(x) @ joint["kernel_0"] + np.asarray(s) @ joint["kernel_1"] + joint["bias"]
+    expected = dense(p["dense_1"], silu(dense(p["dense_0"], silu(h))))
+    np.testing.assert_allclose(apply(network, params, x, s), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_normalises_before_the_activation():
+    x = normal(0, 3, S)
+    network = MLP((6,), 2, "relu", layer_norm=True)
+    params = randomized(init(network, x))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
+    h = np.asarray(x) @ p["JointDense_0"]["kernel_0"] + p["JointDense_0"]["bias"]
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+    h = h * p["LayerNorm_0"]["scale"] + p["LayerNorm_0"]["bias"]
+    expected = dense(p["dense_0"], np.maximum(h, 0))
+    np.testing.assert_allclose(apply(network, params, x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_activations_are_different_functions():
+    x = normal(0, 3, S)
+    params = randomized(init(MLP((6,), 2), x))
+    outputs = [np.asarray(apply(MLP((6,), 2, name), params, x)) for name in ACTIVATIONS]
+    for i, first in enumerate(outputs):
+        for second in outputs[i + 1 :]:
+            assert np.abs(first - second).max() > 1e-4
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_ensemble_members_are_separate_networks(layer_norm):
+    s, a = normal(0, 3, S), normal(1, 3, A)
+    network = QEnsemble((8, 8), num=3, layer_norm=layer_norm)
+    params = init(network, s, a)
+    q = apply(network, params, s, a)
+    assert q.shape == (3, 3)
+    member = MLP((8, 8), 1, "relu", layer_norm)
+    for k in range(3):
+        own = {"params": jax.tree.map(lambda leaf, k=k: leaf[k], params["params"]["q"])}
+        np.testing.assert_allclose(q[k], apply(member, own, s, a)[:, 0], rtol=1e-5, atol=1e-6)
+    assert np.abs(q[0] - q[1]).min() > 1e-5
+    assert np.abs(q[1] - q[2]).min() > 1e-5
+
+
+def test_ensemble_broadcasts_a_state_over_its_actions():
+    s, a = normal(0, 3, 1, S), normal(1, 3, 4, A)
+    network = QEnsemble((8, 8))
+    params = init(network, s, a)
+    q = apply(network, params, s, a)
+    assert q.shape == (2, 3, 4)
+    repeated = apply(network, params, np.broadcast_to(s, (3, 4, S)), a)
+    np.testing.assert_allclose(q, repeated, rtol=1e-5, atol=1e-6)
+
+
+def test_value_and_log_ratio_are_scalars_per_sample():
+    s, x, t = normal(0, 3, 4, S), normal(1, 3, 4, A), np.full((3, 4), 0.5, np.float32)
+    value = Value((8,))
+    assert apply(value, init(value, s), s).shape == (3, 4)
+    ratio = LogRatio((8,))
+    assert apply(ratio, init(ratio, x, t, s), x, t, s).shape == (3, 4)
+    assert apply(ratio, init(ratio, x, t), x, t).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "network", [MLPField((8,), "swish"), UNetField((8,), "swish"), MLP((8,), 1, "swish")]
+)
+def test_unknown_activation_is_refused(network):
+    inputs = (jnp.ones((3, A)), jnp.ones(3))[: 1 if isinstance(network, MLP) else 2]
+    with pytest.raises(ValueError, match=r"activation: expected one of relu, .*; got 'swish'"):
+        init(network, *inputs)
+
+
+@pytest.mark.parametrize("network", [MLPField(()), UNetField(())])
+def test_no_hidden_layer_is_refused(network):
+    with pytest.raises(ValueError, match=r"hidden_dims: expected at least one hidden layer; got none"):
+        init(network, jnp.ones((3, A)), jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_float64(x64, name):
+    network = FIELDS[name]((8, 4))
+    x, t, s = jnp.ones((3, A)), jnp.ones(3), jnp.ones((3, S))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(network, x, t, s))
+    assert apply(network, params, x, t, s).dtype == jnp.float64

@@ -1,0 +1,343 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efm_jax.networks import QEnsemble, Value
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.critics import IQL
+from efm_jax.rl.policy import PolicyModel
+from efm_jax.rl.qipo import QIPO, Tables
+from efm_jax.rl.support import SupportSet, draw_noise, summarize, write_rows
+from efm_jax.rl.trainer import Trainer
+from efm_jax.training import parallel
+from efm_jax.types import Normalizer, Transitions
+
+ROWS, S, A, M = 40, 3, 2, 4
+
+
+def transitions():
+    rng = np.random.default_rng(0)
+    data = Transitions(
+        rng.standard_normal((ROWS, S)), rng.uniform(-1, 1, (ROWS, A)), rng.standard_normal(ROWS),
+        rng.standard_normal((ROWS, S)), np.zeros(ROWS),
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), data)
+
+
+def config(**options):
+    base = {
+        "hidden_dims": (8,), "critic_hidden_dims": (8,), "support_size": M, "batch_size": 16,
+        "time_features": 4, "sample_steps": 3, "beta": 3.0,
+    }  # fmt: skip
+    return QIPOConfig(**base | options).validate()
+
+
+@pytest.fixture(scope="module")
+def algorithm():
+    return QIPO(config(), S, A)
+
+
+@pytest.fixture(scope="module")
+def state(algorithm):
+    """Parameters that differ wherever a mistake could take one for another."""
+    many = jax.jit(jax.vmap(algorithm.init))(jax.random.split(jax.random.key(0), 4))
+    states = [jax.tree.map(lambda leaf, k=k: leaf[k], jax.device_get(many)) for k in range(4)]
+    critic = states[1].critic.replace(average=states[2].critic.params)
+    return states[0].replace(critic=critic, support_params=states[3].policy.params)
+
+
+@pytest.fixture(scope="module")
+def rows(algorithm):
+    return jax.jit(
+        lambda state, key, renewal, indices: algorithm.support_rows(
+            state, key, renewal, transitions(), indices
+        )
+    )
+
+
+def test_support_rows(algorithm, state, rows):
+    indices = np.array([0, 7, 39])
+    support = rows(state, jax.random.key(0), 0, indices)
+    data = transitions()
+    assert support.actions.shape == (3, M + 1, A)
+    np.testing.assert_array_equal(support.actions[:, 0], data.actions[indices])
+    assert np.abs(support.actions).max() <= 1
+    assert len(np.unique(np.asarray(support.actions[:, 1:]).reshape(-1, A), axis=0)) == 3 * M
+    q = algorithm.critic.q_values(state.critic.average, data.observations[indices][:, None], support.actions)
+    np.testing.assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
+    # The actions are those of support_params.
+    moved = rows(state.replace(support_params=state.policy.params), jax.random.key(0), 0, indices)
+    assert np.abs(moved.actions[:, 1:] - support.actions[:, 1:]).max() > 1e-3
+
+
+def test_a_row_depends_on_its_state_alone(state, rows):
+    whole = rows(state, jax.random.key(0), 0, np.arange(ROWS))
+    part = rows(state, jax.random.key(0), 0, np.array([39, 7]))
+    np.testing.assert_allclose(whole.actions[np.array([39, 7])], part.actions, rtol=1e-5, atol=1e-6)
+
+
+def test_renewals_and_seeds_draw_anew_and_repeatably(state, rows):
+    indices = np.arange(5)
+    first = rows(state, jax.random.key(0), 0, indices).actions[:, 1:]
+    np.testing.assert_array_equal(first, rows(state, jax.random.key(0), 0, indices).actions[:, 1:])
+    for key, renewal in ((0, 1), (1, 0)):
+        other = rows(state, jax.random.key(key), renewal, indices).actions[:, 1:]
+        assert np.abs(other - first).min(axis=(1, 2)).max() > 0
+        assert (np.abs(other - first) > 1e-4).mean() > 0.5
+
+
+def test_next_actions_are_the_behaviour_models(algorithm, state):
+    data, indices = transitions(), np.array([3, 5])
+    draw = jax.jit(algorithm.next_action_rows)
+    actions = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices)
+    assert actions.shape == (2, M, A)
+    assert np.abs(actions).max() <= 1
+    alone = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices[1:])
+    np.testing.assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
+    support = algorithm.support_rows(
+        state.replace(support_params=state.behavior.params), jax.random.key(0), 0,
+        data._replace(observations=data.next_observations), indices,
+    )  # fmt: skip
+    assert np.abs(support.actions[:, 1:] - actions).max() > 1e-3  # another purpose, another noise
+
+
+def test_noise_of_a_row_follows_its_index():
+    noise = draw_noise(jax.random.key(0), jnp.arange(2000), (5,))
+    np.testing.assert_array_equal(
+        draw_noise(jax.random.key(0), jnp.array([1999, 3]), (5,)), noise[np.array([1999, 3])]
+    )
+    assert abs(noise.mean()) < 5 / 100
+    assert abs(noise.std() - 1) < 5 / 140
+    assert abs(np.corrcoef(noise[:-1, 0], noise[1:, 0])[0, 1]) < 5 / 44
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_blocks_fill_a_table(devices):
+    """The last block overlaps the one before it."""
+
+    def compute(indices):
+        return {"a": 10.0 * indices[:, None] + jnp.arange(3), "b": indices}
+
+    def fill(start, table):
+        axis = None if devices == 1 else "i"
+        return write_rows(table, compute, start, 4, num_devices=devices, axis_name=axis)
+
+    def mapped(start, table):
+        if devices == 1:
+            return fill(start, table)
+        return jax.vmap(lambda _: fill(start, table), axis_name="i", out_axes=0)(jnp.arange(devices))
+
+    table = {"a": jnp.full((10, 3), -1.0), "b": jnp.full(10, -1)}
+    for start in (0, 4, 6):
+        table = mapped(start, table)
+        if devices > 1:
+            jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[1]), table)
+            table = jax.tree.map(lambda leaf: leaf[0], table)
+        if start == 0:
+            assert (table["b"][4:] == -1).all()
+    np.testing.assert_array_equal(table["b"], np.arange(10))
+    np.testing.assert_array_equal(table["a"], 10.0 * np.arange(10)[:, None] + np.arange(3))
+
+
+def test_summary_of_a_support_set():
+    q = np.random.default_rng(0).standard_normal((50, M + 1)).astype(np.float32)
+    found = summarize(SupportSet(jnp.zeros((50, M + 1, A)), jnp.asarray(q)), 2.0)
+    g = np.exp(2.0 * q.astype(np.float64))
+    g /= g.sum(1, keepdims=True)
+    ess = 1 / (g**2).sum(1)
+    expected = {
+        "ess": ess.mean(), "ess_low": np.quantile(ess, 0.1), "top_weight": g.max(1).mean(),
+        "q_data": q[:, 0].mean(), "q_support": q[:, 1:].mean(), "q_weighted": (g * q).sum(1).mean(),
+        "q_spread": q[:, 1:].std(1).mean(),
+    }  # fmt: skip
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def support_tables(state, rows):
+    support = rows(state, jax.random.key(0), 0, np.arange(ROWS))
+    q = 2.0 * support.actions.sum(-1) + jnp.linspace(-50, 50, ROWS)[:, None]  # a level that must not matter
+    return Tables(transitions(), support=SupportSet(support.actions, q))
+
+
+def gradients(options, state, tables, keys):
+    """Gradients `[number of keys, parameters]` of independent steps of the policy."""
+    algorithm = QIPO(config(**options), S, A)
+    loss = algorithm._policy_loss(None)
+
+    def gradient(key):
+        batch_key, loss_key = jax.random.split(key)
+        batch = algorithm.draw_batch(batch_key, tables)
+        grads = jax.grad(lambda p: loss(p, None, loss_key, batch)[0])(state.policy.params)
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
+
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=100))(keys), np.float64)
+
+
+@pytest.mark.parametrize("path", ["ot", "vp"])
+def test_both_estimators_have_the_same_expected_gradient(path, state, rows):
+    tables = support_tables(state, rows)
+    keys = jax.random.split(jax.random.key(1), 3000)
+    full = gradients({"path": path, "estimator": "full"}, state, tables, keys)
+    one = gradients({"path": path, "estimator": "resample"}, state, tables, keys)
+    error = np.sqrt(full.var(0) / len(full) + one.var(0) / len(one))
+    z = (full.mean(0) - one.mean(0)) / np.maximum(error, 1e-12)
+    assert np.abs(z).max() < 5.0
+    # The comparison can see what matters: without weights the gradient is another.
+    flat = gradients({"path": path, "estimator": "resample", "beta": 0.0}, state, tables, keys)
+    assert np.abs((full.mean(0) - flat.mean(0)) / np.maximum(error, 1e-12)).max() > 10
+
+
+@pytest.mark.parametrize("estimator", ["full", "resample"])
+def test_devices_draw_one_global_batch(state, rows, estimator):
+    tables, algorithm = support_tables(state, rows), QIPO(config(estimator=estimator), S, A)
+    one = algorithm.draw_batch(jax.random.key(3), tables)
+
+    def part(_):
+        return algorithm.draw_batch(jax.random.key(3), tables, num_devices=4, axis_name="i")
+
+    four = jax.vmap(part, axis_name="i")(jnp.arange(4))
+    merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), four)
+    jax.tree.map(np.testing.assert_array_equal, merged, one)
+    assert one.support.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
+
+
+def test_resampled_actions_follow_the_weights(state, rows):
+    q = np.tile(np.float32([0.0, 0.2, 0.4, 0.6, -np.inf]), (ROWS, 1))
+    actions = np.broadcast_to(np.arange(M + 1, dtype=np.float32)[:, None], (ROWS, M + 1, A))
+    algorithm = QIPO(config(estimator="resample", batch_size=40, support_size=M), S, A)
+    tables = Tables(transitions(), support=SupportSet(jnp.asarray(actions), jnp.asarray(q)))
+    draw = jax.jit(jax.vmap(lambda key: algorithm.draw_batch(key, tables).support))
+    drawn = draw(jax.random.split(jax.random.key(0), 500))
+    chosen = np.asarray(drawn.actions)[..., 0].ravel().astype(int)
+    g = np.exp(3.0 * q[0].astype(np.float64))
+    g /= g.sum()
+    np.testing.assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
+    np.testing.assert_array_equal(np.asarray(drawn.q_values).ravel(), q[0][chosen])
+
+
+@pytest.mark.parametrize("path", ["ot", "vp", "vp_cosine"])
+@pytest.mark.parametrize("solver", ["auto", "midpoint", "dpmpp"])
+def test_policy_samples_in_bounds_with_every_path_and_solver(path, solver):
+    model = PolicyModel.from_config(config(path=path, solver=solver))
+    params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
+    observations = transitions().observations[:, None]
+    noise = 3 * np.random.default_rng(0).standard_normal((ROWS, M, A)).astype(np.float32)
+    actions = jax.jit(model.sample)(params, observations, noise)
+    assert actions.shape == noise.shape
+    assert np.isfinite(actions).all()
+    assert np.abs(actions).max() <= 1
+    alone = jax.jit(model.sample)(params, observations[:1], noise[:1])
+    np.testing.assert_allclose(actions[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_acting_in_the_environments_units(algorithm, state):
+    normalizer = Normalizer(
+        np.float32([1, 2, 3]), np.float32([2, 2, 2]), np.float32([-2, 0]), np.float32([2, 10])
+    )
+    raw = np.random.default_rng(0).standard_normal((4, S)).astype(np.float32)
+    act = jax.jit(algorithm.act)
+    seeds = np.arange(4)
+    actions = act(state.policy.params, normalizer, jax.random.key(0), raw, 5, seeds)
+    assert (actions >= normalizer.action_low).all()
+    assert (actions <= normalizer.action_high).all()
+    assert actions[:, 1].max() > 2  # the second action's range is not the first's
+    alone = act(state.policy.params, normalizer, jax.random.key(0), raw[2:3], 5, seeds[2:3])
+    np.testing.assert_allclose(actions[2:3], alone, rtol=1e-4, atol=1e-4)
+    later = act(state.policy.params, normalizer, jax.random.key(0), raw, 6, seeds)
+    assert np.abs(later - actions).max() > 1e-2
+
+
+# ---- the whole algorithm where the answer is known ----
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownQ(IQL):
+    """`Q(s, a) = -0.5 K (a - c s)^2 + 20 s`: the best action, and the level, differ between the states."""
+
+    def q_values(self, params, observations, actions):
+        s = observations[..., 0]
+        return -0.5 * CURVATURE * (actions[..., 0] - BEST * s) ** 2 + 20 * s
+
+
+CURVATURE, BEST, MEAN, STD, BETA = 5.0, 0.5, 0.1, 0.3, 1.0
+
+
+def reference(renewals):
+    """Mean and standard deviation in state +1 by the algorithm itself, without networks: each particle is
+    replaced by one of its support set (a data action, M particles), drawn by its weight."""
+    rng, count = np.random.default_rng(5), 50_000
+    data = np.clip(MEAN + STD * rng.standard_normal(count), -1, 1)
+    particles = data
+    for _ in range(renewals + 1):
+        support = np.concatenate([rng.choice(data, (count, 1)), rng.choice(particles, (count, 16))], axis=1)
+        gumbel = rng.gumbel(size=support.shape)
+        choice = np.argmax(-0.5 * BETA * CURVATURE * (support - BEST) ** 2 + gumbel, axis=1)
+        particles = support[np.arange(count), choice]
+    return particles.mean(), particles.std()
+
+
+def test_reference_is_near_the_closed_form():
+    """`mu exp((l + 1) beta Q)`: Gaussians multiply; the data action in every set holds it back a little."""
+    precision = 1 / STD**2 + BETA * CURVATURE * np.arange(1, 4)
+    means = (MEAN / STD**2 + BETA * CURVATURE * BEST * np.arange(1, 4)) / precision
+    found = np.array([reference(renewals) for renewals in range(3)])
+    np.testing.assert_allclose(found[0], [means[0], precision[0] ** -0.5], atol=0.02)
+    assert (np.diff(found[:, 0]) > 0.02).all()
+    assert (found[:, 0] < means).all()
+    np.testing.assert_allclose(found[:, 0], means, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("path", "solver", "estimator"), [("ot", "midpoint", "full"), ("vp", "dpmpp", "resample")]
+)
+def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimator):
+    """After l renewals the policy is `mu exp((l + 1) beta Q)`, separately in each of two states.
+
+    Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end.
+    """
+    monkeypatch.setattr(parallel, "device_count", lambda: 1)
+    known = KnownQ(QEnsemble((4,)), 0.99, Value((4,)), 0.7)
+    monkeypatch.setattr(QIPO, "critic", property(lambda self: known))
+    options = QIPOConfig(
+        path=path, solver=solver, estimator=estimator, hidden_dims=(32, 32), critic_hidden_dims=(4,), critic="iql",
+        beta=BETA, support_size=16, solver="midpoint" if path == "ot" else "dpmpp", batch_size=128, sample_steps=5 if solver == "midpoint" else 10, learning_rate=3e-3,
+        behavior_steps=800, critic_steps=1, policy_steps=1500, renew_every=500, log_every=400,
+        checkpoint_every=10**6, eval_every=0, ema_decay=0.97,
+    ).validate()  # fmt: skip
+    rng, rows = np.random.default_rng(0), 1024
+    states = np.repeat([[1.0], [-1.0]], rows // 2, axis=0)
+    actions = np.clip(MEAN * states + STD * rng.standard_normal((rows, 1)), -1, 1)
+    data = Transitions(states, actions, np.zeros(rows), states, np.zeros(rows))
+    trainer = Trainer(options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0])
+    hooks = Quiet()
+    state = trainer.run(trainer.init_state(), hooks)
+    assert hooks.renewals == [0, 500, 1000]
+    noise = rng.standard_normal((2000, 1)).astype(np.float32)
+    sample = jax.jit(trainer.algorithm.model.sample)
+    for sign in (1.0, -1.0):
+        observations = np.full((2000, 1), sign, np.float32)
+        for name, (mean, std) in (("behavior", (MEAN, STD)), ("policy", reference(2))):
+            params = jax.tree.map(lambda leaf: leaf[0], getattr(state, name).average)
+            found = sign * np.asarray(sample(params, observations, noise))
+            # The means: behaviour 0.10, one renewal 0.22, two 0.27, three 0.30.
+            assert found.mean() == pytest.approx(mean, abs=0.04), name
+            assert found.std() == pytest.approx(std, rel=0.2), name
+
+
+class Quiet:
+    def __init__(self):
+        self.renewals = []
+
+    def on_renewal(self, step, summary):
+        self.renewals.append(step)
+
+    def stop_requested(self):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *args: None
