@@ -29,7 +29,9 @@ class QIPOConfig:
     batch_size: int = 256  # states per step, over all devices
     max_grad_norm: float = 1.0  # of the behaviour and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
-    solver: str = "auto"  # auto: euler for velocities, DPM-Solver++ for scores
+    # auto: midpoint for velocities, DPM-Solver++ for scores.  Euler's few steps narrow every support set,
+    # and renewals compound it.
+    solver: str = "auto"
     sample_steps: int = 10
     # Energy weighting.
     beta: float = 10.0

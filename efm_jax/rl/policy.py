@@ -39,7 +39,7 @@ class PolicyModel:
         predicts_score = config.path == "vp"
         solver = config.solver
         if solver == "auto":
-            solver = "dpmpp" if predicts_score else "euler"
+            solver = "dpmpp" if predicts_score else "midpoint"
         return cls(network, PATHS[config.path](), predicts_score, solver, config.sample_steps)
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
