@@ -304,10 +304,10 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     known = KnownQ(QEnsemble((4,)), 0.99, Value((4,)), 0.7)
     monkeypatch.setattr(QIPO, "critic", property(lambda self: known))
     options = QIPOConfig(
-        path=path, solver=solver, estimator=estimator, hidden_dims=(32, 32), critic_hidden_dims=(4,), critic="iql",
-        beta=BETA, support_size=16, batch_size=128, sample_steps=5 if solver == "midpoint" else 10, learning_rate=3e-3,
-        behavior_steps=800, critic_steps=1, policy_steps=1500, renew_every=500, log_every=400,
-        checkpoint_every=10**6, eval_every=0, ema_decay=0.97,
+        path=path, solver=solver, sample_steps=5 if solver == "midpoint" else 10, estimator=estimator,
+        hidden_dims=(32, 32), critic="iql", critic_hidden_dims=(4,), beta=BETA, support_size=16,
+        batch_size=128, learning_rate=3e-3, ema_decay=0.97, behavior_steps=800, critic_steps=1,
+        policy_steps=1500, renew_every=500, log_every=500, checkpoint_every=10**6, eval_every=0,
     ).validate()  # fmt: skip
     rng, rows = np.random.default_rng(0), 1024
     states = np.repeat([[1.0], [-1.0]], rows // 2, axis=0)
