@@ -50,16 +50,30 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         for name, value in defaults.items()
         if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
     ]
+    argv = [argv[0], *missing, *argv[1:]]
     try:
-        rest = flags.FLAGS([argv[0], *missing, *argv[1:]])
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _complain(error)
+        sys.exit(EXIT_USAGE)
     # Parsing also runs the configuration file, which is the user's code and may raise anything.
     except Exception as error:
-        _complain(error)
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        _complain(f"{_config_argument(argv)}: {reason}")
         sys.exit(EXIT_USAGE)
     if len(rest) > 1:
         _complain(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         sys.exit(EXIT_USAGE)
     return rest
+
+
+def _config_argument(argv: list[str]) -> str:
+    """The last ``--config`` on the command line, as ``--config=FILE``."""
+    for i in range(len(argv) - 1, 0, -1):
+        name, _, value = argv[i].lstrip("-").partition("=")
+        if name == "config":
+            return f"--config={value or ' '.join(argv[i + 1 : i + 2])}"
+    return "flags"
 
 
 def _help() -> str:
@@ -84,6 +98,5 @@ def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
 
 
 def _complain(error: object) -> None:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
     name = os.path.basename(os.path.splitext(sys.argv[0])[0])
-    print(f"launch.{name}: error: {' '.join(str(text).split())}", file=sys.stderr)
+    print(f"launch.{name}: error: {' '.join(str(error).split())}", file=sys.stderr)

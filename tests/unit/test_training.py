@@ -244,7 +244,7 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def test_saving_copies_what_training_reuses(tmp_path):
-    values = {"w": np.ones(1000, np.float32)}
+    values = {"w": np.ones(5_000_000, np.float32)}
     checkpointer = Checkpointer(tmp_path / "c")
     checkpointer.save(1, values)
     values["w"][:] = 7
@@ -252,7 +252,7 @@ def test_saving_copies_what_training_reuses(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c")
     _, found = checkpointer.restore(values)
     checkpointer.close()
-    np.testing.assert_array_equal(found["w"], np.ones(1000))
+    assert (found["w"] == 1).all()
 
 
 def files(folder):
@@ -513,7 +513,9 @@ def whole_run():
 )
 def test_non_finite_loss_is_never_saved(monkeypatch, phase, option):
     on_one_device(monkeypatch)
-    trainer, hooks = Trainer(config(**{option: 1e30}), transitions(), (0,)), Recorder()
+    # One chunk a checkpoint: nothing but waiting for its metrics can stop the save.
+    trainer = Trainer(config(log_every=10, **{option: 1e30}), transitions(), (0,))
+    hooks = Recorder()
     with pytest.raises(NonFiniteLossError, match=rf"{phase} phase: .* at step [23]\b"):
         trainer.run(trainer.init_state(), hooks)
     assert all(m[0] != phase for m in hooks.metrics)
