@@ -1,5 +1,6 @@
 """Minari datasets: local ones, and others by download."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,8 @@ def _open(name: str):
         ) from error
     path = local_path(name)
     if not path.joinpath("data").exists():
+        # Its client logs every retry; the error below says how it ended.
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         try:
             minari.download_dataset(name)
         except Exception as error:  # each of Minari's storage clients has its own exceptions, no common base
