@@ -93,12 +93,15 @@ def cefm(
     energy: Array,
     beta: Array,
     *,
+    log_normalizer: Array | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
     """Conditional energy-weighted flow matching: ``sum_i g_i ||v - u_{t0}||^2``.
 
-    ``g = softmax(-beta E)`` over the global batch.  Its gradient equals that of energy-weighted flow
-    matching, whose minimiser generates ``q_0 ∝ p_0 exp(-beta E)``.
+    ``g = softmax(-beta E)`` over the global batch, or with ``log_normalizer`` Thm 4.3's own
+    ``g_i = exp(-beta E_i - log Z) / B``.  Its gradient equals that of energy-weighted flow matching, whose
+    minimiser generates ``q_0 ∝ p_0 exp(-beta E)``: exactly, in expectation, with ``log_normalizer``; up to
+    a bias of the order of one over the effective sample size with the softmax.
 
     Args:
       field: velocity field, ``(x: [B, d], t: [B]) -> [B, d]``.
@@ -107,16 +110,20 @@ def cefm(
       x0: data, ``[B, d]``.
       energy: energies of the data, ``[B]``; no gradient flows into them.
       beta: guidance scale >= 0.
+      log_normalizer: ``log Z``, ``[]``, as from :func:`efm_jax.weights.log_normalizer` of the whole dataset
+        at the same ``beta``; no gradient flows into it.  None: the softmax.  How infinite energies and
+        overflow are handled differs: see :func:`efm_jax.weights.energy_weights`.
       axis_name: mapped axis over which the global batch is split.
 
     Returns:
-      ``(loss, aux)``; ``aux`` has ``ess`` (effective sample size) and ``top_weight``, both of the
-      global batch.
+      ``(loss, aux)``; ``aux`` has ``ess`` (effective sample size) and ``top_weight`` (the largest weight's
+      share of the sum), both of the global batch and the same with and without ``log_normalizer``; with it
+      also ``weight_sum``, whose mean over batches is 1 if ``log_normalizer`` is the data's.
 
     Raises:
       ValueError: if the shapes disagree or ``beta`` is negative.
 
-    Reference: Zhang et al. 2025, Thm 4.3.
+    Reference: Zhang et al. 2025, Thm 4.3; Algorithm 1 for the softmax.
 
     Example:
       >>> from efm_jax import paths
@@ -127,7 +134,7 @@ def cefm(
       True
     """
     errors, _ = _batch_errors(cfm_error, field, path, key, x0, axis_name)
-    return _weighted_sum(errors, energy, beta, axis_name)
+    return _weighted_sum(errors, energy, beta, log_normalizer, axis_name)
 
 
 def dsm(
@@ -160,17 +167,20 @@ def ced(
     beta: Array,
     *,
     time_weight: TimeWeight | None = None,
+    log_normalizer: Array | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
     """Conditional energy-weighted diffusion: ``sum_i lambda(t_i) g_i ||s + eps_i / sigma||^2``.
 
-    ``g = softmax(-beta E)`` over the global batch; ``time_weight`` as in :func:`dsm`, other arguments
-    and results as in :func:`cefm`, with a score field.
+    ``g = softmax(-beta E)`` over the global batch, or ``exp(-beta E - log Z) / B`` with
+    ``log_normalizer``; ``time_weight`` as in :func:`dsm`, other arguments and results as in :func:`cefm`,
+    with a score field.
 
     Reference: Zhang et al. 2025, Cor. 4.8 and Algorithm 1.
     """
     errors, t = _batch_errors(dsm_error, score_field, path, key, x0, axis_name)
-    return _weighted_sum(_time_weight(path, time_weight)(t) * errors, energy, beta, axis_name)
+    errors = _time_weight(path, time_weight)(t) * errors
+    return _weighted_sum(errors, energy, beta, log_normalizer, axis_name)
 
 
 def cep(
@@ -308,11 +318,18 @@ def _global_size(errors: Array, axis_name: AxisName) -> int:
     return errors.size if axis_name is None else errors.size * lax.axis_size(axis_name)
 
 
-def _weighted_sum(errors: Array, energy: Array, beta: Array, axis_name: AxisName) -> tuple[Array, Aux]:
+def _weighted_sum(
+    errors: Array, energy: Array, beta: Array, log_normalizer: Array | None, axis_name: AxisName
+) -> tuple[Array, Aux]:
     checks.check_shape("energy", energy, errors.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta, axis_name=axis_name))
     top = weights.max() if axis_name is None else lax.pmax(weights.max(), axis_name)
+    # Both are ratios of weights, so the softmax's hold for any normaliser, and no overflow reaches them.
     aux = {"ess": effective_sample_size(weights, axis_name=axis_name), "top_weight": top}
+    if log_normalizer is not None:
+        weights = energy_weights(energy, beta, axis_name=axis_name, log_normalizer=log_normalizer)
+        weights = lax.stop_gradient(weights)
+        aux["weight_sum"] = psum_if(weights.sum(), axis_name)
     return jnp.sum(weights * errors), aux
 
 

@@ -1,7 +1,8 @@
 """From energies to weights: over a batch, a state's support set, or every device together.
 
 ``g = softmax(-beta E)`` is self-normalised importance sampling of ``q_0 ∝ p_0 exp(-beta E)`` with
-samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).
+samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).  Thm 4.3 divides by the data's
+``Z = E_{p_0}[exp(-beta E)]`` instead: :func:`log_normalizer` measures it, :func:`energy_weights` takes it.
 """
 
 from collections.abc import Hashable
@@ -22,47 +23,144 @@ def psum_if(value: Array, axis_name: AxisName) -> Array:
     return value if axis_name is None else lax.psum(value, axis_name)
 
 
-def energy_weights(energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
+def energy_weights(
+    energy: Array,
+    beta: Array,
+    *,
+    axis: int = -1,
+    axis_name: AxisName = None,
+    log_normalizer: Array | None = None,
+) -> Array:
     """Weights ``softmax(-beta * energy)`` along ``axis``, summing to 1.
 
     The least energy is taken off before anything is scaled, so no energy overflows.  An energy of
     ``+inf`` gets weight 0; energies of ``-inf`` share all the weight; where all are ``+inf``, or
     ``beta = 0``, the weights are uniform.  A NaN makes every weight along its axis NaN.
 
+    With ``log_normalizer`` the weights are ``exp(-beta * energy - log_normalizer) / n`` instead, n energies
+    along ``axis`` (of all devices together).  Weighted sums over a random batch are then unbiased, where
+    the softmax's have a bias of the order of one over the effective sample size; the weights sum to 1 in
+    expectation only.  Nothing is clipped: a weight beyond the largest number is ``inf``, and so is that of
+    an energy of ``-inf`` (NaN if ``log_normalizer`` is infinite too); ``+inf`` still gets 0, ``beta = 0``
+    still takes no notice of the energies, a NaN is NaN alone.  Rounding is that of ``beta * energy``: take
+    a large common offset off the energies first.
+
     Args:
       energy: ``[...]``, low is good.
-      beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy``.
+      beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy`` and is the same
+        along ``axis``.
       axis: the axis that is normalised.
       axis_name: if given, the normalisation is also over this mapped axis of ``pmap``,
         ``shard_map`` or ``vmap``: the weights of all devices together sum to 1.
+      log_normalizer: ``log E_{p_0}[exp(-beta E)]``, usually :func:`log_normalizer` of the whole dataset at
+        the same ``beta``; a scalar, or of the shape of ``energy`` without ``axis``.  None: the softmax.
 
     Returns:
-      Weights of the shape of ``energy``.
+      Weights of the shape of ``energy``, broadcast against ``beta``.
 
     Raises:
-      ValueError: if a scalar ``beta`` is concrete and negative or not finite, or ``energy`` a scalar.
+      ValueError: if a scalar ``beta`` is concrete and negative or not finite, ``energy`` a scalar, or the
+        shapes disagree.
 
-    Reference: Zhang et al. 2025, Algorithm 1.
+    Reference: Zhang et al. 2025, Algorithm 1; with ``log_normalizer``, Thm 4.3.
 
     Example:
       >>> weights = energy_weights(jnp.array([1e6, 1e6 + 1.0]), beta=1.0)
       >>> [round(float(w), 3) for w in weights]
       [0.731, 0.269]
     """
-    checks.check_rank("energy", energy, 1)
-    if jnp.ndim(beta) == 0:
-        checks.check_number("beta", beta, minimum=0.0)
-    energy = jnp.asarray(energy)
-    energy = energy.astype(jnp.result_type(energy, jnp.float32))
-    unnormalised = jnp.exp(_shifted_logits(energy, beta, axis, axis_name))
+    energy, axis = _check(energy, beta, axis)
+    if log_normalizer is not None:
+        if jnp.ndim(log_normalizer) > 0:
+            kept = [size for i, size in enumerate(energy.shape) if i != axis + energy.ndim]
+            checks.check_shape("log_normalizer", log_normalizer, tuple(kept))
+            log_normalizer = jnp.expand_dims(log_normalizer, axis)
+        logits = _minus_product(beta, energy) - log_normalizer
+        return (jnp.exp(logits) / _global_size(energy, axis, axis_name)).astype(energy.dtype)
+    logits = _shifted_logits(energy, _least(energy, axis, axis_name), beta)
+    unnormalised = jnp.exp(logits)
     return unnormalised / psum_if(unnormalised.sum(axis, keepdims=True), axis_name)
 
 
-def _shifted_logits(energy: Array, beta: Array, axis: int, axis_name: AxisName) -> Array:
-    """``-beta (energy - min)``: at most 0, and 0 for the least energy."""
+def log_normalizer(energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
+    """``log Z = log mean exp(-beta * energy)`` along ``axis``; no energy overflows.
+
+    Computed once over a dataset, it makes the weights of every batch those of Thm 4.3: see
+    :func:`energy_weights`.  Energies of ``+inf`` count as 0 in the mean; one of ``-inf`` gives ``+inf``, all
+    ``+inf`` give ``-inf``, ``beta = 0`` gives 0 whatever the energies, a NaN gives NaN.
+
+    Args:
+      energy: ``[...]``, low is good.
+      beta: as in :func:`energy_weights`.
+      axis: the axis of the mean, removed from the result.
+      axis_name: if given, the mean is also over this mapped axis.
+
+    Returns:
+      Of the shape of ``energy`` without ``axis``.
+
+    Raises:
+      ValueError: as :func:`energy_weights`.
+
+    Reference: Zhang et al. 2025, Thm 4.3.
+
+    Example:
+      >>> energy = jnp.array([0.0, 1.0, 2.0, 3.0])  # the dataset's
+      >>> log_z = log_normalizer(energy, beta=1.0)
+      >>> round(float(energy_weights(energy, 1.0, log_normalizer=log_z).sum()), 3)
+      1.0
+      >>> round(float(energy_weights(energy[:2], 1.0, log_normalizer=log_z).sum()), 3)  # a lucky batch
+      1.762
+    """
+    energy, axis = _check(energy, beta, axis)
+    least = _least(energy, axis, axis_name)
+    total = psum_if(jnp.exp(_shifted_logits(energy, least, beta)).sum(axis, keepdims=True), axis_name)
+    log_mean = jnp.log(total / _global_size(energy, axis, axis_name))
+    return (log_mean + _minus_product(beta, least)).squeeze(axis).astype(energy.dtype)
+
+
+def _check(energy: Array, beta: Array, axis: int) -> tuple[Array, int]:
+    """Checks the arguments; floating-point energies of the shape of the result, and the axis from its end."""
+    checks.check_rank("energy", energy, 1)
+    energy = jnp.asarray(energy)
+    axis = np.lib.array_utils.normalize_axis_index(axis, energy.ndim) - energy.ndim
+    if jnp.ndim(beta) == 0:
+        checks.check_number("beta", beta, minimum=0.0)
+    else:
+        column = list(energy.shape)
+        column[axis] = 1
+        try:
+            shape = list(np.broadcast_shapes(jnp.shape(beta), tuple(column)))
+        except ValueError:
+            shape = []
+        # A beta of each sample's own would make the weights depend on the energies' origin.
+        if not shape or shape[axis] != 1:
+            raise ValueError(
+                f"beta: expected a scalar or a shape that broadcasts against {tuple(column)}; "
+                f"got {jnp.shape(beta)}"
+            )
+        shape[axis] = energy.shape[axis]
+        energy = jnp.broadcast_to(energy, shape)
+    return energy.astype(jnp.result_type(energy, jnp.float32)), axis
+
+
+def _global_size(energy: Array, axis: int, axis_name: AxisName) -> int:
+    return energy.shape[axis] * (1 if axis_name is None else lax.axis_size(axis_name))
+
+
+def _least(energy: Array, axis: int, axis_name: AxisName) -> Array:
+    """The least energy along ``axis``, which is kept; a constant to gradients, as no result depends on it."""
     least = lax.stop_gradient(energy.min(axis, keepdims=True))
-    if axis_name is not None:
-        least = lax.pmin(least, axis_name)
+    return least if axis_name is None else lax.pmin(least, axis_name)
+
+
+def _minus_product(beta: Array, value: Array) -> Array:
+    """``-beta value``; 0 * inf is undefined, but beta = 0 means no weighting whatever the energies."""
+    ignored = jnp.isinf(value) & (jnp.asarray(beta) == 0)
+    return jnp.where(ignored, 0, -beta * jnp.where(ignored, 0, value)).astype(value.dtype)
+
+
+def _shifted_logits(energy: Array, least: Array, beta: Array) -> Array:
+    """``-beta (energy - least)``: at most 0, and 0 for the least energy."""
     # inf - inf is undefined, but equal infinities are equally good.
     unbounded = jnp.isinf(least)
     gap = jnp.where(
@@ -70,9 +168,7 @@ def _shifted_logits(energy: Array, beta: Array, axis: int, axis_name: AxisName) 
         jnp.where(energy == least, 0, jnp.where(jnp.isnan(energy), jnp.nan, jnp.inf)),
         energy - jnp.where(unbounded, 0, least),
     )
-    # 0 * inf is undefined, but beta = 0 means no weighting whatever the energies.
-    ignored = jnp.isinf(gap) & (jnp.asarray(beta) == 0)
-    return jnp.where(ignored, 0, -beta * jnp.where(ignored, 0, gap)).astype(energy.dtype)
+    return _minus_product(beta, gap)
 
 
 def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
@@ -125,7 +221,7 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     checks.check_rank("energy", energy, 1)
     energy = jnp.moveaxis(jnp.asarray(energy), axis, -1)
     energy = energy.astype(jnp.result_type(energy, jnp.float32))
-    gap = -_shifted_logits(energy, 1.0, -1, None)
+    gap = -_shifted_logits(energy, _least(energy, -1, None), 1.0)
     target = fraction * energy.shape[-1]
     finite = jnp.isfinite(gap)
     positive = finite & (gap > 0)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from scipy.integrate import quad
 from scipy.special import softmax
 
-from efm_jax import exact, losses, paths
+from efm_jax import exact, losses, paths, weights
 from tests.reference import losses as reference
 from tests.reference import paths as reference_paths
 
@@ -69,14 +69,16 @@ def compiled(loss, path, field, time_weight):
     """A recorder and a loss that calls it, compiled once for all that ask."""
     recorder = Recorder(field)
     options = {} if time_weight is None else {"time_weight": time_weight}
-    return recorder, jax.jit(lambda key, *arrays: loss(recorder, path, key, *arrays, **options))
+    return recorder, jax.jit(
+        lambda key, *arrays, **more: loss(recorder, path, key, *arrays, **options, **more)
+    )
 
 
-def recorded(ref, x0, loss, path, key, *arrays, field=linear, time_weight=None):
+def recorded(ref, x0, loss, path, key, *arrays, field=linear, time_weight=None, **more):
     """(loss, aux, x, t, noise) of one batch loss called with a recording field."""
     recorder, run = compiled(loss, path, field, time_weight)
     recorder.calls.clear()
-    value, aux = run(key, *(jnp.asarray(array) for array in arrays))
+    value, aux = run(key, *(jnp.asarray(array) for array in arrays), **more)
     return value, aux, *recorder.seen(ref, x0)
 
 
@@ -139,6 +141,27 @@ def test_cefm_and_ced_match_numpy(x64, name, beta):
     value, aux, x, t, noise = recorded(ref, x0, losses.ced, *arguments)
     np.testing.assert_allclose(value, reference.ced(ref, linear(x, t), noise, t, energy, beta), rtol=1e-8)
     np.testing.assert_allclose(aux["ess"], ess, rtol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0])
+def test_a_dataset_normaliser_matches_numpy(x64, beta):
+    """Weights ``exp(-beta E - log Z) / B``; the reference's softmax times what its weights should sum to."""
+    path, ref = PATHS["vp_cosine"]
+    x0, energy, key, log_z = normal(2, B, D), normal(3, B), jax.random.key(KEY), 0.4
+    arguments = (path, key, jnp.asarray(x0), jnp.asarray(energy), beta)
+    total = np.exp(-beta * energy - log_z).mean()
+    value, aux, x, t, noise = recorded(ref, x0, losses.cefm, *arguments, log_normalizer=log_z)
+    expected = total * reference.cefm(ref, linear(x, t), x0, noise, t, energy, beta)
+    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    shares = softmax(-beta * energy)
+    expected_aux = {"ess": 1 / (shares**2).sum(), "top_weight": shares.max(), "weight_sum": total}
+    assert aux.keys() == expected_aux.keys()
+    for name, number in expected_aux.items():
+        np.testing.assert_allclose(aux[name], number, rtol=1e-10)
+    value, aux, x, t, noise = recorded(ref, x0, losses.ced, *arguments, log_normalizer=log_z)
+    expected = total * reference.ced(ref, linear(x, t), noise, t, energy, beta)
+    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    np.testing.assert_allclose(aux["weight_sum"], total, rtol=1e-10)
 
 
 def test_time_weight_replaces_sigma_squared(x64):
@@ -295,6 +318,12 @@ BATCH_LOSSES = {
     "cefm": lambda f, p, k, x, e, a: losses.cefm(f, p, k, x, e, 2.0, axis_name=a),
     "dsm": lambda f, p, k, x, e, a: losses.dsm(f, p, k, x, axis_name=a),
     "ced": lambda f, p, k, x, e, a: losses.ced(f, p, k, x, e, 2.0, axis_name=a),
+    "cefm_log_normalizer": lambda f, p, k, x, e, a: losses.cefm(
+        f, p, k, x, e, 2.0, log_normalizer=0.4, axis_name=a
+    ),
+    "ced_log_normalizer": lambda f, p, k, x, e, a: losses.ced(
+        f, p, k, x, e, 2.0, log_normalizer=weights.log_normalizer(e, 2.0, axis_name=a), axis_name=a
+    ),
 }
 
 
@@ -317,11 +346,13 @@ def test_shares_of_four_parts_sum_to_the_whole(x64, name):
     np.testing.assert_allclose(value.sum(), expected, rtol=1e-10)
     np.testing.assert_allclose(share.sum(0), expected_gradient, rtol=1e-9)
     assert np.ptp(value) > 1e-6  # a share, not the sum everywhere
-    if "ess" in expected_aux:
-        np.testing.assert_allclose(aux["ess"], np.full(4, expected_aux["ess"]), rtol=1e-10)
+    assert aux.keys() == expected_aux.keys()
+    assert ("ess" in aux) == name.startswith("ce")
+    for statistic, number in expected_aux.items():
+        np.testing.assert_allclose(aux[statistic], np.full(4, number), rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["cfm", "ced"])
+@pytest.mark.parametrize("name", ["cfm", "ced", "cefm_log_normalizer", "ced_log_normalizer"])
 def test_shard_map_with_its_replication_check_on(devices, name):
     path, loss = PATHS["ot"][0], BATCH_LOSSES[name]
     x0, energy = jnp.asarray(normal(2, B, D), jnp.float32), jnp.asarray(normal(3, B), jnp.float32)
@@ -398,6 +429,48 @@ def test_the_guided_field_minimises_cefm(x64, name):
     assert np.abs(unguided / error).max() > 20
 
 
+def linear_gradient(name, theta, data, weight):
+    """The gradient in theta of the loss of the field ``x @ theta``, integrated over t and noise by hand.
+
+    On the conditional OT path ``E[x x^T] = (x0 x0^T + I) / 3`` and ``E[x u^T] = (I - x0 x0^T) / 2``; on
+    cosine VP ``E[sigma^2 x x^T] = x0 x0^T / 8 + 3 I / 8`` and ``E[sigma x eps^T] = I / 2``.
+    """
+    second, identity = (weight[:, None] * data).T @ data, weight.sum() * np.eye(data.shape[1])
+    if name == "cefm":
+        return 2 * ((second + identity) @ theta / 3 - (identity - second) / 2)
+    return 2 * ((second + 3 * identity) @ theta / 8 + identity / 2)
+
+
+@pytest.mark.parametrize("name", ["cefm", "ced"])
+def test_a_dataset_normaliser_makes_the_gradient_of_a_batch_unbiased(x64, name):
+    """Batches of 4 of a dataset of 50, at Thm 4.3's own gradient; the softmax over so few is far from it."""
+    path = PATHS["ot" if name == "cefm" else "vp_cosine"][0]
+    data, theta, beta = 1.5 * normal(7, 50, 2), normal(6, 2, 2), 2.0
+    energy = data[:, 0] + 0.3 * normal(8, 50)
+    log_z = weights.log_normalizer(jnp.asarray(energy), beta)
+
+    def gradient(key, log_normalizer):
+        for_data, for_loss = jax.random.split(key)
+        rows = jax.random.randint(for_data, (4,), 0, 50)
+        x0, energies = jnp.asarray(data)[rows], jnp.asarray(energy)[rows]
+
+        def loss(theta):
+            options = {"log_normalizer": log_normalizer}
+            return getattr(losses, name)(
+                lambda x, t: x @ theta, path, for_loss, x0, energies, beta, **options
+            )
+
+        (_, aux), share = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(theta))
+        return jnp.append(share.ravel(), aux.get("weight_sum", 1.0))
+
+    expected = linear_gradient(name, theta, data, softmax(-beta * energy)).ravel()
+    mean, error = mean_and_error(lambda key: gradient(key, log_z), 40_000)
+    assert np.abs((mean - np.append(expected, 1.0)) / error).max() < 4.5
+    assert error[:4].max() < 0.1 * np.abs(expected).max()
+    biased, error = mean_and_error(lambda key: gradient(key, None), 40_000)
+    assert np.abs((biased[:4] - expected) / error[:4]).max() > 20
+
+
 def test_the_guided_score_minimises_ced(x64):
     path, _ = PATHS["vp_cosine"]
     data, energy, beta = jnp.asarray(1.5 * normal(7, 6, 2)), jnp.asarray(normal(8, 6)), 2.0
@@ -430,3 +503,21 @@ def test_shapes_that_disagree_are_refused():
         losses.cefm(linear, path, key, jnp.ones((B, D)), jnp.ones((B, 1)), 1.0)
     with pytest.raises((ValueError, TypeError), match="q_values"):
         losses.support_cefm(linear, path, key, jnp.ones((B, M, D)), jnp.ones((M, B)), 1.0)
+
+
+@pytest.mark.parametrize("loss", [losses.cefm, losses.ced])
+def test_a_normaliser_of_another_shape_is_refused(loss):
+    arguments = (linear, PATHS["ot"][0], jax.random.key(0), jnp.ones((B, D)), jnp.ones(B), 1.0)
+    for shape in ((1,), (B,)):
+        with pytest.raises(ValueError, match="log_normalizer"):
+            loss(*arguments, log_normalizer=jnp.zeros(shape))
+
+
+def test_no_gradient_flows_into_the_weights(x64):
+    path, x0, energy = PATHS["ot"][0], jnp.asarray(normal(2, B, D)), jnp.asarray(normal(3, B))
+
+    def loss(energy, beta, log_z):
+        return losses.cefm(linear, path, jax.random.key(0), x0, energy, beta, log_normalizer=log_z)[0]
+
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(energy, 1.0, 0.3):
+        np.testing.assert_array_equal(gradient, 0)

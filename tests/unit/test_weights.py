@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
+from scipy.special import logsumexp
 
-from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights
+from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
 from tests.reference import weights as reference
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -243,3 +244,144 @@ def test_beta_for_ess_in_float32():
 def test_beta_for_ess_refuses_a_bad_fraction(fraction):
     with pytest.raises(ValueError, match="fraction"):
         beta_for_ess(jnp.arange(4.0), fraction)
+
+
+# --- a normaliser of the whole dataset --------------------------------------------------------------
+
+
+def log_mean_exp(energy, beta, axis=-1):
+    return logsumexp(-beta * energy, axis=axis) - np.log(energy.shape[axis])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 20.0])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_log_normalizer_and_its_weights_match_scipy(x64, beta, axis):
+    energy, other = 3.0 + normal(0, 4, 5, 6), normal(9, 4, 5, 6)
+    log_z = log_normalizer(jnp.asarray(energy), beta, axis=axis)
+    expected = log_mean_exp(energy, beta, axis)
+    np.testing.assert_allclose(log_z, expected, rtol=1e-12, atol=1e-13)
+    got = energy_weights(jnp.asarray(other), beta, axis=axis, log_normalizer=log_z)
+    raw = np.exp(-beta * other - np.expand_dims(expected, axis)) / energy.shape[axis]
+    np.testing.assert_allclose(got, raw, rtol=1e-10)
+    # Of one's own energies they are the softmax; a scalar holds for every slice.
+    own = energy_weights(jnp.asarray(energy), beta, axis=axis, log_normalizer=log_z)
+    np.testing.assert_allclose(own, reference.energy_weights(energy, beta, axis), rtol=1e-10)
+    scalar = energy_weights(jnp.asarray(other), beta, axis=axis, log_normalizer=0.7)
+    np.testing.assert_allclose(scalar, np.exp(-beta * other - 0.7) / energy.shape[axis], rtol=1e-10)
+
+
+def test_weights_of_random_batches_sum_to_one_on_average(x64):
+    """Every batch once (with replacement, so energy by energy): the mean sum is 1 exactly."""
+    energy, beta = normal(10, 6), 2.0
+    log_z = log_normalizer(jnp.asarray(energy), beta)
+    batches = np.stack(np.meshgrid(*3 * [np.arange(6)]), -1).reshape(-1, 3)
+    sums = energy_weights(jnp.asarray(energy)[batches], beta, log_normalizer=log_z).sum(-1)
+    np.testing.assert_allclose(sums.mean(), 1.0, rtol=1e-12)
+    assert sums.std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_log_normalizer_of_huge_energies(x64, dtype):
+    energy = jnp.asarray([1e6, -1e6, -1e6, 0.0], dtype)
+    log_z = log_normalizer(energy, 3.0)
+    assert log_z.dtype == dtype
+    np.testing.assert_allclose(log_z, 3e6 - np.log(2), rtol=1e-7)
+    got = energy_weights(energy, 3.0, log_normalizer=log_z)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, [0, 0.5, 0.5, 0], rtol=0.2 if dtype == jnp.float32 else 1e-8)
+
+
+def test_what_no_number_holds_is_not_clipped():
+    inf, nan = np.inf, np.nan
+    energy = jnp.array([inf, -inf, -1e6, 0.0, 1e6, nan])
+    got = energy_weights(energy, 1.0, log_normalizer=0.0)
+    np.testing.assert_allclose(got, [0, inf, inf, 1 / 6, 0, nan], rtol=1e-6)
+    # An infinite normaliser says that the dataset has an energy of -inf (or none that is finite).
+    got = energy_weights(energy, 1.0, log_normalizer=inf)
+    np.testing.assert_array_equal(got, [0, nan, 0, 0, 0, nan])
+    got = energy_weights(energy, 1.0, log_normalizer=-inf)
+    np.testing.assert_array_equal(got, [nan, inf, inf, inf, inf, nan])
+    got = energy_weights(energy, 0.0, log_normalizer=0.0)
+    np.testing.assert_allclose(got, [1 / 6] * 5 + [nan], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("energy", "beta", "expected"),
+    [
+        ([0.0, np.inf], 2.0, np.log(0.5)),
+        ([0.0, -np.inf], 2.0, np.inf),
+        ([np.inf, -np.inf], 2.0, np.inf),
+        ([np.inf, np.inf], 2.0, -np.inf),
+        ([np.inf, -np.inf], 0.0, 0.0),
+        ([1e30, 7.0], 0.0, 0.0),
+        ([0.0, np.nan], 2.0, np.nan),
+        ([np.inf, np.nan], 0.0, np.nan),
+        ([-np.inf, np.nan], 1.0, np.nan),
+        ([1e30, 1e30], 1e30, -np.inf),
+    ],
+)
+def test_log_normalizer_at_its_limits(energy, beta, expected):
+    np.testing.assert_allclose(log_normalizer(jnp.array(energy), beta), expected, rtol=1e-6)
+
+
+def test_log_normalizer_gradients(x64):
+    energy, beta = normal(2, 6), 1.7
+    w = reference.energy_weights(energy, beta)
+    for_energy, for_beta = jax.jit(jax.grad(log_normalizer, argnums=(0, 1)))(jnp.asarray(energy), beta)
+    np.testing.assert_allclose(for_energy, -beta * w, rtol=1e-9)
+    np.testing.assert_allclose(for_beta, -w @ energy, rtol=1e-9)
+    at_zero = jax.grad(log_normalizer, argnums=1)(jnp.asarray(energy), 0.0)
+    np.testing.assert_allclose(at_zero, -energy.mean(), rtol=1e-9)
+
+    def second(energy, log_z):
+        return energy_weights(energy, beta, log_normalizer=log_z)[1]
+
+    for_energy, for_log_z = jax.grad(second, argnums=(0, 1))(jnp.asarray(energy), 0.4)
+    weight = np.exp(-beta * energy[1] - 0.4) / 6
+    np.testing.assert_allclose(for_energy, -beta * weight * np.eye(6)[1], rtol=1e-9)
+    np.testing.assert_allclose(for_log_z, -weight, rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["vmap", "pmap", "shard_map"])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_devices_together_normalise_as_one(devices, how, case):
+    energy = jnp.asarray(SPECIAL[case], jnp.float32)
+    shards = energy.reshape(4, 4)
+    log_z = on_devices(how, lambda e: log_normalizer(e, 1.5, axis_name="i"), devices, shards)
+    np.testing.assert_allclose(log_z, np.full(4, log_normalizer(energy, 1.5)), rtol=1e-5)
+
+    def weights(e):
+        return energy_weights(e, 1.5, axis_name="i", log_normalizer=0.3)
+
+    got = on_devices(how, weights, devices, shards)
+    expected = energy_weights(energy, 1.5, log_normalizer=0.3)
+    np.testing.assert_allclose(np.asarray(got).reshape(-1), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (3, 4), (3, 1)])
+def test_a_normaliser_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="log_normalizer"):
+        energy_weights(jnp.ones((2, 3, 4)), 1.0, axis=1, log_normalizer=jnp.zeros(shape))
+
+
+def test_beta_per_slice_but_not_per_sample(x64):
+    """Softmax of ``-beta_i E_i`` with a beta of each sample's own would change with the energies' origin."""
+    energy, beta = normal(11, 3, 5), np.array([[0.5], [1.0], [4.0]])
+    rows = [reference.energy_weights(row, b) for row, b in zip(energy, beta[:, 0], strict=True)]
+    np.testing.assert_allclose(energy_weights(jnp.asarray(energy), beta), rows, rtol=1e-10)
+    np.testing.assert_allclose(energy_weights(jnp.asarray(energy.T), beta.T, axis=0).T, rows, rtol=1e-10)
+    np.testing.assert_allclose(
+        log_normalizer(jnp.asarray(energy), beta), log_mean_exp(beta * energy, 1.0), rtol=1e-10
+    )
+    several = energy_weights(jnp.asarray(energy[0]), beta)  # one set of energies, three scales
+    np.testing.assert_allclose(
+        several, [reference.energy_weights(energy[0], b) for b in beta[:, 0]], rtol=1e-10
+    )
+    for wrong in (np.ones(5), np.ones((3, 5)), np.ones((2, 1)), np.ones((4, 1, 5))):
+        for function in (energy_weights, log_normalizer):
+            with pytest.raises(ValueError, match="beta"):
+                function(jnp.asarray(energy), wrong)
+    with pytest.raises(ValueError, match="beta"):
+        log_normalizer(jnp.ones(3), -1.0)
+    with pytest.raises(ValueError, match="energy"):
+        log_normalizer(jnp.asarray(1.0), 1.0)
