@@ -81,17 +81,26 @@ class MLP(nn.Module):
 
 
 class MLPField(nn.Module):
-    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain MLP."""
+    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain MLP.
+
+    With ``input_skip`` the output is ``MLP(x, t) + gate(t) * x``.  The fields of a Gaussian are linear in x
+    with a factor that depends on t, which narrow hidden layers pass on badly when x has many components.
+    """
 
     hidden_dims: Sequence[int]
     activation: str = "silu"
     layer_norm: bool = False
     time_features: int = 12
+    input_skip: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
-        inputs = [x, fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
-        return MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, name="mlp")(*inputs)
+        features = fourier_features(t, self.time_features)
+        inputs = [x, features] + ([] if condition is None else [condition])
+        out = MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, name="mlp")(*inputs)
+        if self.input_skip:
+            out += x * nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")(features)
+        return out
 
 
 class _ResidualBlock(nn.Module):

@@ -1,0 +1,143 @@
+"""Guidance methods with exact ingredients: the fields of eq. 4.6 and 4.7 on finite data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from efm_jax import exact, guidance, paths
+
+PATHS = {"ot": paths.conditional_ot(), "vp_linear": paths.vp_linear(), "vp_cosine": paths.vp_cosine()}
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+@pytest.fixture
+def problem(x64):
+    """Points, times, data and energies in [0, 1]."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(9, 2))
+    return (
+        jnp.asarray(rng.normal(size=(5, 2))),
+        jnp.asarray([0.1, 0.3, 0.5, 0.7, 0.9]),
+        jnp.asarray(data),
+        jnp.asarray(rng.uniform(size=9)),
+    )
+
+
+def exact_logit(path, data, energy):
+    """The classifier's minimiser: log p / (1 - p) with p = E[exp(-E(x0)) | x] = exp(-E_t) at beta = 1."""
+
+    def logit(x, t):
+        log_prob = -exact.intermediate_energy(path, x, t, data, energy, 1.0)
+        return log_prob - jnp.log(-jnp.expm1(log_prob))
+
+    return logit
+
+
+@each_path
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta):
+    x, t, data, energy = problem
+    expected = exact.cg_score(path, x, t, data, jnp.exp(-energy), beta)
+
+    def plain(x, t):
+        return exact.score(path, x, t, data)
+
+    def conditional(x, t):
+        return exact.score(path, x, t, data, -energy)
+
+    by_classifier = guidance.classifier_guided(plain, exact_logit(path, data, energy), beta)
+    without = guidance.classifier_free_guided(plain, conditional, beta)
+    np.testing.assert_allclose(jax.jit(by_classifier)(x, t), expected, rtol=1e-7)
+    np.testing.assert_allclose(without(x, t), expected, rtol=1e-9)
+
+
+@each_path
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_contrastive_guidance_gives_the_guided_score_at_every_beta(path, problem, beta):
+    x, t, data, energy = problem
+    guided = guidance.contrastive_guided(
+        lambda x, t: exact.score(path, x, t, data),
+        # Any function of t may be added: it has no gradient in x.
+        lambda x, t: 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta),
+    )
+    np.testing.assert_allclose(guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7)
+
+
+def test_classifier_free_guidance_commutes_with_conversions(problem):
+    # Velocities are affine in scores with coefficients that sum to one field: guiding either is the same.
+    x, t, data, energy = problem
+    path = paths.conditional_ot()
+    scores = [lambda x, t, w=w: exact.score(path, x, t, data, w) for w in (None, -energy)]
+    velocities = [lambda x, t, w=w: exact.velocity(path, x, t, data, w) for w in (None, -energy)]
+    score = guidance.classifier_free_guided(*scores, 3.0)(x, t)
+    velocity = guidance.classifier_free_guided(*velocities, 3.0)(x, t)
+    np.testing.assert_allclose(path.velocity_from_score(score, x, t), velocity, rtol=1e-9)
+
+
+def test_classifier_loss_is_least_at_the_posterior_probability(x64):
+    # One time, two data points in one dimension, and a logit for each cell of x: the minimiser is known.
+    path, data = paths.conditional_ot(), jnp.array([[-1.0], [1.0]])
+    prob = jnp.array([0.9, 0.2])
+    x0 = jnp.tile(data, (40_000, 1))
+    edges = jnp.array([-1.0, -0.3, 0.3, 1.0])
+
+    def logit_fn(table):
+        return lambda x, t: table[jnp.digitize(x[:, 0], edges)]
+
+    def loss(table):
+        return guidance.classifier_loss(logit_fn(table), path, jax.random.key(0), x0, jnp.tile(prob, 40_000))[
+            0
+        ]
+
+    table = jnp.zeros(5)
+    optimizer = optax.adam(0.1)
+    state = optimizer.init(table)
+    step = jax.jit(lambda table, state: optimizer.update(jax.grad(loss)(table), state))
+    for _ in range(150):
+        updates, state = step(table, state)
+        table = optax.apply_updates(table, updates)
+    # E[p(c | x0) | cell], by integration over t uniform and the noise.
+    rng = np.random.default_rng(0)
+    t, which = rng.uniform(size=400_000), rng.integers(2, size=400_000)
+    x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=400_000)
+    cell = np.digitize(x, np.asarray(edges))
+    expected = np.array([np.asarray(prob)[which[cell == i]].mean() for i in range(5)])
+    np.testing.assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
+
+
+def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_probability():
+    x0, prob = jnp.ones((4, 2)), jnp.array([0.0, 1.0, 0.3, 0.7])
+
+    def loss(prob):
+        return guidance.classifier_loss(lambda x, t: 1e4 * x[:, 0], PATHS["ot"], jax.random.key(0), x0, prob)[
+            0
+        ]
+
+    value, gradient = jax.value_and_grad(loss)(prob)
+    assert jnp.isfinite(value)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_labels_are_dropped_at_the_stated_rate():
+    labels = jnp.ones(20_000, jnp.int32)
+    dropped = guidance.drop_labels(jax.random.key(0), labels, 0.2, null_label=2)
+    assert dropped.dtype == labels.dtype
+    assert set(np.unique(dropped)) == {1, 2}
+    np.testing.assert_allclose((dropped == 2).mean(), 0.2, atol=4 * np.sqrt(0.2 * 0.8 / 20_000))
+    np.testing.assert_array_equal(guidance.drop_labels(jax.random.key(0), labels, 0.0, 2), labels)
+
+
+def test_bad_arguments_are_named():
+    key, x0 = jax.random.key(0), jnp.ones((4, 2))
+    with pytest.raises(ValueError, match="class_prob"):
+        guidance.classifier_loss(lambda x, t: x[:, 0], PATHS["ot"], key, x0, jnp.ones(3))
+    with pytest.raises(ValueError, match="logit_fn"):
+        guidance.classifier_loss(lambda x, t: x, PATHS["ot"], key, x0, jnp.ones(4))
+    with pytest.raises(ValueError, match="rate"):
+        guidance.drop_labels(key, jnp.ones(3, int), 1.5, 0)
+    with pytest.raises(TypeError, match="labels"):
+        guidance.drop_labels(key, jnp.ones(3), 0.5, 0)
+    with pytest.raises(ValueError, match="log_factor"):
+        guidance.contrastive_guided(lambda x, t: x, lambda x, t: x)(x0, jnp.ones(4))
