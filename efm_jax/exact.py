@@ -1,15 +1,21 @@
-"""Exact posteriors, fields and intermediate energies on finite data: the oracle for learned fields.
+"""Exact posteriors, fields and intermediate energies: the oracle for learned fields.
 
-For data ``x_1..x_n`` with log-weights ``l_i`` (``-beta E_i`` for a guided field) and
-``d_i = ||x - mu_t x_i||^2 / (2 sigma_t^2)``, the posterior is ``r = softmax_i(l_i - d_i)`` and
+On finite data, functions.  For data ``x_1..x_n`` with log-weights ``l_i`` (``-beta E_i`` for a guided
+field) and ``d_i = ||x - mu_t x_i||^2 / (2 sigma_t^2)``, the posterior is ``r = softmax_i(l_i - d_i)`` and
 ``x_hat0 = sum_i r_i x_i``; velocity and score follow by the path's conversions.
 
 Everything but :func:`posterior`, whose result is ``[B, n]``, streams over blocks of the data with
 running maxima, so n = 1e6 needs one ``[B, block]`` array at a time.  As ``t -> 0`` the posterior
 concentrates on the nearest point and stays finite, also at ``t = 0``.
 
+On a :class:`GaussianMixture` guided by a :class:`QuadraticEnergy`, methods in closed form.  Component
+k of ``p_t`` is ``N(mu m_k, s_k^2 I)``, ``s_k^2 = mu^2 v_k + sigma^2``; all is finite at both ends of [0, 1].
+
 Shapes: ``x: [B, d]``, ``t: [B]``, ``data: [n, d]``, ``log_weights, energy, class_prob: [n]``.
 """
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,7 @@ from jax import lax
 from efm_jax import checks
 from efm_jax.paths import GaussianPath
 from efm_jax.types import Array
+from efm_jax.weights import boltzmann_logits
 
 # A block of the data and a batch make an array of about this many elements.
 _BLOCK_ELEMENTS = 1 << 22
@@ -33,7 +40,8 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
       x: points at time t, ``[B, d]``.
       t: times, ``[B]``.
       data: ``[n, d]``.
-      log_weights: unnormalised log-weights of the data, ``[n]``; ``-inf`` leaves a point out.
+      log_weights: unnormalised log-weights of the data, ``[n]``; ``-inf`` leaves a point out, and points of
+        ``+inf`` share all the weight.
 
     Reference: Zhang et al. 2025, Thm 4.1.
 
@@ -43,9 +51,27 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
       >>> posterior(paths.conditional_ot(), jnp.zeros((1, 1)), jnp.array([0.5]), data).tolist()
       [[0.5, 0.5]]
     """
-    log_weights = _check(x, t, data, log_weights)
-    nearest = _nearest(path, x, t, data)
+    log_weights, _ = _shift(_check(x, t, data, log_weights))
+    nearest = _nearest(path, x, t, data, log_weights)
     return jax.nn.softmax(_logits(path, x, t, data, log_weights, nearest), axis=-1)
+
+
+def x0(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
+    """Posterior mean ``x_hat0 = E[x_0 | x]``, ``[B, d]``; guided with ``log_weights = -beta * energy``.
+
+    Arguments as in :func:`posterior`.
+
+    Reference: Zhang et al. 2025, Thm 4.1.
+
+    Example:
+      >>> from efm_jax import paths
+      >>> data = jnp.array([[-1.0], [3.0]])
+      >>> x0(paths.conditional_ot(), jnp.array([[0.5]]), jnp.array([0.5]), data).tolist()
+      [[1.0]]
+    """
+    log_weights = _check(x, t, data, log_weights)
+    _, mean, _ = _stream(path, x, t, data, log_weights)
+    return mean
 
 
 def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
@@ -55,9 +81,7 @@ def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: A
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    log_weights = _check(x, t, data, log_weights)
-    _, mean = _stream(path, x, t, data, log_weights, _nearest(path, x, t, data))
-    return path.velocity_from_x0(mean, x, t)
+    return path.velocity_from_x0(x0(path, x, t, data, log_weights), x, t)
 
 
 def score(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
@@ -65,9 +89,7 @@ def score(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Arra
 
     Reference: Zhang et al. 2025, Lemma 4.10.
     """
-    log_weights = _check(x, t, data, log_weights)
-    _, mean = _stream(path, x, t, data, log_weights, _nearest(path, x, t, data))
-    return path.score_from_x0(mean, x, t)
+    return path.score_from_x0(x0(path, x, t, data, log_weights), x, t)
 
 
 def intermediate_energy(
@@ -85,11 +107,11 @@ def intermediate_energy(
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    log_weights = _check(x, t, data, -beta * energy)
-    nearest = _nearest(path, x, t, data)
-    log_total, _ = _stream(path, x, t, data, jnp.zeros_like(log_weights), nearest)
-    log_guided, _ = _stream(path, x, t, data, log_weights, nearest)
-    return log_total - log_guided
+    log_weights = _check(x, t, data, boltzmann_logits(jnp.asarray(energy), beta))
+    log_total, _, nearest = _stream(path, x, t, data, jnp.zeros_like(log_weights))
+    log_guided, _, nearest_guided = _stream(path, x, t, data, log_weights)
+    # Both sums count distances from their nearest points, which are the same unless a weight is 0.
+    return log_total - log_guided + (nearest_guided - nearest) / (2 * _variance(path, t))
 
 
 def cg_score(path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array) -> Array:
@@ -115,6 +137,231 @@ def cg_score(path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Ar
     return plain + beta * (conditional - plain)
 
 
+class QuadraticEnergy(NamedTuple):
+    """Isotropic quadratic energy ``E(x) = offset + curvature / 2 ||x - center||^2``; a pytree.
+
+    Example:
+      >>> energy = QuadraticEnergy(center=jnp.array([1.0, 0.0]), curvature=2.0)
+      >>> energy(jnp.array([[1.0, 0.0], [0.0, 0.0]])).tolist()
+      [0.0, 1.0]
+    """
+
+    center: Array  # [d]
+    curvature: Array  # [], >= 0
+    offset: Array = 0.0  # []
+
+    def __call__(self, x: Array) -> Array:
+        """Energies of ``x: [..., d]``: ``[...]``."""
+        checks.check_rank("x", x, 1)
+        self._check(jnp.shape(x)[-1])
+        return self.offset + self.curvature / 2 * jnp.sum((x - jnp.asarray(self.center)) ** 2, axis=-1)
+
+    def _check(self, d: int) -> None:
+        checks.check_shape("center", self.center, (d,))
+        checks.check_shape("curvature", self.curvature, ())
+        checks.check_number("curvature", self.curvature, minimum=0.0)
+        checks.check_shape("offset", self.offset, ())
+
+
+class GaussianMixture(NamedTuple):
+    """Mixture ``sum_k w_k N(m_k, v_k I)`` as data, with its exact fields along a path; a pytree.
+
+    Points are ``x: [..., d]`` and times ``t: [...]``, of the same leading shape.  A variance of 0 makes a
+    point mass; its fields are finite wherever ``sigma_t > 0``.
+
+    Example:
+      >>> from efm_jax import paths
+      >>> mixture = GaussianMixture(jnp.zeros(2), jnp.array([[-2.0], [2.0]]), jnp.full(2, 0.25))
+      >>> energy = QuadraticEnergy(center=jnp.array([2.0]), curvature=1.0)
+      >>> guided = mixture.guided(energy, beta=1.0)
+      >>> [round(float(w), 3) for w in jnp.exp(guided.log_weights)]
+      [0.002, 0.998]
+      >>> guided.velocity(paths.conditional_ot(), jnp.zeros((3, 1)), jnp.array([0.0, 0.5, 1.0])).shape
+      (3, 1)
+    """
+
+    log_weights: Array  # [K], unnormalised
+    means: Array  # [K, d]
+    variances: Array  # [K], >= 0
+
+    def sample(self, key: Array, num: int) -> Array:
+        """``num >= 1`` independent samples, ``[num, d]``."""
+        checks.check_integer("num", num, 1)
+        log_weights, means, variances = self._parts()
+        component_key, noise_key = jax.random.split(key)
+        component = jax.random.categorical(component_key, log_weights, shape=(num,))
+        noise = jax.random.normal(noise_key, (num, means.shape[1]), means.dtype)
+        return means[component] + jnp.sqrt(variances)[component, None] * noise
+
+    def log_density(self, x: Array) -> Array:
+        """``log p_0(x)`` of ``x: [..., d]``: ``[...]``, in nats."""
+        log_weights, means, variances = self._parts()
+        checks.check_rank("x", x, 1)
+        checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
+        residual = jnp.asarray(x)[..., None, :] - means
+        return jax.nn.logsumexp(log_weights + _log_normal(residual, variances), axis=-1)
+
+    def guided(self, energy: QuadraticEnergy, beta: Array) -> "GaussianMixture":
+        """The mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalised.
+
+        With curvature a and center c, ``v' = v / (1 + beta a v)``, ``m' = (m + beta a v c) / (1 + beta a v)``
+        and ``w' ∝ w (1 + beta a v)^(-d/2) exp(-beta a ||m - c||^2 / (2 (1 + beta a v)))``.  Its
+        :meth:`velocity` is the guided field, its :meth:`score` the guided score.
+
+        Args:
+          energy: energy of the data.
+          beta: guidance scale >= 0, ``[]``.
+
+        Raises:
+          ValueError: if ``energy`` is of another event size, or ``beta`` is concrete and negative.
+
+        Reference: Zhang et al. 2025, Thm 4.1.
+        """
+        log_weights, means, variances = self._parts()
+        log_tilt = _log_tilt(means, variances, energy, beta)
+        scale = beta * energy.curvature * variances
+        return GaussianMixture(
+            jax.nn.log_softmax(log_weights + log_tilt),
+            (means + scale[:, None] * jnp.asarray(energy.center)) / (1 + scale[:, None]),
+            variances / (1 + scale),
+        )
+
+    def log_normalizer(self, energy: QuadraticEnergy, beta: Array) -> Array:
+        """``log Z = log E_{p_0}[exp(-beta E)]``, a scalar; arguments as in :meth:`guided`."""
+        log_weights, means, variances = self._parts()
+        log_tilt = _log_tilt(means, variances, energy, beta)
+        return jax.nn.logsumexp(log_weights + log_tilt) - beta * energy.offset
+
+    def marginal_log_density(self, path: GaussianPath, x: Array, t: Array) -> Array:
+        """``log p_t(x)``, ``[...]``, in nats.
+
+        Args:
+          path: probability path.
+          x: points at time t, ``[..., d]``.
+          t: times, ``[...]``.
+        """
+        log_joint, _, _, _ = self._at(path, x, t)
+        return jax.nn.logsumexp(log_joint, axis=-1)
+
+    def x0(self, path: GaussianPath, x: Array, t: Array) -> Array:
+        """Posterior mean ``E[x_0 | x]``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+
+        Each component's is ``m_k + mu v_k (x - mu m_k) / s_k^2``.
+        """
+        log_joint, residual, variance, t = self._at(path, x, t)
+        return _mean(log_joint, self._posterior_means(path, residual, variance, t))
+
+    def velocity(self, path: GaussianPath, x: Array, t: Array) -> Array:
+        """Exact velocity ``u_t(x)``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+
+        Each component's is ``mu' m_k + (mu mu' v_k + sigma sigma') (x - mu m_k) / s_k^2``.
+
+        Reference: Zhang et al. 2025, Thm 4.1 (guided: of the mixture that :meth:`guided` returns).
+        """
+        log_joint, residual, variance, t = self._at(path, x, t)
+        mean_dot = path.mean_coef_dot(t)[..., None]
+        # sigma sigma' = (sigma D) (sigma' / D): finite also where sigma' is not (linear VP at t = 0).
+        std_product = (path._std_det(t) * path._std_dot_over_det(t))[..., None]
+        slope = path.mean_coef(t)[..., None] * mean_dot * self.variances + std_product
+        drift = mean_dot[..., None] * jnp.asarray(self.means)
+        return _mean(log_joint, drift + (slope / variance)[..., None] * residual)
+
+    def score(self, path: GaussianPath, x: Array, t: Array) -> Array:
+        """Exact score ``grad log p_t(x)``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+
+        Each component's is ``-(x - mu m_k) / s_k^2``.
+
+        Reference: Zhang et al. 2025, Lemma 4.10.
+        """
+        log_joint, residual, variance, _ = self._at(path, x, t)
+        return _mean(log_joint, -residual / variance[..., None])
+
+    def intermediate_energy(
+        self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array
+    ) -> Array:
+        """``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``[...]``; at ``t = 0``, ``beta E(x)``.
+
+        Arguments as in :meth:`marginal_log_density` and :meth:`guided`.  It equals
+        ``log p_t(x) - log q_t(x) - log Z``, but no logarithms are taken from each other.
+
+        Reference: Zhang et al. 2025, Thm 4.1.
+        """
+        log_joint, residual, variance, t = self._at(path, x, t)
+        posterior_means = self._posterior_means(path, residual, variance, t)
+        posterior_variances = self.variances * path.std(t)[..., None] ** 2 / variance
+        log_tilt = _log_tilt(posterior_means, posterior_variances, energy, beta)
+        return beta * energy.offset - jax.nn.logsumexp(jax.nn.log_softmax(log_joint) + log_tilt, axis=-1)
+
+    def cg_score(self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array) -> Array:
+        """The score classifier guidance samples with, for ``p(c|x) = exp(-E(x))``: ``[..., d]``.
+
+        ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``, equal to the guided score at ``beta`` 0 and 1
+        only.  Arguments as in :meth:`marginal_log_density` and :meth:`guided`.
+
+        Reference: Zhang et al. 2025, eq. 4.6.
+        """
+        plain = self.score(path, x, t)
+        return plain + beta * (self.guided(energy, 1.0).score(path, x, t) - plain)
+
+    def _parts(self) -> tuple[Array, Array, Array]:
+        """Checked: normalised log-weights, means, variances."""
+        if jnp.ndim(self.means) != 2:
+            raise ValueError(f"means: expected shape [K, d]; got {jnp.shape(self.means)}")
+        for name in ("log_weights", "variances"):
+            checks.check_shape(name, getattr(self, name), jnp.shape(self.means)[:1])
+        for name, array in self._asdict().items():
+            checks.check_float(name, array)
+        log_weights, means, variances = map(jnp.asarray, self)
+        return jax.nn.log_softmax(log_weights), means, variances
+
+    def _at(self, path: GaussianPath, x: Array, t: Array) -> tuple[Array, Array, Array, Array]:
+        """At points and times: ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k``, ``s_k^2`` and ``t``.
+
+        Shapes ``[..., K]``, ``[..., K, d]``, ``[..., K]``, ``[...]``.
+        """
+        log_weights, means, variances = self._parts()
+        checks.check_rank("x", x, 1)
+        checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
+        checks.check_float("x", x)
+        checks.check_shape("t", t, jnp.shape(x)[:-1])
+        t = jnp.asarray(t, jnp.result_type(t, x))
+        mean_coef = path.mean_coef(t)[..., None]
+        residual = jnp.asarray(x)[..., None, :] - mean_coef[..., None] * means
+        variance = mean_coef**2 * variances + path.std(t)[..., None] ** 2
+        return log_weights + _log_normal(residual, variance), residual, variance, t
+
+    def _posterior_means(self, path: GaussianPath, residual: Array, variance: Array, t: Array) -> Array:
+        """``E[x_0 | x, k]``: ``[..., K, d]``."""
+        gain = path.mean_coef(t)[..., None] * self.variances / variance
+        return jnp.asarray(self.means) + gain[..., None] * residual
+
+
+def _log_normal(residual: Array, variance: Array) -> Array:
+    """``log N(residual; 0, variance I)``, ``[..., K]``, of ``[..., K, d]`` and ``[..., K]``."""
+    d = residual.shape[-1]
+    return -jnp.sum(residual**2, axis=-1) / (2 * variance) - d / 2 * jnp.log(2 * math.pi * variance)
+
+
+def _log_tilt(means: Array, variances: Array, energy: QuadraticEnergy, beta: Array) -> Array:
+    """``log E_{N(m_k, v_k I)}[exp(-beta (E - offset))]``, ``[..., K]``.
+
+    The offset is the same for all: adding it here would take digits from what differs.
+    """
+    d = means.shape[-1]
+    energy._check(d)
+    checks.check_shape("beta", beta, ())
+    checks.check_number("beta", beta, minimum=0.0)
+    rate = beta * energy.curvature
+    distance = jnp.sum((means - jnp.asarray(energy.center)) ** 2, axis=-1)
+    return -d / 2 * jnp.log1p(rate * variances) - rate / 2 * distance / (1 + rate * variances)
+
+
+def _mean(log_joint: Array, values: Array) -> Array:
+    """Mean over components of ``values: [..., K, d]``: ``[..., d]``."""
+    # A sum of products: a matrix product has fewer digits on accelerators.
+    return jnp.sum(jax.nn.softmax(log_joint, axis=-1)[..., None] * values, axis=-2)
+
+
 def _check(x: Array, t: Array, data: Array, log_weights: Array | None) -> Array:
     checks.check_rank("data", data, 2)
     checks.check_shape("x", x, (jnp.shape(x)[0] if jnp.ndim(x) else 0, data.shape[1]))
@@ -138,35 +385,63 @@ def _blocks(x: Array, data: Array, *columns: Array) -> tuple[Array, ...]:
 
 def _squared_distance(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
     """``||x - mu_t x_i||^2``: ``[B, n]``."""
-    # Differences, not the expanded square: at small sigma the expansion cancels.
+    # Differences, not the expanded square: at small sigma the expansion cancels.  A sum along an axis, not
+    # of components one by one: those the compiler computes anew for each use, and rounds each differently,
+    # and a last digit divided by a small sigma^2 decides which point is the nearest.
     return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
 
 
-def _nearest(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
-    """The least squared distance, ``[B]``.
+def _shift(log_weights: Array) -> tuple[Array, Array]:
+    """Log-weights counted from the largest, and the largest: a common offset must not cost digits.
+
+    Weights of ``+inf`` share all the weight.
+    """
+    top = lax.stop_gradient(log_weights.max())
+    shared = jnp.where(log_weights == jnp.inf, 0, -jnp.inf).astype(log_weights.dtype)
+    finite = jnp.isfinite(top)
+    return jnp.where(top == jnp.inf, shared, log_weights - jnp.where(finite, top, 0)), top
+
+
+def _variance(path: GaussianPath, t: Array) -> Array:
+    return jnp.maximum(path.std(t) ** 2, _LEAST_VARIANCE)
+
+
+def _nearest(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> Array:
+    """The least squared distance to a point that is not left out, ``[B]``.
 
     Distances are counted from it: at small sigma ``d_i`` is of size ``1 / sigma^2``, and adding a log-weight
     to it, or taking the difference of two sums of them, would lose every digit.
     """
 
-    def least(carry: Array, block: tuple[Array]) -> tuple[Array, None]:
-        return jnp.minimum(carry, _squared_distance(path, x, t, block[0]).min(-1)), None
+    def least(carry: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        distance = jnp.where(jnp.isneginf(block[1]), jnp.inf, _squared_distance(path, x, t, block[0]))
+        return jnp.minimum(carry, distance.min(-1)), None
 
-    start = jnp.full(x.shape[0], jnp.inf, jnp.result_type(x, data))
-    return lax.stop_gradient(lax.scan(least, start, _blocks(x, data))[0])
+    start = jnp.full_like(_varying(x, t, data, log_weights), jnp.inf)
+    found = lax.scan(least, start, _blocks(x, data, log_weights))[0]
+    return lax.stop_gradient(jnp.where(jnp.isinf(found), 0, found))  # infinite: every point is left out
+
+
+def _varying(x: Array, t: Array, data: Array, log_weights: Array) -> Array:
+    """``[B]``: under ``shard_map``, of the type of a scan's state that all the arguments enter.
+
+    Its value is not used, so that compiled code does not compute it.
+    """
+    return x[:, 0] + t + data[0, 0] + log_weights[0]
 
 
 def _logits(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array) -> Array:
     """``l_i - (d_i - d_nearest)``: ``[B, n]``."""
     further = _squared_distance(path, x, t, data) - nearest[:, None]
-    variance = jnp.maximum(path.std(t) ** 2, _LEAST_VARIANCE)
-    return log_weights - further / (2 * variance[:, None])
+    return log_weights - further / (2 * _variance(path, t)[:, None])
 
 
 def _stream(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array
-) -> tuple[Array, Array]:
-    """``logsumexp_i(l_i - d_i) + d_nearest``, ``[B]``, and ``x_hat0``, ``[B, d]``."""
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array
+) -> tuple[Array, Array, Array]:
+    """``logsumexp_i(l_i - d_i) + d_nearest``, ``x_hat0`` ``[B, d]``, and the nearest squared distance."""
+    log_weights, top = _shift(log_weights)
+    nearest = _nearest(path, x, t, data, log_weights)
 
     def accumulate(carry: tuple[Array, Array, Array], block: tuple[Array, Array]) -> tuple[tuple, None]:
         peak, total, weighted = carry
@@ -181,8 +456,9 @@ def _stream(
         weighted = decay[:, None] * weighted + jnp.matmul(terms, data_block, precision="highest")
         return (new_peak, total, weighted), None
 
-    dtype = jnp.result_type(x, data)
-    batch, d = x.shape
-    start = (jnp.full(batch, -jnp.inf, dtype), jnp.zeros(batch, dtype), jnp.zeros((batch, d), dtype))
-    (peak, total, weighted), _ = lax.scan(accumulate, start, _blocks(x, data, log_weights))
-    return peak + jnp.log(total), weighted / total[:, None]
+    zero = jnp.zeros_like(_varying(x, t, data, log_weights))
+    start = (zero - jnp.inf, zero, zero[:, None] + jnp.zeros_like(data[0]))
+    # Recomputed in the backward pass: kept, the terms of all blocks would be the array that streaming avoids.
+    step = jax.checkpoint(accumulate, prevent_cse=False)
+    (peak, total, weighted), _ = lax.scan(step, start, _blocks(x, data, log_weights))
+    return peak + jnp.log(total) + top, weighted / total[:, None], nearest

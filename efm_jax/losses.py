@@ -217,8 +217,8 @@ def cep(
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta))
-    # A weight of 0 contributes nothing even where the log-softmax is -inf.
-    terms = jnp.where(weights > 0, weights * jax.nn.log_softmax(log_ratio), 0)
+    # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN must show.
+    terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
     aux = {"ess": effective_sample_size(weights).mean(), "top_weight": weights.max(-1).mean()}
     return -terms.sum(-1).mean(), aux
 
@@ -298,7 +298,7 @@ def _batch_errors(
         t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
         return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
 
-    t, noise = jax.vmap(draw)(offset + jnp.arange(x0.shape[0]))
+    t, noise = jax.vmap(draw)(offset + jnp.arange(x0.shape[0], dtype=jnp.int32))
     prediction = field(path.sample(x0, noise, t), t)
     checks.check_shape("field(x, t)", prediction, x0.shape)
 

@@ -36,6 +36,12 @@ def _column(coefficient: Array, x: Array) -> Array:
     return coefficient[..., None]
 
 
+def _constant(value: float, t: Array) -> Array:
+    """``value`` in the shape of ``t`` and its type, but never an integer type."""
+    t = jnp.asarray(t)
+    return jnp.full_like(t, value, dtype=t.dtype if jnp.issubdtype(t.dtype, jnp.inexact) else float)
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianPath(abc.ABC):
     """A Gaussian probability path; hashable, so it may be a static argument of ``jit``.
@@ -162,13 +168,13 @@ class _ConditionalOT(GaussianPath):
         return self.sigma_min + (1 - self.sigma_min) * jnp.asarray(t)
 
     def mean_coef_dot(self, t: Array) -> Array:
-        return -jnp.ones_like(t)
+        return _constant(-1, t)
 
     def std_dot(self, t: Array) -> Array:
-        return jnp.full_like(t, 1 - self.sigma_min)
+        return _constant(1 - self.sigma_min, t)
 
     def _inverse_det(self, t: Array) -> Array:
-        return jnp.ones_like(t)
+        return _constant(1, t)
 
     def _std_det(self, t: Array) -> Array:
         return self.std(t)
@@ -235,7 +241,7 @@ class _CosineVP(_VariancePreserving):
         return jnp.pi / 2 * self.mean_coef(t)
 
     def _inverse_det(self, t: Array) -> Array:
-        return jnp.full_like(t, 2 / jnp.pi)
+        return _constant(2 / jnp.pi, t)
 
 
 def conditional_ot(sigma_min: float = 0.0) -> GaussianPath:

@@ -13,7 +13,7 @@ from jax import lax
 
 from efm_jax import checks
 from efm_jax.paths import GaussianPath
-from efm_jax.solvers import SOLVERS, integrate
+from efm_jax.solvers import SOLVERS, integrate, vary_like
 from efm_jax.types import Array, Field
 
 SAMPLE_SOLVERS = (*SOLVERS, "dopri5")
@@ -38,7 +38,8 @@ def sample(
     Args:
       field: velocity field, ``(x: [..., d], t: [...]) -> [..., d]``.
       noise: standard normal samples, ``[..., d]``.
-      solver: ``euler``, ``midpoint``, ``heun``, ``rk4`` in equal steps, or ``dopri5``, adaptive (diffrax).
+      solver: ``euler``, ``midpoint``, ``heun``, ``rk4`` in equal steps, or ``dopri5``, adaptive (diffrax;
+        reverse-mode gradients only, and under ``shard_map`` it needs ``check_vma=False``).
       num_steps: steps of a fixed-step solver; not used by ``dopri5``.
       t_start: time of ``noise``.
       t_end: time of the result.  A field that is singular at 0 (the exact field of finite data, any
@@ -96,7 +97,7 @@ def _solve(
 
 def _largest(error: Any) -> Array:
     """The worst sample decides the step; a root mean square would let a few samples go wrong."""
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(error)]))
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(error)]))
 
 
 def sample_dpmpp(
@@ -155,6 +156,7 @@ def sample_dpmpp(
         extrapolated = x0 + correction * (x0 - previous) if order == 2 else x0
         return (decay * x + gain * extrapolated, x0), None
 
+    noise = vary_like(noise, lambda: score_field(noise, jnp.full(noise.shape[:-1], times[0], noise.dtype)))
     (x, _), _ = lax.scan(step, (noise, jnp.zeros_like(noise)), (times, coefficients))
     return x
 
@@ -235,8 +237,9 @@ def log_likelihood(
             return field(x, jnp.full(x.shape[:-1], t, x.dtype))
 
         value, push = jax.linearize(velocity, x)
-        return value, jnp.sum(directions * jax.vmap(push)(directions), axis=(0, -1))
+        along = directions + jnp.zeros_like(x)  # under shard_map a tangent must vary as its point does
+        return value, jnp.sum(along * jax.vmap(push)(along), axis=(0, -1))
 
-    start = (x0, jnp.zeros(x0.shape[:-1], x0.dtype))
+    start = (x0, jnp.zeros_like(x0[..., 0]))
     x1, divergence = _solve(slope, start, t_start, t_end, solver, num_steps, rtol, atol)
     return jax.scipy.stats.norm.logpdf(x1).sum(-1) + divergence

@@ -54,6 +54,21 @@ SOLVERS = {
 }
 
 
+def vary_like(state: State, slope: Callable[[], State]) -> State:
+    """``state`` with the type that a scan over ``state + slope`` gives it under ``shard_map``.
+
+    There a value's type says over which mapped axes it varies, and a scan's state must keep its type.  The
+    slope's value is not used, so that compiled code does not compute it.
+
+    Args:
+      state: initial state of a scan.
+      slope: computes something of the structure of ``state`` from all that the steps will use.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+        return state
+    return jax.tree.map(lambda leaf, other: leaf + jnp.zeros_like(other, leaf.dtype), state, slope())
+
+
 def integrate(
     f: Callable[[Array, State], State],
     y0: State,
@@ -83,6 +98,7 @@ def integrate(
     checks.check_integer("num_steps", num_steps, 1)
     dtype = jnp.result_type(*jax.tree.leaves(y0))
     times = jnp.linspace(t_start, t_end, num_steps + 1, dtype=dtype)
+    y0 = vary_like(y0, lambda: f(times[0], y0))
 
     def step(y: State, interval: tuple[Array, Array]) -> tuple[State, None]:
         t, t_next = interval

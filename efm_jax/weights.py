@@ -75,7 +75,7 @@ def energy_weights(
             kept = [size for i, size in enumerate(energy.shape) if i != axis + energy.ndim]
             checks.check_shape("log_normalizer", log_normalizer, tuple(kept))
             log_normalizer = jnp.expand_dims(log_normalizer, axis)
-        logits = _minus_product(beta, energy) - log_normalizer
+        logits = boltzmann_logits(energy, beta) - log_normalizer
         return (jnp.exp(logits) / _global_size(energy, axis, axis_name)).astype(energy.dtype)
     logits = _shifted_logits(energy, _least(energy, axis, axis_name), beta)
     unnormalised = jnp.exp(logits)
@@ -115,7 +115,7 @@ def log_normalizer(energy: Array, beta: Array, *, axis: int = -1, axis_name: Axi
     least = _least(energy, axis, axis_name)
     total = psum_if(jnp.exp(_shifted_logits(energy, least, beta)).sum(axis, keepdims=True), axis_name)
     log_mean = jnp.log(total / _global_size(energy, axis, axis_name))
-    return (log_mean + _minus_product(beta, least)).squeeze(axis).astype(energy.dtype)
+    return (log_mean + boltzmann_logits(least, beta)).squeeze(axis).astype(energy.dtype)
 
 
 def _check(energy: Array, beta: Array, axis: int) -> tuple[Array, int]:
@@ -140,7 +140,13 @@ def _check(energy: Array, beta: Array, axis: int) -> tuple[Array, int]:
             )
         shape[axis] = energy.shape[axis]
         energy = jnp.broadcast_to(energy, shape)
-    return energy.astype(jnp.result_type(energy, jnp.float32)), axis
+    return _as_float(energy), axis
+
+
+def _as_float(energy: Array) -> Array:
+    """At least 32 bits: weights of half precision would not sum to 1."""
+    wide = jnp.issubdtype(energy.dtype, jnp.floating) and energy.dtype.itemsize >= 4
+    return energy if wide else energy.astype(jnp.float32)
 
 
 def _global_size(energy: Array, axis: int, axis_name: AxisName) -> int:
@@ -153,10 +159,14 @@ def _least(energy: Array, axis: int, axis_name: AxisName) -> Array:
     return least if axis_name is None else lax.pmin(least, axis_name)
 
 
-def _minus_product(beta: Array, value: Array) -> Array:
-    """``-beta value``; 0 * inf is undefined, but beta = 0 means no weighting whatever the energies."""
-    ignored = jnp.isinf(value) & (jnp.asarray(beta) == 0)
-    return jnp.where(ignored, 0, -beta * jnp.where(ignored, 0, value)).astype(value.dtype)
+def boltzmann_logits(energy: Array, beta: Array) -> Array:
+    """``-beta * energy``, 0 at ``beta = 0`` whatever the energy: no weighting then.
+
+    An infinite energy, whose product with 0 is undefined, has no gradient.
+    """
+    infinite = jnp.isinf(energy)
+    product = -beta * jnp.where(infinite, 0, energy)
+    return jnp.where(infinite & (jnp.asarray(beta) > 0), -energy, product).astype(energy.dtype)
 
 
 def _shifted_logits(energy: Array, least: Array, beta: Array) -> Array:
@@ -168,7 +178,7 @@ def _shifted_logits(energy: Array, least: Array, beta: Array) -> Array:
         jnp.where(energy == least, 0, jnp.where(jnp.isnan(energy), jnp.nan, jnp.inf)),
         energy - jnp.where(unbounded, 0, least),
     )
-    return _minus_product(beta, gap)
+    return boltzmann_logits(gap, beta)
 
 
 def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
@@ -204,9 +214,9 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
       axis: the axis of the weights, removed from the result.
 
     Returns:
-      ``beta``, of the shape of ``energy`` without ``axis``.  Where ties (or ``fraction * n < 1``) put the
-      target out of reach, a beta that leaves all the weight on the least energies; where all energies
-      are equal, 0.
+      ``beta``, of the shape of ``energy`` without ``axis``; differentiable.  Where ties (or
+      ``fraction * n < 1``) put the target out of reach, a beta that leaves all the weight on the least
+      energies; where all energies are equal, 0.
 
     Raises:
       ValueError: if ``fraction`` is not in (0, 1].
@@ -220,7 +230,7 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     checks.check_number("fraction", fraction, minimum=0.0, maximum=1.0, open_minimum=True)
     checks.check_rank("energy", energy, 1)
     energy = jnp.moveaxis(jnp.asarray(energy), axis, -1)
-    energy = energy.astype(jnp.result_type(energy, jnp.float32))
+    energy = _as_float(energy)
     gap = -_shifted_logits(energy, _least(energy, -1, None), 1.0)
     target = fraction * energy.shape[-1]
     finite = jnp.isfinite(gap)
@@ -243,5 +253,16 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     # The bracket of log beta is under 1000 wide; it is halved to one rounding error.
     steps = int(np.ceil(np.log2(1000 / float(epsilon))))
     low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
-    beta = jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0)
+    beta = lax.stop_gradient(jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0))
+
+    def log_ess(beta: Array, energy: Array) -> Array:
+        return jnp.log(effective_sample_size(energy_weights(energy, beta[..., None])))
+
+    # Bisection has no gradient.  One Newton step does not move a root, and has the root's gradient (implicit
+    # function theorem); where the target is out of reach, or at beta = 0, there is nothing to differentiate.
+    fixed = lax.stop_gradient(energy)
+    found, slope = jax.jvp(lambda beta: log_ess(beta, fixed), (beta,), (jnp.ones_like(beta),))
+    miss = log_ess(beta, energy) - jnp.log(target)
+    solved = (beta > 0) & (slope < 0) & (jnp.abs(found - jnp.log(target)) < epsilon**0.5)
+    beta = jnp.where(solved, beta - miss / lax.stop_gradient(jnp.where(solved, slope, 1)), beta)
     return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from efm_jax import losses, paths
-from efm_jax.sampling import sample, sample_dpmpp
+from efm_jax import exact, losses, paths
+from efm_jax.sampling import log_likelihood, sample, sample_dpmpp
 
 B, M, D = 8, 3, 2
 
@@ -239,6 +239,15 @@ def test_loss_on_four_devices_sums_to_one(devices, on_devices):
     chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_loss_promotes_no_type_by_accident(loss, dtype):
+    params, batch = make_params(dtype), make_batch(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        value, _ = LOSSES[loss](params, PATHS["ot"], jax.random.key(0), batch, 2.0)
+    assert value.dtype == dtype
+
+
 # --- path x loss x solver ---------------------------------------------------------------------------
 
 
@@ -298,6 +307,47 @@ def test_sampler_under_pmap_of_vmap(devices, sampling_pair):
     mapped = jax.pmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(None, 0), devices=devices)(params, batches)
     tolerance = 1e-2 if sampling_pair[1] == "dopri5" else 1e-4
     np.testing.assert_allclose(mapped, alone, rtol=tolerance, atol=tolerance)
+
+
+# name -> function(x, t, other) of three arrays that a mesh splits along their first axis
+SHARDED = {
+    **{
+        # Noise that all devices share, and a field that closes over what they do not: a policy call.
+        name: lambda x, t, other, draw=draw: draw(
+            make_params("float32") | {"bias": other[0]}, PATHS["vp_linear"], jnp.ones((2, D), jnp.float32)
+        )
+        for name, draw in SAMPLERS.items()
+        if name != "dopri5"  # diffrax's loop needs check_vma=False
+    },
+    **{
+        f"log_likelihood_{key is None}": lambda x, t, other, key=key: log_likelihood(
+            lambda y, t: y * other, x, key=None if key is None else jax.random.key(key), num_steps=2
+        )
+        for key in (None, 0)
+    },
+    **{
+        f"exact_{name}": lambda x, t, other, name=name: getattr(exact, name)(PATHS["ot"], x, t, POINTS)
+        for name in ("posterior", "velocity", "score", "x0")
+    },
+    "intermediate_energy": lambda x, t, other: exact.intermediate_energy(
+        PATHS["ot"], x, t, POINTS, POINTS[:, 0], 2.0
+    ),
+    "own_weights": lambda x, t, other: exact.velocity(PATHS["ot"], x, t, POINTS, other[0, 0] * POINTS[:, 0]),
+    "own_data": lambda x, t, other: exact.velocity(PATHS["ot"], POINTS[: len(x)], t, other),
+}
+POINTS = np.random.default_rng(5).normal(size=(5, D)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shard_map_with_its_checks(devices, name):
+    """In its default mode shard_map types every value by the axes it varies over."""
+    run, spec = SHARDED[name], PartitionSpec("devices")
+    x, t = make_batch("float32")["x0"], jnp.linspace(0.2, 0.9, B, dtype="float32")
+    mesh = Mesh(np.array(devices), ("devices",))
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x, t, x[::-1])
+    shares = [slice(i, i + B // 4) for i in range(0, B, B // 4)]
+    expected = np.concatenate([run(x[i], t[i], x[::-1][i]) for i in shares])
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- paths ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ PATHS = {
 each_path = pytest.mark.parametrize("name", PATHS)
 B, D = 4, 2
 TIMES = np.array([0.05, 0.3, 0.7, 1.0])
+REFERENCE_NAMES = {"x0": "posterior_mean"}
 
 
 def normal(seed, *shape):
@@ -35,17 +36,17 @@ def problem(n, *, some_impossible=False):
 @pytest.mark.parametrize(
     ("n", "weights"), [(1, "finite"), (7, "none"), (7, "finite"), (5003, "some_impossible")]
 )
-def test_posterior_velocity_and_score_match_numpy(x64, name, n, weights):
+def test_posterior_mean_velocity_and_score_match_numpy(x64, name, n, weights):
     path, ref = PATHS[name]
     x, t, data, log_weights = problem(n, some_impossible=weights == "some_impossible")
     extra = () if weights == "none" else (log_weights,)
 
     @jax.jit
     def everything(*inputs):
-        return {f: getattr(exact, f)(path, *inputs) for f in ("posterior", "velocity", "score")}
+        return {f: getattr(exact, f)(path, *inputs) for f in ("posterior", "x0", "velocity", "score")}
 
     for function, got in everything(x, t, data, *extra).items():
-        expected = getattr(reference, function)(ref, x, t, data, *extra)
+        expected = getattr(reference, REFERENCE_NAMES.get(function, function))(ref, x, t, data, *extra)
         assert got.dtype == jnp.float64
         np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9, err_msg=function)
 
@@ -177,6 +178,40 @@ def test_float32_near_zero(name):
 
 
 @each_path
+@pytest.mark.parametrize("time", [1e-3, 1e-5, 1e-7])
+def test_float32_towards_time_zero(name, time):
+    """Near its own datum, which takes all the posterior, a point loses only the rounding of x."""
+    path, ref = PATHS[name]
+    data = np.array([[-2.0, 0.5], [-1.0, -1.0], [0.0, 1.5], [1.0, 0.0], [2.0, -2.0]])
+    noise, t, energy = normal(3, 5, D), np.full(5, np.float32(time), np.float64), 2.0 * normal(4, 5)
+    x = reference_paths.sample(ref, data, noise, t).astype(np.float32)
+    inputs = path, *(jnp.asarray(a, jnp.float32) for a in (x, t, data))
+    log_weights = jnp.asarray(-energy, jnp.float32)
+    np.testing.assert_allclose(exact.posterior(*inputs, log_weights), np.eye(5), atol=1e-6)
+    np.testing.assert_allclose(exact.x0(*inputs, log_weights), data, rtol=1e-6, atol=1e-6)
+    intermediate = exact.intermediate_energy(*inputs, jnp.asarray(energy, jnp.float32), 1.0)
+    np.testing.assert_allclose(intermediate, energy, rtol=1e-5, atol=1e-5)
+    sigma, lost = ref.sigma(t)[0], 1e-6 / ref.sigma(t)[0]  # of the noise that x holds
+    velocity, score = (getattr(exact, f)(*inputs, log_weights) for f in ("velocity", "score"))
+    expected = reference_paths.velocity(ref, data, noise, t)
+    np.testing.assert_allclose(velocity, expected, atol=lost * ref.sigma_dot(t)[0] + 1e-5)
+    np.testing.assert_allclose(score, reference_paths.score(ref, noise, t), atol=(lost + 1e-5) / sigma)
+
+
+@each_path
+def test_posterior_mean_at_both_ends(x64, name):
+    """At ``t = 0`` the nearest datum; in pure noise (``mu = 0``) the weighted mean, whatever x is."""
+    path, _ = PATHS[name]
+    x, _, data, log_weights = problem(7)
+    nearest = ((x[:, None] - data) ** 2).sum(-1).argmin(-1)
+    inputs = jnp.asarray(data), jnp.asarray(log_weights)
+    np.testing.assert_allclose(exact.x0(path, x, jnp.zeros(B), *inputs), data[nearest], rtol=1e-12)
+    if name != "vp_linear":
+        expected = np.tile(np.exp(log_weights) @ data / np.exp(log_weights).sum(), (B, 1))
+        np.testing.assert_allclose(exact.x0(path, x, jnp.ones(B), *inputs), expected, rtol=1e-10)
+
+
+@each_path
 @pytest.mark.parametrize("time", [1e-5, 0.05])
 def test_float32_energy_keeps_its_digits(name, time):
     """Two logarithms of sums of size 1 / sigma^2 must not be subtracted from each other."""
@@ -222,6 +257,8 @@ def test_streaming_in_several_blocks(x64, monkeypatch, block_elements):
     x, t, data, log_weights = problem(n)
     log_weights[: n // 4] = log_weights[-n // 4 :] = -np.inf
     inputs = jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
+    got = exact.x0(path, *inputs, jnp.asarray(log_weights))
+    np.testing.assert_allclose(got, reference.posterior_mean(ref, x, t, data, log_weights), rtol=1e-8)
     got = exact.velocity(path, *inputs, jnp.asarray(log_weights))
     np.testing.assert_allclose(got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9)
     got = exact.intermediate_energy(path, *inputs, jnp.asarray(-log_weights), 1.3)
@@ -242,15 +279,34 @@ def test_two_hundred_thousand_points():
 
 
 def test_memory_does_not_hold_every_pair():
-    """Compiled for n = 1e6, d = 16, the work space stays under a tenth of one ``[B, n, d]`` array."""
-    path, n, d = PATHS["ot"][0], 1_000_000, 16
+    """Compiled for n = 1e6, d = 16: work space against one ``[B, n, d]`` array, also when differentiated."""
+    path, batch, n, d = PATHS["ot"][0], 64, 1_000_000, 16
 
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+    def work_space(function):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, d), (batch,), (n, d), (n,))]
+        memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
+        return memory.temp_size_in_bytes / (4 * batch * n * d)
 
-    function = jax.jit(lambda x, t, data, w: exact.velocity(path, x, t, data, w))
-    compiled = function.lower(shape(8, d), shape(8), shape(n, d), shape(n)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * 4 * 8 * n * d
+    assert work_space(lambda x, t, data, w: exact.x0(path, x, t, data, w)) < 0.05
+    assert work_space(lambda x, t, data, w: exact.velocity(path, x, t, data, w)) < 0.05
+    assert work_space(lambda x, t, data, w: exact.intermediate_energy(path, x, t, data, w, 1.0)) < 0.05
+    assert work_space(lambda x, t, data, w: exact.cg_score(path, x, t, data, w, 2.0)) < 0.05
+
+    def gradient(x, t, data, w):
+        return jax.grad(lambda x: exact.intermediate_energy(path, x, t, data, w, 1.0).sum())(x)
+
+    assert work_space(gradient) < 0.15
+
+
+def test_a_million_points():
+    """Streamed in float32; one point of the batch sits on a datum at a small time."""
+    path, _ = PATHS["ot"]
+    data = normal(6, 1_000_000, 2).astype(np.float32)
+    x, t = np.stack([data[700_000], np.ones(2, np.float32)]), np.array([1e-4, 0.6], np.float32)
+    got = jax.jit(lambda *inputs: exact.x0(path, *inputs))(x, t, data)
+    np.testing.assert_allclose(got[0], data[700_000], atol=1e-3)
+    # Standard normal data: E[x_0 | x] = mu x / (mu^2 + sigma^2).
+    np.testing.assert_allclose(got[1], 0.4 / (0.4**2 + 0.6**2) * x[1], atol=0.01)
 
 
 @each_path

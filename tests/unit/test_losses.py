@@ -521,3 +521,11 @@ def test_no_gradient_flows_into_the_weights(x64):
 
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(energy, 1.0, 0.3):
         np.testing.assert_array_equal(gradient, 0)
+
+
+def test_cep_does_not_hide_a_nan_energy():
+    energy = jnp.array([jnp.nan, *np.ones(B - 1)])
+    x0 = jnp.asarray(normal(0, B, D), jnp.float32)
+    loss, aux = losses.cep(lambda x, t: x.sum(-1), paths.vp_linear(), jax.random.key(0), x0, energy, 1.0)
+    assert jnp.isnan(loss)
+    assert jnp.isnan(aux["ess"])

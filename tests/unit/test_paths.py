@@ -235,3 +235,14 @@ def test_conversions_round_trip(x64, name, t, seed):
 def test_bad_sigma_min_raises(sigma_min):
     with pytest.raises(ValueError, match="sigma_min"):
         paths.conditional_ot(sigma_min=sigma_min)
+
+
+@pytest.mark.parametrize("path", [paths.conditional_ot(0.1), paths.vp_linear(), paths.vp_cosine()])
+def test_whole_number_times_are_times(path):
+    for name in ("mean_coef", "std", "mean_coef_dot", "std_dot"):
+        coefficient = getattr(path, name)
+        np.testing.assert_allclose(coefficient(jnp.array([1])), coefficient(jnp.array([1.0])), rtol=1e-6)
+    x0, noise, t = jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.array([1, 1])
+    velocity = path.velocity(x0, noise, t)
+    back = path.noise_from_velocity(velocity, path.sample(x0, noise, t), t)
+    np.testing.assert_allclose(back, noise, atol=1e-3)

@@ -233,6 +233,22 @@ def test_beta_for_ess_survives_what_no_beta_solves():
     assert tie >= 0
 
 
+def test_beta_for_ess_has_the_gradient_of_its_root(x64):
+    energy, step = jnp.asarray(normal(8, 12)), 1e-6
+    by_energy = jax.grad(lambda e: beta_for_ess(e, 0.4))(energy)
+    for i in range(3):
+        shift = step * jnp.eye(12)[i]
+        difference = beta_for_ess(energy + shift, 0.4) - beta_for_ess(energy - shift, 0.4)
+        np.testing.assert_allclose(by_energy[i], difference / (2 * step), rtol=1e-4, atol=1e-6)
+    by_fraction = jax.grad(lambda f: beta_for_ess(energy, f))(0.4)
+    difference = beta_for_ess(energy, 0.4 + step) - beta_for_ess(energy, 0.4 - step)
+    np.testing.assert_allclose(by_fraction, difference / (2 * step), rtol=1e-4)
+    # beta = 0 and targets out of reach have nothing to differentiate, and no NaN.
+    for same in (jnp.ones(8), jnp.array([0.0, 0.0, 0.0, 1.0])):
+        assert np.isfinite(jax.grad(lambda e: beta_for_ess(e, 0.25))(same)).all()
+    assert np.isfinite(jax.grad(lambda e: beta_for_ess(e, 1.0))(energy)).all()
+
+
 def test_beta_for_ess_in_float32():
     energy = jnp.asarray(normal(6, 50), jnp.float32)
     beta = beta_for_ess(energy, 0.3)
@@ -385,3 +401,10 @@ def test_beta_per_slice_but_not_per_sample(x64):
         log_normalizer(jnp.ones(3), -1.0)
     with pytest.raises(ValueError, match="energy"):
         log_normalizer(jnp.asarray(1.0), 1.0)
+
+
+@pytest.mark.parametrize("energy", [[1e6, 0, np.inf], [-np.inf, 0, 1], [3e38, -3e38, 0]])
+def test_gradients_in_beta_are_finite_at_infinite_gaps(energy):
+    energy, values = jnp.array(energy, jnp.float32), jnp.arange(3.0)
+    gradient = jax.grad(lambda beta: (energy_weights(energy, beta) * values).sum())(1.0)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)  # the best takes all at any beta > 0
