@@ -223,16 +223,17 @@ def _log_density_jit(
     )
 
 
-def run(output: pathlib.Path, settings: Settings, names: Sequence[str], shard: tuple[int, int]) -> None:
+def run(
+    output: pathlib.Path,
+    settings: Settings,
+    names: Sequence[str],
+    families: Sequence[str],
+    shard: tuple[int, int],
+) -> None:
     """Run the units of this shard that are not there yet."""
     (output / UNITS).mkdir(parents=True, exist_ok=True)
     _check_same_settings(output / "settings.json", settings)
-    units = [
-        (name, family, seed)
-        for seed in range(settings.seeds)
-        for name in names
-        for family in (*FAMILIES, ORACLE)
-    ]
+    units = [(name, family, seed) for seed in range(settings.seeds) for name in names for family in families]
     found = problems()
     measures = {name: Measure(found[name], settings, found[name].target) for name in names}
     for index, (name, family, seed) in enumerate(units):
@@ -248,7 +249,7 @@ def run(output: pathlib.Path, settings: Settings, names: Sequence[str], shard: t
         _replace(stem.with_suffix(".json"), lambda path, text=text: path.write_text(text))
         print(f"{index + 1}/{len(units)} {stem.name}: {time.perf_counter() - start:.0f} s", flush=True)
     cost = output / "cost.json"
-    if shard[0] == 0 and not cost.exists():
+    if shard[0] == 0 and set(families) >= set(FAMILIES) and not cost.exists():
         text = json.dumps(measure_cost(found[names[0]], settings), indent=1)
         _replace(cost, lambda path: path.write_text(text))
 
@@ -302,6 +303,17 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> Non
     temporary.replace(path)
 
 
+def _override(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    """The sizes given on the command line in place of the defaults."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    training, own = (
+        {field.name: given[field.name] for field in dataclasses.fields(part) if field.name in given}
+        for part in (settings.training, settings)
+    )
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **training), **own)
+
+
 def main() -> None:
     """Parse the command line, run what is left to do, report."""
     parser = argparse.ArgumentParser(
@@ -312,18 +324,27 @@ def main() -> None:
         "--smoke", action="store_true", help="two problems, tiny networks: shows that it runs"
     )
     parser.add_argument("--problems", nargs="+", choices=list(problems()), metavar="NAME")
+    parser.add_argument("--families", nargs="+", choices=[*FAMILIES, ORACLE], metavar="NAME")
+    parser.add_argument("--betas", nargs="+", type=float)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--hidden_dims", nargs="+", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--num_steps", type=int, help="training steps of every network")
     parser.add_argument("--shard", default="0/1", help="I/N: this process does every N-th unit from the I-th")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
-    settings = SMOKE if arguments.smoke else Settings()
+    settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
+    families = arguments.families or [*FAMILIES, ORACLE]
     names = arguments.problems or (SMOKE_PROBLEMS if arguments.smoke else list(problems()))
     output = arguments.output or pathlib.Path("runs", "guidance-smoke" if arguments.smoke else "guidance")
     match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
     if match is None or not int(match[1]) < int(match[2]):
         parser.error(f"--shard: expected I/N with I < N, as 0/2; got {arguments.shard!r}")
+    if 0 not in settings.betas:
+        parser.error("--betas: expected 0, the plain model, among the scales")
     try:
         if not arguments.report:
-            run(output, settings, names, (int(match[1]), int(match[2])))
+            run(output, settings, names, families, (int(match[1]), int(match[2])))
         guidance_report.write(output)
     except (ValueError, OSError) as error:
         parser.error(str(error))

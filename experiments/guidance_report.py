@@ -212,7 +212,7 @@ def _ratio_figure(rows: Rows, names: Sequence[str]) -> Figure:
     """The ratio against beta: a panel for each problem, a line for each method."""
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = _figure(4 * columns, 2.8 * lines + 0.6)
+    figure = _figure(4 * columns, 2.6 * lines + 0.8)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes, name in zip(panels.flat, names, strict=False):
         _draw_ratios(axes, [row for row in rows if row["problem"] == name])
@@ -221,7 +221,7 @@ def _ratio_figure(rows: Rows, names: Sequence[str]) -> Figure:
         axes.set_visible(False)
     figure.supxlabel("guidance scale beta", fontsize=10)
     figure.supylabel("sliced Wasserstein-2 / noise floor", fontsize=10)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
