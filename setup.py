@@ -17,6 +17,7 @@ TEST = [
     "pytest>=8,<10",  # test runner
     "pytest-xdist>=3.6,<4",  # tests on every core
     "hypothesis>=6.100,<7",  # property tests
+    "equinox>=0.11,<0.14",  # a second framework for the losses; diffrax brings it
     "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
     "ruff>=0.11,<0.18",  # lint
 ]
