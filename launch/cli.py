@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +13,8 @@ from absl import app, flags, logging
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as a shell reports it
+# Where the presets are: the repository, or the folder that this package is installed in.
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class UsageError(Exception):
@@ -50,7 +54,7 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         for name, value in defaults.items()
         if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
     ]
-    argv = [argv[0], *missing, *argv[1:]]
+    argv = _find_preset([argv[0], *missing, *argv[1:]])
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -58,13 +62,27 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         sys.exit(EXIT_USAGE)
     # Parsing also runs the configuration file, which is the user's code and may raise anything.
     except Exception as error:
-        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
-        _complain(f"{_config_argument(argv)}: {reason}")
+        _complain(f"{_config_argument(argv)}: {_reason(error, argv)}")
         sys.exit(EXIT_USAGE)
     if len(rest) > 1:
         _complain(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         sys.exit(EXIT_USAGE)
     return rest
+
+
+def _find_preset(argv: list[str]) -> list[str]:
+    """The command line with the full path of a preset that is not here, but under ``ROOT``."""
+    argv = list(argv)
+    for i in range(1, len(argv)):
+        name, equals, value = argv[i].partition("=")
+        if name.lstrip("-") != "config":
+            continue
+        place, start = (i, f"{name}=") if equals else (i + 1, "")
+        value = value if equals else "".join(argv[place : place + 1])
+        installed = os.path.join(ROOT, value)  # the path itself if it is absolute
+        if not os.path.exists(value) and os.path.isfile(installed):
+            argv[place] = start + installed
+    return argv
 
 
 def _config_argument(argv: list[str]) -> str:
@@ -74,6 +92,28 @@ def _config_argument(argv: list[str]) -> str:
         if name == "config":
             return f"--config={value or ' '.join(argv[i + 1 : i + 2])}"
     return "flags"
+
+
+def preset_problem(path: str) -> str | None:
+    """Why a preset cannot be read at all; None where its file is there."""
+    if path and os.path.isdir(path):
+        return "is a folder; expected a .py file"
+    return None if os.path.isfile(path) else "no such file"
+
+
+def _reason(error: Exception, argv: list[str]) -> str:
+    """What a preset or an override of its fields raised, in words."""
+    if isinstance(error, OSError):
+        # ml_collections keeps the error of reading the file until an override needs its contents.
+        return preset_problem(_config_argument(argv).partition("=")[2]) or str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, (KeyError, AttributeError)):
+        # Of an override that the preset has no field for, a dict or ConfigDict says the bare name, in quotes.
+        names = [arg.lstrip("-").partition("=")[0] for arg in argv if re.match("--?(no)?config[.]", arg)]
+        word = re.match(r"\W*(\w*)", text)[1]
+        if word in {part for name in names for part in name.split(".")[1:]}:
+            return f"unknown field {word!r}"
+    return text if " " in text else f"{type(error).__name__}: {text!r}"
 
 
 def _help() -> str:

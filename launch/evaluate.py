@@ -20,7 +20,7 @@ from efm_jax.training.checkpoint import Checkpointer
 from efm_jax.training.metrics import return_rows, write_returns
 from efm_jax.types import Normalizer
 from launch import cli, evaluation
-from launch.workdir import CHECKPOINTS, RunInfo
+from launch.workdir import CHECKPOINTS, RunInfo, resolve
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
 _EPISODES = flags.DEFINE_integer("episodes", None, "Episodes per seed; by default as in training.", 1)
@@ -32,7 +32,7 @@ def main(_: list[str]) -> int:
     with cli.usage_errors():
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
-        workdir = epath.Path(_WORKDIR.value).expanduser()
+        workdir = resolve(_WORKDIR.value)
         info = RunInfo.load(workdir)
         if info is None:
             raise ValueError(f"workdir {workdir}: holds no run (no config.json)")
@@ -68,11 +68,13 @@ def _restore(workdir: epath.Path, info: RunInfo, algorithm: QIPO, keys: jax.Arra
     state = jax.vmap(algorithm.init)(keys)
     sizes = (info.observation_size,) * 2 + (info.action_size,) * 2
     template = {"state": state, "normalizer": Normalizer(*(jnp.zeros(size) for size in sizes))}
-    checkpointer = Checkpointer(workdir / CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
-    try:
-        found = checkpointer.restore(template)
-    finally:
-        checkpointer.close()
+    found = None
+    if (workdir / CHECKPOINTS).exists():  # a checkpointer would make it
+        checkpointer = Checkpointer(workdir / CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
+        try:
+            found = checkpointer.restore(template)
+        finally:
+            checkpointer.close()
     if found is None:
         raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
     if int(found[1]["state"].policy.step[0]) == 0:

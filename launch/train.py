@@ -13,7 +13,6 @@ Exit status: 0 done, 1 failed (a loss that is not finite), 2 bad flags, data or 
 by SIGTERM and saved.
 """
 
-import pathlib
 import re
 import signal
 import sys
@@ -37,19 +36,23 @@ from efm_jax.training.metrics import METRICS_FILE, RETURNS_FILE, MetricsWriter, 
 from efm_jax.training.plots import plot_learning_curve
 from efm_jax.types import Normalizer, Params
 from launch import cli, evaluation
-from launch.workdir import CHECKPOINTS, RunInfo
+from launch.workdir import CHECKPOINTS, RunInfo, resolve
 
-_DEFAULT_PRESET = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "configs" / "qipo_ot.py"
+_DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
+# A random key keeps 32 bits of its seed: a larger one would repeat the run of a smaller one.
+_MAX_SEED = 2**32 - 1
 # Under this many effective actions a state's target is all but one action: beta is too large to trust.
 _LEAST_ESS = 1.5
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, "Built-in dataset, Minari id or D4RL .hdf5 file.")
 _ENV = flags.DEFINE_string("env", None, "Gymnasium id to evaluate in, instead of the one the dataset names.")
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"Preset, a .py file; by default {_DEFAULT_PRESET.name}."
+    "config",
+    None,
+    f"Preset, a .py file, here or where launch is installed; by default {_DEFAULT_PRESET.name}.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; by default runs/ALGORITHM-DATASET-SEED.")
-_SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1)
 
 
@@ -58,6 +61,9 @@ def main(_: list[str]) -> int:
     start = time.perf_counter()
     with cli.usage_errors():
         config = _read_config()
+        last = _SEED.value + _NUM_SEEDS.value - 1
+        if last > _MAX_SEED:
+            raise ValueError(f"--seed, --num_seeds: the last seed may be at most {_MAX_SEED}; got {last}")
         dataset = load_dataset(_DATASET.value, env=_ENV.value)
         if dataset.env_spec is None:
             raise ValueError(f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID")
@@ -67,7 +73,7 @@ def main(_: list[str]) -> int:
         normalizer = fit_normalizer(dataset)
         data = preprocess(dataset, normalizer, config.reward_transform)
         trainer = Trainer(config, data, info.seeds)
-        workdir = epath.Path(_WORKDIR.value or _default_workdir(info)).expanduser()
+        workdir = resolve(_WORKDIR.value or _default_workdir(info))
         earlier = RunInfo.load(workdir)
         if earlier is not None:
             info.check_same(earlier, workdir)
@@ -75,7 +81,7 @@ def main(_: list[str]) -> int:
     try:
         with cli.usage_errors():
             state = run.restore()
-        info.save(workdir)
+            info.save(workdir)
         state = trainer.run(state, run)
         rollouts = run.evaluate_final(state)
     except NonFiniteLossError as error:
@@ -103,8 +109,9 @@ def main(_: list[str]) -> int:
 
 def _read_config() -> QIPOConfig:
     path = flags.FLAGS["config"].config_filename
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"--config={path}: no such file")
+    problem = cli.preset_problem(path)
+    if problem is not None:
+        raise ValueError(f"--config={path}: {problem}")
     config = _CONFIG.value
     if not isinstance(config, QIPOConfig):
         raise ValueError(

@@ -14,6 +14,14 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
+def resolve(path: str) -> epath.Path:
+    """The work directory that ``--workdir`` names, there or not; a ``ValueError`` if it is a file."""
+    workdir = epath.Path(path).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={path}: is a file; expected a folder")
+    return workdir
+
+
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
     """Everything that identifies a run and is needed to evaluate it without its dataset."""
@@ -68,10 +76,17 @@ class RunInfo:
         """The record of a run started before; None where there is none.
 
         Raises:
-          ValueError: if the file cannot be understood.
+          ValueError: if the file cannot be understood, or is missing beside checkpoints: they could be
+            of any run.
         """
         path = workdir / CONFIG_FILE
         if not path.exists():
+            checkpoints = workdir / CHECKPOINTS
+            if checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir()):
+                raise ValueError(
+                    f"workdir {workdir}: checkpoints are there, but {CONFIG_FILE} is missing; "
+                    "put it back or give another --workdir"
+                )
             return None
         try:
             values = json.loads(path.read_text())

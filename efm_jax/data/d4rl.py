@@ -17,6 +17,7 @@ Action bounds are the environment's.  Where its simulator is not installed (MuJo
 families below) or the file names no environment, they are [-1, 1], to which D4RL normalises every action.
 """
 
+import contextlib
 import warnings
 
 import h5py
@@ -77,7 +78,9 @@ def load_d4rl(path: str, *, env: str | None = None) -> Dataset:
         validation.check_finite(path, name, array)
 
     sizes = numbers["observations"].shape[1], numbers["actions"].shape[1]
-    spec, low, high = _environment(path, env, env_id, *sizes)
+    # With an environment given, the file's own is not asked for.
+    stated = env or _text_attribute(path, "env_id", env_id)
+    spec, low, high = _environment(path, stated, *sizes)
     validation.check_bounds(path, low, high)
     numbers["actions"] = validation.clip_actions(path, numbers["actions"], low, high)
 
@@ -98,8 +101,8 @@ def load_d4rl(path: str, *, env: str | None = None) -> Dataset:
     )
 
 
-def _read(path: str) -> tuple[dict[str, np.ndarray], str | None]:
-    """Every dataset of the layout that the file has, and its ``env_id``."""
+def _read(path: str) -> tuple[dict[str, np.ndarray], object]:
+    """Every dataset of the layout that the file has, and its ``env_id`` as it is stored."""
     file_path = epath.Path(path).expanduser()
     try:
         if not file_path.exists():
@@ -115,7 +118,17 @@ def _read(path: str) -> tuple[dict[str, np.ndarray], str | None]:
     missing = [name for name in _RANKS if name not in arrays and name not in _OPTIONAL]
     if missing:
         raise DataError(f"{path}: the file has no dataset {', '.join(map(repr, missing))}")
-    return arrays, env_id.decode() if isinstance(env_id, bytes) else env_id
+    return arrays, env_id
+
+
+def _text_attribute(path: str, name: str, value: object) -> str | None:
+    """An attribute that is text, stored as such or as UTF-8 bytes, or is not there."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+    raise DataError(f"{path}: attribute {name!r}: expected text; got {value!r:.100}")
 
 
 def _read_array(path: str, file: h5py.File, name: str) -> np.ndarray:
@@ -134,11 +147,10 @@ def _flags(path: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _environment(
-    path: str, env: str | None, env_id: str | None, observation_size: int, action_size: int
+    path: str, stated: str | None, observation_size: int, action_size: int
 ) -> tuple[EnvSpec | None, np.ndarray, np.ndarray]:
-    """The environment's spec (or None) and the action bounds ``[A]`` float32."""
+    """The environment's spec (or None) and the action bounds ``[A]`` float32; ``stated`` may be its id."""
     unit = np.ones(action_size, np.float32)
-    stated = env or env_id
     family = epath.Path(path).name.lower().replace("-", "_").split("_")[0]
     chosen = stated or CLASSIC_ENVIRONMENTS.get(family)
     if chosen is None:

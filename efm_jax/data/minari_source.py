@@ -1,6 +1,5 @@
 """Minari datasets: local ones, and others by download."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -87,14 +86,20 @@ def _open(name: str):
         ) from error
     path = local_path(name)
     if not path.joinpath("data").exists():
+        # Minari imports it only for a download, and that import sets the level that is overridden here.
+        from huggingface_hub.utils import logging as hub_logging
+
         # Its client logs every retry; the error below says how it ended.
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+        verbosity = hub_logging.get_verbosity()
+        hub_logging.set_verbosity(hub_logging.CRITICAL)
         try:
             minari.download_dataset(name)
         except Exception as error:  # each of Minari's storage clients has its own exceptions, no common base
             raise DataError(
                 f"{name}: no such dataset at {path}, and it could not be downloaded ({reason(error)})"
             ) from error
+        finally:
+            hub_logging.set_verbosity(verbosity)
     try:
         return minari.load_dataset(name)
     except Exception as error:  # Minari asserts and indexes its way through the metadata

@@ -5,13 +5,16 @@ previous checkpoint.  A digest of every array is saved beside them, because the 
 does not notice every damaged byte.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 
@@ -23,9 +26,9 @@ class Checkpointer:
     """Checkpoints of one run under ``directory``.
 
     Args:
-      directory: local or ``gs://``; made at the first save.
+      directory: local or ``gs://``; made if it is not there.
       max_to_keep: older checkpoints are deleted.
-      report: called with one line about every checkpoint that cannot be read.
+      report: called with one line about every checkpoint that cannot be read, when an older one can.
     """
 
     def __init__(
@@ -34,7 +37,8 @@ class Checkpointer:
         self._directory = epath.Path(directory)
         self._report = report
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
-        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+        with _quiet():
+            self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
 
     def save(self, step: int, tree: Any) -> None:
         """Start saving a tree under a step number; returns once the tree has been copied."""
@@ -55,22 +59,24 @@ class Checkpointer:
         Raises:
           CheckpointError: if there are checkpoints and none can be read.
         """
-        damaged: list[int] = []
-        problem = ""
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = self._read(step, template)
+                with _quiet():
+                    tree = self._read(step, template)
             # Damage shows as whatever the reader of the damaged part raises.
             except Exception as error:
-                problem = f"checkpoint {self._directory / str(step)} cannot be read: {_first_line(error)}"
-                self._report(problem)
-                damaged.append(step)
+                place = self._directory / str(step)
+                damaged[step] = f"checkpoint {place} cannot be read: {_first_line(error)}"
                 continue
-            for newer in damaged if discard else ():
-                self._manager.delete(newer)
+            for newer, problem in damaged.items():
+                self._report(problem)
+                if discard:
+                    self._manager.delete(newer)
             return step, tree
         if damaged:
-            raise CheckpointError(problem)
+            newest = next(iter(damaged.values()))
+            raise CheckpointError(newest + (f"; none of the {len(damaged)} can" if len(damaged) > 1 else ""))
         return None
 
     def _read(self, step: int, template: Any) -> Any:
@@ -89,6 +95,18 @@ class Checkpointer:
         """Wait for saves in progress."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log of a damaged file: the checkpoint's own report or error says it."""
+    logger = absl_logging.get_absl_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _digest(tree: Any) -> str:

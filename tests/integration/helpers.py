@@ -102,6 +102,14 @@ class Launcher:
         self._zygote.wait(30)
 
 
+def fresh(module, *args, cwd=REPOSITORY, env=None):
+    """Run `python -m launch.MODULE ARGS` in a process of its own, which has imported nothing before."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | (env or {})
+    command = [sys.executable, "-m", f"launch.{module}", *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 def _zygote():
     # Everything heavy that the entry points import; not the entry points, which define flags.
     for module in (

@@ -1,9 +1,11 @@
 """`launch.train` and `launch.evaluate` as processes: what they print, leave behind, survive and refuse."""
 
 import csv
+import http.server
 import json
 import shutil
 import signal
+import threading
 import time
 
 import matplotlib.image
@@ -11,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.integration.helpers import Launcher
+from tests.integration.helpers import Launcher, fresh
 from tests.unit.data_fixtures import write_d4rl
 
 STEPS = {"behavior": 40, "critic": 40, "policy": 60}
@@ -102,6 +104,18 @@ def damage(workdir, step):
     files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def cut(workdir, step):
+    """Leave ten bytes of every file of a checkpoint: Orbax logs an error of its own about some."""
+    for path in (workdir / "checkpoints" / str(step)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+
+
+def contents(folder):
+    """Every file and folder, with its bytes."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_train_prints_the_contract_line(finished):
@@ -260,6 +274,12 @@ BAD_FLAGS = {
     "unknown flag": (["--nosuch=1"], ["nosuch"]),
     "positional": (["positional"], ["positional"]),
     "seed": (["--seed=-1"], ["seed"]),
+    "seed above 32 bits": (["--seed=4294967296"], ["--seed", "4294967295"]),
+    "seed above 64 bits": (["--seed=99999999999999999999999"], ["--seed", "4294967295"]),
+    "second seed above 32 bits": (
+        ["--seed=4294967295", "--num_seeds=2"],
+        ["--num_seeds", "4294967295", "4294967296"],
+    ),
     "seeds": (["--num_seeds=0"], ["num_seeds"]),
     "preset": (["--config=experiments/configs/nosuch.py"], ["nosuch.py"]),
     "environment": (["--env=NoSuchEnv-v0"], ["NoSuchEnv-v0"]),
@@ -287,6 +307,38 @@ def test_preset_that_is_no_preset(launcher, tmp_path):
     ):
         preset.write_text(text)
         refused(launcher.run("train", f"--config={preset}"), "preset.py")
+
+
+@pytest.mark.parametrize("value", ["{'a': 1}", "3", "ConfigDict({'a': 1})", "ConfigDict({'bet': 1})"])
+def test_override_of_a_field_that_the_preset_lacks(launcher, tmp_path, value):
+    preset = tmp_path / "preset.py"
+    preset.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return {value}\n")
+    word = "beta does not exist" if value == "3" else "unknown field 'beta'"
+    refused(launcher.run("train", f"--config={preset}", "--config.beta=1"), str(preset), word)
+
+
+def test_preset_with_a_key_error(launcher, tmp_path):
+    preset = tmp_path / "preset.py"
+    preset.write_text("def get_config():\n    return {}['key']\n")
+    refused(launcher.run("train", f"--config={preset}", "--config.beta=1"), "KeyError", "'key'")
+
+
+@pytest.mark.parametrize("more", [(), ("--config.beta=1",)])
+def test_preset_that_is_no_file(launcher, tmp_path, more):
+    refused(launcher.run("train", f"--config={tmp_path}", *more), f"--config={tmp_path}: is a folder")
+    refused(launcher.run("train", "--config=nosuch.py", *more), "--config=nosuch.py: no such file")
+
+
+def test_installed_preset_from_another_folder(tmp_path):
+    flags = ["--dataset=nosuch.hdf5", "--config.beta=1"]
+    preset = "experiments/configs/quick.py"
+    for given in ([f"--config={preset}"], ["--config", preset]):
+        # It comes as far as the dataset.
+        refused(fresh("train", *given, *flags, cwd=tmp_path), "nosuch.hdf5: no such file")
+    # One that is here comes first.
+    (tmp_path / "experiments" / "configs").mkdir(parents=True)
+    (tmp_path / preset).write_text("def get_config():\n    return 3\n")
+    refused(fresh("train", f"--config={preset}", cwd=tmp_path), f"--config={preset}", "got int")
 
 
 def test_batch_that_does_not_divide_over_devices(launcher, dataset, tmp_path):
@@ -362,6 +414,62 @@ def test_datasets_that_are_not_there(launcher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_minari_id_that_the_server_does_not_know(tmp_path):
+    """In a fresh process, where the client's import comes with the download."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self):
+            # The client logs and repeats a request that fails so, then ends at one that fails for good.
+            Server.asked += self.path.startswith("/api/datasets")
+            self.send_response(503 if Server.asked == 1 else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_VERBOSITY": "",
+            "HF_HOME": str(tmp_path / "hub"),
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
+            "MINARI_REMOTE": "hf://farama-minari",
+        }
+        flags = train_flags("nosuch/thing-v0", tmp_path / "run")
+        refused(fresh("train", *flags, env=env), "nosuch/thing-v0: no such dataset", "404")
+        server.shutdown()
+    assert Server.asked == 2
+
+
+def test_attribute_that_is_no_text(launcher, tmp_path):
+    path = write_d4rl(tmp_path / "bad.hdf5", arrays(), env_id=np.array([b"Pendulum-v1"]))
+    refused(launcher.run("train", *train_flags(path, tmp_path / "run")), "bad.hdf5", "env_id", "text")
+
+
+def test_workdir_that_is_a_file(launcher, dataset, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    refused(launcher.run("train", *train_flags(dataset, path)), f"--workdir={path}: is a file")
+    refused(launcher.run("evaluate", f"--workdir={path}"), f"--workdir={path}: is a file")
+    assert path.read_text() == "mine"
+
+
+def test_checkpoints_without_the_config_file(launcher, dataset, copy):
+    (copy / "config.json").unlink()
+    before = contents(copy)
+    for flags in (train_flags(dataset, copy, *SEEDS), train_flags(dataset, copy, *SEEDS, beta=3)):
+        refused(launcher.run("train", *flags), str(copy), "checkpoints are there", "config.json is missing")
+    refused(launcher.run("evaluate", f"--workdir={copy}"), "config.json is missing")
+    assert contents(copy) == before
+
+
 def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
     other = write_d4rl(tmp_path / "other.hdf5", arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1")
     workdir = finished[0]
@@ -399,18 +507,30 @@ def test_damaged_newest_checkpoint(launcher, dataset, finished, copy):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_all_checkpoints_damaged(launcher, dataset, copy):
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_two_damaged_checkpoints_are_two_lines(launcher, dataset, finished, copy, module):
+    for step in (TOTAL, TOTAL - 10):
+        cut(copy, step)
+    train = module == "train"
+    flags = train_flags(dataset, copy, *SEEDS) if train else [f"--workdir={copy}"]
+    result = launcher.run(module, *flags)
+    assert result.status == 0, result.err
+    assert len(result.complaints) == (3 if train else 2), result.err
+    for step, line in zip((TOTAL, TOTAL - 10), result.complaints, strict=False):
+        assert f"checkpoints/{step} cannot be read" in line
+    if train:
+        assert result.complaints[2].endswith(f"continuing {copy} from step {TOTAL - 20}")
+        assert result.line["policy_return"] == finished[1].line["policy_return"]
+
+
+@pytest.mark.parametrize("how", [damage, cut])
+def test_all_checkpoints_damaged(launcher, dataset, copy, how):
     for step in saved_steps(copy):
-        damage(copy, step)
+        how(copy, step)
     for _ in range(2):  # the second time too: nothing may have been deleted, nor training begun anew
-        result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
-        assert result.status == 2
-        assert "Traceback" not in result.err
-        assert "checkpoints" in result.complaints[-1]
+        refused(launcher.run("train", *train_flags(dataset, copy, *SEEDS)), f"checkpoints/{TOTAL} cannot")
         assert saved_steps(copy) == [TOTAL - 20, TOTAL - 10, TOTAL]
-    result = launcher.run("evaluate", f"--workdir={copy}")
-    assert result.status == 2
-    assert "Traceback" not in result.err
+    refused(launcher.run("evaluate", f"--workdir={copy}"), f"checkpoints/{TOTAL} cannot")
 
 
 def test_evaluate_refuses(launcher, finished, copy, tmp_path):
@@ -419,7 +539,9 @@ def test_evaluate_refuses(launcher, finished, copy, tmp_path):
     assert not (tmp_path / "nosuch").exists()
     refused(launcher.run("evaluate", f"--workdir={finished[0]}", "--episodes=0"), "episodes")
     shutil.rmtree(copy / "checkpoints")
+    before = contents(copy)
     refused(launcher.run("evaluate", f"--workdir={copy}"), "checkpoint")
+    assert contents(copy) == before
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, tmp_path):

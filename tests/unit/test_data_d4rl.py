@@ -162,6 +162,21 @@ def test_unknown_environments(tmp_path):
     fails(tmp_path, arrays, "nomodule:Nothing-v3", env="nomodule:Nothing-v3")
 
 
+@pytest.mark.parametrize(
+    "value", [7, np.array([b"Pendulum-v1"]), np.bytes_(b"\xff\xfe"), h5py.Empty("S1")], ids=repr
+)
+def test_environment_attribute_that_is_no_text(tmp_path, value):
+    arrays = d4rl_arrays([0, 0, 1], [0, 0, 0], action_size=1)
+    fails(tmp_path, arrays, "attribute 'env_id'", "expected text", env_id=value)
+    # One that is given takes its place, whatever it is.
+    assert "Pendulum-v1" in load(tmp_path, arrays, env="Pendulum-v1", env_id=value).env_spec
+
+
+def test_environment_attribute_in_bytes(tmp_path):
+    arrays = d4rl_arrays([0, 0, 1], [0, 0, 0], action_size=1)
+    assert "Pendulum-v1" in load(tmp_path, arrays, env_id=np.bytes_(b"Pendulum-v1")).env_spec
+
+
 def test_environment_of_other_sizes(tmp_path):
     arrays = d4rl_arrays([0, 0, 1], [0, 0, 0], observation_size=4, action_size=1)
     fails(tmp_path, arrays, "Pendulum-v1", "3", "4", env="Pendulum-v1")

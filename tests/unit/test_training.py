@@ -1,3 +1,4 @@
+import logging
 import shutil
 
 import jax
@@ -311,6 +312,31 @@ def test_two_damaged(checkpoints):
     assert step == 20
     assert_same_tree(found, tree(20))
     assert [("/40 " in line, "/30 " in line) for line in lines] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("bad", [(40,), (40, 30), (40, 30, 20)])
+def test_one_line_about_each_unreadable_checkpoint(checkpoints, caplog, bad):
+    """Orbax logs an error of its own about such files; an error is all that is said when none is good."""
+    for step in bad:
+        for path in files(checkpoints / str(step)):
+            path.write_bytes(path.read_bytes()[:10])
+    lines = []
+    checkpointer = Checkpointer(checkpoints, report=lines.append)
+    if len(bad) < 3:
+        assert checkpointer.restore(tree(0))[0] == max({20, 30, 40} - set(bad))
+        assert len(lines) == len(bad)
+    else:
+        with pytest.raises(CheckpointError, match=r"/40 cannot be read.*none of the 3 can"):
+            checkpointer.restore(tree(0))
+        assert lines == []
+    checkpointer.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_levels_of_the_log_are_left_alone(checkpoints):
+    level = logging.getLogger("absl").level
+    restore(checkpoints)
+    assert logging.getLogger("absl").level == level
 
 
 def test_discarding_lets_the_run_save_again(checkpoints):
