@@ -35,11 +35,11 @@ def write(path: Path, rows: Rows) -> None:
         canvas = FigureCanvasAgg(figure)
         draw(figure, read(path))
         figure.suptitle(title.format(**rows[0]), fontsize=12)
-        figure.supxlabel(label, fontsize=10)
         handles, _ = figure.axes[-1].get_legend_handles_labels()
-        figure.legend(handles=handles, loc="outside lower center", ncols=5)
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
         for axes in figure.axes:
             _log_numbers(axes)
+            axes.set_xlabel(label if axes.get_subplotspec().is_last_row() else "")
         canvas.draw()
     # A palette makes the file a third of the size.
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -107,8 +107,8 @@ def _ess(figure: Figure, rows: Rows) -> None:
         beta, fraction, exact, uniform = columns(here, "beta", "ess_fraction", "exact", "uniform")
         axes.plot(beta, fraction, color=color, label=name)
         axes.plot(beta, exact, "x", color=color)
-    axes.plot(beta, uniform, "k--", linewidth=2, label="uniform energies:\ntanh(beta/2) / (beta/2)")
-    axes.plot([], [], "x", color="#555555", label="closed form (mixtures)")
+    axes.plot(beta, uniform, "k--", linewidth=2, label="uniform energies")
+    axes.plot([], [], "x", color="#555555", label="closed form")
     axes.set(xscale="log", ylabel="effective sample size / n")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
@@ -143,7 +143,7 @@ def _errors(figure: Figure, rows: Rows, line: str, x: str, each: str) -> Axes:
             axes.plot(at[few], ratio[few], color=color, **_HOLLOW)
             axes.fill_between(at, ratio - std, ratio + std, color=color, alpha=0.18, linewidth=0)
         axes.axhline(1, **_REFERENCE)
-        axes.set_title(f"{_KINDS[kind]}, {line} {value}")
+        axes.set_title(f"{_KINDS[kind]}, {line} {value}".removesuffix(".0"))
     axes.plot([], [], color="#555555", label=f"ESS below {samples[0]:g}", **_HOLLOW)
     figure.supylabel("distance to the true target / distance of two samples of it", fontsize=10)
     return axes
@@ -163,8 +163,8 @@ def _data(figure: Figure, rows: Rows) -> None:
 
 _FIGURES = {  # drawn by, size in inches, title, x axis
     "gradient": (_gradient, (10, 5.6), "The CEFM gradient of a batch ({problem})", "batch size B"),
-    "ess": (_ess, (7, 5), "How much of the data is left", "beta"),
+    "ess": (_ess, (8, 5), "How much of the data is left", "beta"),
     "fraction": (_fraction, (9, 4.2), "beta_for_ess (median of the problems, and their range)", "batch size"),
-    "noise": (_noise, (9, 7), "Energies with an error (band: one std over draws)", "its std, sigma"),
-    "data": (_data, (9, 6.5), "The same on finite data of {problem}", "size n of the dataset"),
+    "noise": (_noise, (9, 7), "Energies with an error (band: std over draws)", "sigma, std of the error"),
+    "data": (_data, (9, 6.5), "Errors on finite data of {problem} (band: std over draws)", "dataset size n"),
 }

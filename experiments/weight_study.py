@@ -181,7 +181,7 @@ def fitted_slope(rows: Rows, beta: float, column: str, smallest: int) -> float:
     softmax = weight_figures.select(rows, beta=beta, weights="softmax")
     here = [row for row in softmax if row["batch_size"] >= smallest and (row["resolved"] or column != "bias")]
     sizes, values = weight_figures.columns(here, "batch_size", column)
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(sizes) > 1 else float("nan")
 
 
 @functools.partial(jax.jit, static_argnames=("name", "settings"))
