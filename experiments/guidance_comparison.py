@@ -5,7 +5,7 @@ exact samples of q ∝ p exp(-beta E).  Every distance is reported as a ratio to
 distance between two independent exact samples of that size; 1.0 cannot be told from the truth.
 
     python -m experiments.guidance_comparison --output=runs/guidance          # stopped, it continues
-    python -m experiments.guidance_comparison --smoke                         # every part in a minute
+    python -m experiments.guidance_comparison --smoke                         # all methods on one problem, a minute or two
 
 One unit of work is a problem, a seed and a family of methods; each is written when it is done.  Several
 processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last step, also on its
@@ -63,7 +63,7 @@ class Settings:
     oracle_points: int = 512  # finite data of the exact fields
     likelihood_points: int = 256
     likelihood_steps: int = 16  # of RK4
-    cost_rounds: int = 4
+    cost_rounds: int = 4  # 0 measures no cost
 
 
 SMOKE = Settings(
@@ -77,7 +77,7 @@ SMOKE = Settings(
     oracle_points=256,
     likelihood_points=64,
     likelihood_steps=8,
-    cost_rounds=1,
+    cost_rounds=0,
 )
 SMOKE_PROBLEMS = ("mixture_2d",)
 
@@ -251,7 +251,8 @@ def run(
         _replace(stem.with_suffix(".json"), lambda path, text=text: path.write_text(text))
         print(f"{index + 1}/{len(units)} {stem.name}: {time.perf_counter() - start:.0f} s", flush=True)
     cost = output / "cost.json"
-    if shard[0] == 0 and set(families) >= set(FAMILIES) and not cost.exists():
+    timed = settings.cost_rounds > 0 and shard[0] == 0 and set(families) >= set(FAMILIES)
+    if timed and not cost.exists():
         text = json.dumps(measure_cost(found[names[0]], settings), indent=1)
         _replace(cost, lambda path: path.write_text(text))
 
