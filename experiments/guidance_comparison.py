@@ -5,7 +5,7 @@ exact samples of q ∝ p exp(-beta E).  Every distance is reported as a ratio to
 distance between two independent exact samples of that size; 1.0 cannot be told from the truth.
 
     python -m experiments.guidance_comparison --output=runs/guidance          # stopped, it continues
-    python -m experiments.guidance_comparison --smoke                         # all methods on one problem, a minute or two
+    python -m experiments.guidance_comparison --smoke    # all methods, one problem
 
 One unit of work is a problem, a seed and a family of methods; each is written when it is done.  Several
 processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last step, also on its
