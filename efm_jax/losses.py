@@ -193,7 +193,8 @@ def cep(
 ) -> tuple[Array, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
-    One time for all samples that are contrasted.  The minimiser is ``f = -E_t`` up to a function of t.
+    One time for all samples that are contrasted.  With large groups the minimiser is ``f = -E_t`` up to a
+    function of t; in small ones the self-normalised weights are biased, as those of :func:`cefm` are.
 
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
