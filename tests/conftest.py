@@ -1,10 +1,10 @@
-"""Four virtual CPU devices for the whole test run, and 64-bit numbers for the tests that ask for them."""
+"""Eight virtual CPU devices for the whole test run, and 64-bit numbers for the tests that ask for them."""
 
 import os
 
 _COUNT = "--xla_force_host_platform_device_count"
 if _COUNT not in os.environ.get("XLA_FLAGS", ""):  # the user's own flags stay in front, his own count wins
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=4".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
 # Tests compile hundreds of programs and run each for a moment.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,7 +29,12 @@ def x64():
 @pytest.fixture
 def devices():
     """The four virtual devices that the tests of `pmap` and `shard_map` run on."""
+    return eight_devices()[:4]
+
+
+def eight_devices():
+    """The virtual devices of the test run."""
     found = jax.devices()
-    if len(found) < 4:
-        pytest.skip(f"needs 4 devices; XLA_FLAGS of the caller gives {len(found)}")
-    return found[:4]
+    if len(found) < 8:
+        pytest.skip(f"needs 8 devices; XLA_FLAGS of the caller gives {len(found)}")
+    return found[:8]

@@ -9,7 +9,6 @@ device axis enters only as ``axis_name``.
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from efm_jax.rl.critics import Critic, CriticBatch, make_critic
 from efm_jax.rl.policy import PolicyModel
 from efm_jax.rl.support import SupportSet, draw_noise
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import StepFn, make_step, sample_indices
+from efm_jax.training.step import StepFn, make_step, sample_rows
 from efm_jax.types import Array, Normalizer, Params, Transitions
 from efm_jax.weights import AxisName, energy_weights
 
@@ -146,9 +145,8 @@ class QIPO:
         """Gather this device's part of a batch; with ``resample``, one support action a state."""
         index_key, choice_key = jax.random.split(key)
         size = self.config.batch_size
-        indices = sample_indices(
-            index_key, size, tables.transitions.size, num_devices=num_devices, axis_name=axis_name
-        )
+        num_rows = tables.transitions.size * num_devices
+        indices = sample_rows(index_key, size, num_rows, num_devices=num_devices, axis_name=axis_name)
         if tables.support is None or self.config.estimator == "full":
             return jax.tree.map(lambda leaf: leaf[indices], tables)
         weights = energy_weights(-tables.support.q_values[indices], self.config.beta)
@@ -159,21 +157,24 @@ class QIPO:
         transitions = jax.tree.map(lambda leaf: leaf[indices], tables.transitions)
         return Tables(transitions, support=chosen)
 
-    def next_action_rows(self, params: Params, key: Array, observations: Array, indices: Array) -> Array:
-        """Behaviour actions at next states: ``[b, M, A]``."""
+    def next_actions(self, params: Params, key: Array, next_observations: Array, indices: Array) -> Array:
+        """Behaviour actions ``[b, M, A]`` at ``next_observations [b, S]``, rows ``indices`` of the data."""
         key = jax.random.fold_in(key, Purpose.NEXT_ACTIONS)
         noise = draw_noise(key, indices, (self.config.support_size, self.action_size))
-        return self.model.sample(params, observations[indices][:, None], noise)
+        return self.model.sample(params, next_observations[:, None], noise)
 
-    def support_rows(
+    def support(
         self, state: QIPOState, key: Array, renewal: Array, data: Transitions, indices: Array
     ) -> SupportSet:
-        """Rows of the support set: the data action, then M actions of ``state.support_params``."""
+        """Support sets of the transitions ``data [b, ...]``, rows ``indices`` of the dataset.
+
+        The data action, then M actions of ``state.support_params``.
+        """
         key = jax.random.fold_in(jax.random.fold_in(key, Purpose.SUPPORT), renewal)
         noise = draw_noise(key, indices, (self.config.support_size, self.action_size))
-        observations = data.observations[indices][:, None]
+        observations = data.observations[:, None]
         drawn = self.model.sample(state.support_params, observations, noise)
-        actions = jnp.concatenate([data.actions[indices][:, None], drawn], axis=1)
+        actions = jnp.concatenate([data.actions[:, None], drawn], axis=1)
         return SupportSet(actions, self.critic.q_values(state.critic.average, observations, actions))
 
     def act(
@@ -193,10 +194,3 @@ class QIPO:
         noise = draw_noise(key, seeds, (self.action_size,))
         scaled = self.model.sample(params, normalizer.normalize_observations(observations), noise)
         return normalizer.unscale_actions(scaled)
-
-
-def empty_tables(config: QIPOConfig, num_rows: int, action_size: int) -> tuple[Any, SupportSet]:
-    """Zeros of the shapes of next actions and support sets, to be filled by blocks."""
-    m = config.support_size
-    next_actions = jnp.zeros((num_rows, m, action_size))
-    return next_actions, SupportSet(jnp.zeros((num_rows, m + 1, action_size)), jnp.zeros((num_rows, m + 1)))

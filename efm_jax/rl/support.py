@@ -31,33 +31,19 @@ def draw_noise(key: Array, indices: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(draw)(indices)
 
 
-def write_rows(
-    table: Any,
-    rows: Callable[[Array], Any],
-    start: Array,
-    block: int,
-    *,
-    num_devices: int = 1,
-    axis_name: AxisName = None,
-) -> Any:
-    """Fill rows ``start .. start + block`` of a table that every device holds whole.
+def write_rows(table: Any, rows: Callable[[Array], Any], start: Array, block: int) -> Any:
+    """Fill rows ``start .. start + block`` of a device's table.
 
     Args:
-      table: pytree of ``[N, ...]`` arrays.
-      rows: computes the rows of given indices, ``[b] -> pytree of [b, ...]``.
-      start: first row; ``start + block <= N``.
-      block: number of rows, a multiple of ``num_devices``: each device computes its part.
-      num_devices: devices that share the work.
-      axis_name: their mapped axis.
+      table: pytree of ``[n, ...]`` arrays, the rows of this device.
+      rows: computes the rows of given places in the table, ``[b] -> pytree of [b, ...]``.
+      start: first row; ``start + block <= n``.
+      block: number of rows.
 
     Returns:
       The table with the block written.
     """
-    share = block // num_devices
-    first = start if axis_name is None else start + lax.axis_index(axis_name) * share
-    part = rows(first + jnp.arange(share))
-    if axis_name is not None:
-        part = lax.all_gather(part, axis_name, tiled=True)
+    part = rows(start + jnp.arange(block))
 
     def write(leaf: Array, new: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), start, axis=0)
@@ -65,16 +51,24 @@ def write_rows(
     return jax.tree.map(write, table, part)
 
 
-def summarize(support: SupportSet, beta: float) -> dict[str, Array]:
-    """What a renewal logs: means over states of the weights' concentration and of Q."""
+def summarize(support: SupportSet, beta: float, axis_name: AxisName = None) -> dict[str, Array]:
+    """What a renewal logs: means over all states of the weights' concentration and of Q.
+
+    Args:
+      support: the support sets of this device's states.
+      beta: guidance scale.
+      axis_name: mapped axis over which the states are split.
+    """
     weights = energy_weights(-support.q_values, beta)
     ess = effective_sample_size(weights)
-    return {
+    means = {
         "ess": ess.mean(),
-        "ess_low": jnp.quantile(ess, 0.1),
         "top_weight": weights.max(-1).mean(),
         "q_data": support.q_values[:, 0].mean(),
         "q_support": support.q_values[:, 1:].mean(),
         "q_weighted": jnp.sum(weights * support.q_values, axis=-1).mean(),
         "q_spread": support.q_values[:, 1:].std(axis=-1).mean(),
     }
+    if axis_name is not None:
+        means, ess = lax.pmean(means, axis_name), lax.all_gather(ess, axis_name, tiled=True)
+    return means | {"ess_low": jnp.quantile(ess, 0.1)}

@@ -2,7 +2,7 @@
 
 State is a pytree with a leading seed axis on the host (checkpoints, hooks) and with a device axis
 before it on the devices.  What comes next follows from the state's step counters alone, so a resumed
-run does what an uninterrupted one does.
+run does what an uninterrupted one does, on any number of devices.
 """
 
 import functools
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import PHASES, QIPO, Purpose, QIPOState, Tables, empty_tables
+from efm_jax.rl.qipo import PHASES, QIPO, Purpose, QIPOState, Tables
 from efm_jax.rl.support import SupportSet, summarize, write_rows
-from efm_jax.training import parallel
 from efm_jax.training.loop import MetricsPipe, segments
+from efm_jax.training.parallel import Layout, check_divides, compile_ahead
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk
 from efm_jax.types import Array, Normalizer, Params, Transitions
 
-# States whose support actions are sampled at once.
-_SUPPORT_BLOCK = 4096
+# States of one device whose support actions are sampled at once.
+_TABLE_BLOCK = 4096
 
 
 class Hooks(Protocol):
@@ -42,17 +42,17 @@ class Hooks(Protocol):
         """Means over the chunk that ended at ``step``, ``[K]`` each."""
 
     def on_evaluate(self, step: int, params: Params) -> None:
-        """Time to evaluate the policy's acting parameters (leading seed axis)."""
+        """Time to evaluate the policy's acting parameters (leading seed axis); may raise StoppedError."""
 
     def on_checkpoint(self, state: QIPOState) -> None:
         """Time to save the state (leading seed axis)."""
 
     def stop_requested(self) -> bool:
-        """Whether to stop after this chunk; the state is then saved first."""
+        """Whether to stop now, asked after every chunk and block of a table; the same on every host."""
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and its state has been handed to ``on_checkpoint``."""
+    """The run was asked to stop; when the trainer raises it, ``on_checkpoint`` has been given the state."""
 
 
 class Trainer:
@@ -60,22 +60,37 @@ class Trainer:
 
     Args:
       config: a validated configuration.
-      data: normalised transitions on the host.
+      data: normalised transitions on the host, the rows ``layout.host_rows(num_rows)``.
       seeds: one root seed for each training run; all run in one program.
+      layout: how seeds and data lie on the devices; by default data-parallel over all there are.
+      num_rows: transitions of the whole dataset, where ``data`` is this host's part of it.
 
     Raises:
-      ValueError: if the batch does not fit the dataset or the devices.
+      ValueError: if the batch does not fit the dataset, or batch, dataset or seeds the devices.
     """
 
-    def __init__(self, config: QIPOConfig, data: Transitions, seeds: Sequence[int]):
+    def __init__(
+        self,
+        config: QIPOConfig,
+        data: Transitions,
+        seeds: Sequence[int],
+        layout: Layout | None = None,
+        num_rows: int | None = None,
+    ):
         self.config = config
-        self._devices = parallel.device_count()
-        check_batch_size(config.batch_size, data.size, self._devices)
+        self.layout = Layout.create(num_seeds=len(seeds)) if layout is None else layout
+        self._num_rows = data.size if num_rows is None else num_rows
+        if config.batch_size > self._num_rows:
+            raise ValueError(
+                f"batch_size: expected at most the {self._num_rows} transitions of the dataset; "
+                f"got {config.batch_size}"
+            )
+        check_divides("batch_size", config.batch_size, self.layout.num_shards, "devices")
+        self.layout.host_rows(self._num_rows)
         self.algorithm = QIPO(config, data.observations.shape[1], data.actions.shape[1])
-        self._num_rows = data.size
         self._keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        self._device_keys = parallel.replicate(self._keys)
-        self._data = parallel.replicate(jax.tree.map(jnp.asarray, data))
+        self._device_keys = self.layout.put_seeds(self._keys)
+        self._data = self.layout.put_rows(data)
         self._chunks: dict[tuple[str, int], Callable] = {}
 
     def init_state(self) -> QIPOState:
@@ -87,7 +102,7 @@ class Trainer:
 
         Args:
           state: from :meth:`init_state` or a checkpoint, leading seed axis.
-          hooks: told of everything on the way.
+          hooks: told of everything on the way; on several hosts, on each of them.
 
         Returns:
           The final state, leading seed axis.
@@ -96,112 +111,131 @@ class Trainer:
           NonFiniteLossError: at the first loss that is not finite, before it is saved.
           StoppedError: when a hook asked to stop.
         """
-        state = parallel.replicate(state)
+        state = self.layout.put_seeds(state)
         for phase in PHASES:
             total = getattr(self.config, f"{phase}_steps")
             done = int(getattr(state, phase).step[0, 0])
             if done < total:
                 hooks.on_phase(phase, done, total)
                 state = self._run_phase(phase, state, done, total, hooks)
-        return parallel.first_copy(state)
+        return self.layout.get_seeds(state)
 
     def _run_phase(self, phase: str, state: QIPOState, done: int, total: int, hooks: Hooks) -> QIPOState:
-        config, pipe = self.config, MetricsPipe(hooks.on_metrics)
+        config, pipe = self.config, MetricsPipe(hooks.on_metrics, self.layout.get_seeds)
         policy = phase == "policy"
-        next_actions = support = None
-        if phase == "critic" and self.algorithm.critic.uses_next_actions:
-            next_actions = self._next_actions(state, hooks)
+        tables: dict[str, Any] = {"next_actions": None, "support": None}
         if policy and done == 0:
-            start = parallel.over_devices_and_seeds(self.algorithm.start_policy)
-            state = start(state)
+            state = self.layout.map(self.algorithm.start_policy, donate=(0,))(state)
         periods = (config.log_every, config.checkpoint_every)
         for begin, end in segments(
             done, total, *periods, *((config.renew_every, config.eval_every) * policy)
         ):
-            if policy and (support is None or begin % config.renew_every == 0):
-                pipe.drain()
-                state, support = self._renew(state, begin, hooks)
-            tables = {"next_actions": next_actions, "support": support}
+            renew = policy and (tables["support"] is None or begin % config.renew_every == 0)
+            if renew and begin % config.renew_every == 0:
+                state = state.replace(support_params=jax.tree.map(jnp.copy, state.policy.average))
+            try:
+                if policy and begin > 0 and config.eval_every and begin % config.eval_every == 0:
+                    pipe.drain()
+                    hooks.on_evaluate(begin, self.layout.get_seeds(state.policy.average))
+                if renew:
+                    pipe.drain()
+                    tables["support"] = None  # its memory, for the next one
+                    tables["support"] = self._renew(state, begin, hooks)
+                if phase == "critic" and self.algorithm.critic.uses_next_actions and begin == done:
+                    tables["next_actions"] = self._next_actions(state, hooks)
+            except StoppedError:
+                hooks.on_checkpoint(self.layout.get_seeds(state))
+                raise
             inputs = (getattr(state, phase), self._device_keys, self._data, tables)
             if (phase, end - begin) not in self._chunks:
-                # Compiled ahead of the call, so that steps per second are of steps alone.
-                self._chunks[phase, end - begin] = (
-                    self._make_chunk(phase, end - begin).lower(*inputs).compile()
+                self._chunks[phase, end - begin] = compile_ahead(
+                    self._make_chunk(phase, end - begin), *inputs
                 )
             chunk = functools.partial(self._chunks[phase, end - begin], *inputs)
             state = state.replace(**{phase: pipe.run(phase, begin, end, chunk)})
             stop = hooks.stop_requested()
-            save = stop or end % config.checkpoint_every == 0 or end == total
-            evaluate = policy and bool(config.eval_every) and end % config.eval_every == 0 and end < total
-            if save or evaluate:
+            if stop or end % config.checkpoint_every == 0 or end == total:
                 pipe.drain()  # a loss that is not finite must stop the run before it is saved
-                if evaluate:
-                    hooks.on_evaluate(end, parallel.first_copy(state.policy.average))
-                if save:
-                    hooks.on_checkpoint(parallel.first_copy(state))
+                hooks.on_checkpoint(self.layout.get_seeds(state))
             if stop:
                 raise StoppedError
         return state
 
     def _make_chunk(self, phase: str, num_steps: int) -> Callable:
+        axis_name = self.layout.axis_name
+
         def draw_batch(key: Array, tables: Tables) -> Tables:
             return self.algorithm.draw_batch(
-                key, tables, num_devices=self._devices, axis_name=parallel.DEVICE_AXIS
+                key, tables, num_devices=self.layout.num_shards, axis_name=axis_name
             )
 
-        run = make_chunk(self.algorithm.step(phase, parallel.DEVICE_AXIS), draw_batch, num_steps)
+        run = make_chunk(self.algorithm.step(phase, axis_name), draw_batch, num_steps)
 
         def chunk(state: TrainState, key: Array, data: Transitions, tables: dict[str, Any]) -> tuple:
             return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(data, **tables))
 
-        return parallel.over_devices_and_seeds(chunk, shared=(2,), donate=(0,))
+        return self.layout.map(chunk, shared=(2,), donate=(0,))
 
-    def _renew(self, state: QIPOState, step: int, hooks: Hooks) -> tuple[QIPOState, SupportSet]:
-        """Draw the support sets; between renewals (after a resume) draw the current ones again."""
+    def _renew(self, state: QIPOState, step: int, hooks: Hooks) -> SupportSet:
+        """Draw the support sets of ``state.support_params``; after a resume, the current ones again."""
         renewal, offset = divmod(step, self.config.renew_every)
-        if offset == 0:
-            state = state.replace(support_params=jax.tree.map(jnp.copy, state.policy.average))
 
-        def rows(indices: Array, state: QIPOState, key: Array, data: Transitions) -> SupportSet:
-            return self.algorithm.support_rows(state, key, jnp.asarray(renewal), data, indices)
+        def rows(state: QIPOState, key: Array, data: Transitions, indices: Array) -> SupportSet:
+            return self.algorithm.support(state, key, jnp.asarray(renewal), data, indices)
 
-        _, empty = empty_tables(self.config, self._num_rows, self.algorithm.action_size)
-        support = self._fill(f"support set {renewal + 1}", empty, rows, state, hooks)
-        summary = jax.vmap(lambda table: summarize(table, self.config.beta))(parallel.first_copy(support))
-        hooks.on_renewal(step - offset, jax.tree.map(np.asarray, summary))
-        return state, support
+        support = self._fill(f"support set {renewal + 1}", rows, state, hooks)
+        summary = self.layout.map(
+            functools.partial(summarize, beta=self.config.beta, axis_name=self.layout.axis_name)
+        )(support)
+        hooks.on_renewal(step - offset, jax.tree.map(np.asarray, self.layout.get_seeds(summary)))
+        return support
 
     def _next_actions(self, state: QIPOState, hooks: Hooks) -> Array:
-        def rows(indices: Array, state: QIPOState, key: Array, data: Transitions) -> Array:
-            params = state.behavior.average
-            return self.algorithm.next_action_rows(params, key, data.next_observations, indices)
+        def rows(state: QIPOState, key: Array, data: Transitions, indices: Array) -> Array:
+            return self.algorithm.next_actions(state.behavior.average, key, data.next_observations, indices)
 
-        empty, _ = empty_tables(self.config, self._num_rows, self.algorithm.action_size)
-        return self._fill("next actions", empty, rows, state, hooks)
+        return self._fill("next actions", rows, state, hooks)
 
-    def _fill(self, name: str, empty: Any, rows: Callable, state: QIPOState, hooks: Hooks) -> Any:
-        """Compute a per-state table block by block, in bounded memory, on all devices."""
-        block = min(_SUPPORT_BLOCK, self._num_rows) // self._devices * self._devices
+    def _fill(self, name: str, rows: Callable, state: QIPOState, hooks: Hooks) -> Any:
+        """Compute a table with a row for every transition, block by block: each device its own rows.
+
+        Args:
+          name: shown while it goes on.
+          rows: ``(state, key, data [b, ...], indices [b]) -> rows``, pure, of one seed.
+          state: on the devices.
+          hooks: told after every block.
+
+        Raises:
+          StoppedError: when a hook asked to stop.
+        """
+        per_device = self._num_rows // self.layout.num_shards
+        block = min(_TABLE_BLOCK, per_device)
+        axis_name = self.layout.axis_name
+
+        def compute(places: Array, state: QIPOState, key: Array, data: Transitions) -> Any:
+            first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * per_device
+            return rows(state, key, jax.tree.map(lambda leaf: leaf[places], data), first + places)
+
+        def empty(state: QIPOState, key: Array, data: Transitions) -> Any:
+            shapes = jax.eval_shape(compute, jnp.arange(per_device), state, key, data)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
         def fill(table: Any, start: Array, state: QIPOState, key: Array, data: Transitions) -> Any:
-            return write_rows(
-                table,
-                lambda indices: rows(indices, state, key, data),
-                start,
-                block,
-                num_devices=self._devices,
-                axis_name=parallel.DEVICE_AXIS,
-            )
+            return write_rows(table, lambda places: compute(places, state, key, data), start, block)
 
-        fill = parallel.over_devices_and_seeds(fill, shared=(1, 4), donate=(0,))
-        num_seeds = len(self._keys)
-        table = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_seeds, *leaf.shape)), empty)
-        table = parallel.replicate(table)
-        for start in range(0, self._num_rows, block):
+        inputs = (state, self._device_keys, self._data)
+        table = self.layout.map(empty, shared=(2,))(*inputs)
+        fill = self.layout.map(fill, shared=(1, 4), donate=(0,))
+        for start in range(0, per_device, block):
             # The last block overlaps the one before it and writes the same values again.
-            first = parallel.replicate(jnp.asarray(min(start, self._num_rows - block)))
-            table = fill(table, first, state, self._device_keys, self._data)
-            hooks.on_table(name, min(start + block, self._num_rows), self._num_rows)
+            first = self.layout.replicate(jnp.asarray(min(start, per_device - block)))
+            table = fill(table, first, *inputs)
+            # Dispatch runs ahead of the devices: without waiting, progress and a stop would come too early.
+            jax.block_until_ready(table)
+            done = min(start + block, per_device) * self.layout.num_shards
+            hooks.on_table(name, done, self._num_rows)
+            if hooks.stop_requested():
+                raise StoppedError
         return table
 
     def act_fn(self, params: Params, normalizer: Normalizer, episode_seeds: Sequence[int]) -> Callable:
@@ -231,17 +265,3 @@ def make_act(
         return np.asarray(mapped(params, normalizer, keys, observations, jnp.asarray(step), episodes))
 
     return act
-
-
-def check_batch_size(batch_size: int, num_rows: int, devices: int) -> None:
-    """Refuse a batch that is larger than the dataset or does not divide over the devices."""
-    if batch_size > num_rows:
-        raise ValueError(
-            f"batch_size: expected at most the {num_rows} transitions of the dataset; got {batch_size}"
-        )
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        fitting = f"{below} or {below + devices}" if below else f"{devices}"
-        raise ValueError(
-            f"batch_size: expected a multiple of the {devices} devices, as {fitting}; got {batch_size}"
-        )

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from efm_jax.training.parallel import first_copy
 from efm_jax.types import Array
 
 
@@ -47,10 +46,16 @@ class MetricsPipe:
 
     Args:
       emit: called with ``(phase, step, {name: [K] array})`` for every chunk, in order.
+      get: brings a chunk's metrics from the devices, as arrays with a leading seed axis.
     """
 
-    def __init__(self, emit: Callable[[str, int, dict[str, np.ndarray]], None]):
+    def __init__(
+        self,
+        emit: Callable[[str, int, dict[str, np.ndarray]], None],
+        get: Callable[[dict[str, Array]], dict[str, Array]],
+    ):
         self._emit = emit
+        self._get = get
         self._pending: _Chunk | None = None
 
     def run(
@@ -79,7 +84,7 @@ class MetricsPipe:
     def _flush(self, chunk: _Chunk | None) -> None:
         if chunk is None:
             return
-        values = {name: np.asarray(value) for name, value in first_copy(chunk.metrics).items()}
+        values = {name: np.asarray(value) for name, value in self._get(chunk.metrics).items()}
         first = values.pop("first_nonfinite")
         if (first >= 0).any():
             seed = int(np.argmax(first >= 0))

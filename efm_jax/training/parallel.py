@@ -1,54 +1,156 @@
 """Devices: the only module that calls ``pmap``, replicates or shards.
 
 Training functions are written for one seed on one device.  Here they gain two leading axes: seeds
-(``vmap``, inner) and devices (``pmap``, outer).  One device is the case N = 1 of the same code.
+(``vmap``, inner) and devices (``pmap``, outer), laid out in one of two ways.  One device is the case D = 1
+of the same code.  On several hosts the device axis spans the devices of all of them, and each host holds
+the part of it that belongs to its own devices.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from efm_jax import checks
+from efm_jax.training import hosts
 
 # The mapped axis over which a global batch is split.
 DEVICE_AXIS = "devices"
+MODES = ("data", "seeds")
 
 
-def device_count() -> int:
-    """Number of devices that share a global batch."""
-    return jax.local_device_count()
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How seeds, data and batches lie on D devices.
 
-
-def replicate(tree: Any) -> Any:
-    """Copy a tree to every device: leaves gain a leading device axis."""
-    # pmap wants at least one argument with a mapped axis.
-    return jax.pmap(lambda _, leaves: leaves, in_axes=(0, None))(jnp.arange(device_count()), tree)
-
-
-def first_copy(tree: Any) -> Any:
-    """The first device's copy of a replicated tree, without the device axis."""
-    return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def over_devices_and_seeds(
-    function: Callable, *, shared: tuple[int, ...] = (), donate: tuple[int, ...] = ()
-) -> Callable:
-    """Map a function of one seed on one device over both axes and compile it.
-
-    Args:
-      function: may use collectives over :data:`DEVICE_AXIS`.
-      shared: positions of arguments that all seeds share (they have no seed axis).
-      donate: positions of arguments whose buffers may be reused for the results.
-
-    Returns:
-      The compiled function; every argument and result has a leading device axis.
+    ``data``: a device holds every seed's state and 1/D of the data (and of support sets), and computes its
+    part of every batch; weights, losses and gradients are reduced over devices.
+    ``seeds``: a device holds 1/D of the seeds and all the data; nothing is sent between devices.
     """
-    return jax.pmap(_over_seeds(function, shared), axis_name=DEVICE_AXIS, donate_argnums=donate)
+
+    mode: str
+    num_seeds: int
+    devices: tuple[jax.Device, ...]  # of all hosts
+
+    @classmethod
+    def create(
+        cls, mode: str = "data", num_seeds: int = 1, devices: Sequence[jax.Device] | None = None
+    ) -> "Layout":
+        """A layout over the given devices, by default all there are.
+
+        Raises:
+          ValueError: an unknown mode, or seeds that do not divide over the devices.
+        """
+        checks.check_choice("parallel", mode, MODES)
+        layout = cls(mode, num_seeds, tuple(jax.devices() if devices is None else devices))
+        if mode == "seeds":
+            check_divides("num_seeds", num_seeds, len(layout.devices), "devices")
+        return layout
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis that collectives of a training step reduce over."""
+        return DEVICE_AXIS if self.mode == "data" else None
+
+    @property
+    def num_shards(self) -> int:
+        """Parts that data and batches are split into."""
+        return len(self.devices) if self.mode == "data" else 1
+
+    @property
+    def seeds_per_device(self) -> int:
+        """Seeds that one device trains."""
+        return self.num_seeds if self.mode == "data" else self.num_seeds // len(self.devices)
+
+    @property
+    def local_devices(self) -> tuple[jax.Device, ...]:
+        """This host's devices."""
+        return tuple(device for device in self.devices if device.process_index == hosts.index())
+
+    def host_rows(self, num_rows: int) -> slice:
+        """The rows that this host holds of a table with ``num_rows``.
+
+        Raises:
+          ValueError: if the rows do not divide over the devices.
+        """
+        if self.mode == "seeds":
+            return slice(0, num_rows)
+        check_divides("max_transitions", num_rows, len(self.devices), "devices", most=num_rows)
+        first = self.devices.index(self.local_devices[0])
+        share = num_rows // len(self.devices)
+        return slice(first * share, (first + len(self.local_devices)) * share)
+
+    def replicate(self, tree: Any) -> Any:
+        """Copy a tree to each of this host's devices: leaves gain a leading device axis."""
+        # pmap wants at least one argument with a mapped axis.
+        places = jnp.arange(len(self.local_devices))
+        return self._pmap(lambda _, leaves: leaves, in_axes=(0, None))(places, tree)
+
+    def put_seeds(self, tree: Any) -> Any:
+        """Spread a tree with a leading axis of all seeds: ``[S, ...] -> [devices, seeds, ...]``."""
+        if self.mode == "data":
+            return self.replicate(tree)
+        first = self.devices.index(self.local_devices[0]) * self.seeds_per_device
+        return self._split(tree, slice(first, first + len(self.local_devices) * self.seeds_per_device))
+
+    def put_rows(self, tree: Any) -> Any:
+        """Spread this host's rows (see :meth:`host_rows`): ``[n, ...] -> [devices, rows, ...]``."""
+        return self.replicate(tree) if self.mode == "seeds" else self._split(tree, slice(None))
+
+    def get_seeds(self, tree: Any) -> Any:
+        """The inverse of :meth:`put_seeds`, on every host; arrays ``[S, ...]``."""
+        if self.mode == "data":
+            return jax.tree.map(lambda leaf: leaf[0], tree)
+        return jax.tree.map(
+            lambda leaf: np.concatenate(hosts.gather(np.asarray(leaf).reshape(-1, *leaf.shape[2:]))), tree
+        )
+
+    def map(
+        self, function: Callable, *, shared: tuple[int, ...] = (), donate: tuple[int, ...] = ()
+    ) -> Callable:
+        """Map a function of one seed on one device over both axes and compile it.
+
+        Args:
+          function: may use collectives over :attr:`axis_name`.
+          shared: positions of arguments that all seeds share (they have no seed axis).
+          donate: positions of arguments whose buffers may be reused for the results.
+
+        Returns:
+          The compiled function; every argument and result has a leading axis of this host's devices.
+        """
+
+        def over_seeds(*args: Any) -> Any:
+            in_axes = tuple(None if i in shared else 0 for i in range(len(args)))
+            return jax.vmap(function, in_axes)(*args)
+
+        return self._pmap(over_seeds, axis_name=DEVICE_AXIS, donate_argnums=donate)
+
+    def _split(self, tree: Any, part: slice) -> Any:
+        count = len(self.local_devices)
+        tree = jax.tree.map(lambda leaf: leaf[part].reshape(count, -1, *leaf.shape[1:]), tree)
+        return self._pmap(lambda leaves: leaves)(tree)
+
+    def _pmap(self, function: Callable, **options: Any) -> Callable:
+        return jax.pmap(function, devices=self.devices, **options)
 
 
-def _over_seeds(function: Callable, shared: tuple[int, ...]) -> Callable:
-    def mapped(*args: Any) -> Any:
-        in_axes = tuple(None if i in shared else 0 for i in range(len(args)))
-        return jax.vmap(function, in_axes)(*args)
+def compile_ahead(mapped: Callable, *inputs: Any) -> Callable:
+    """Compile what :meth:`Layout.map` returned before its first call, so that a call's time is its own.
 
-    return mapped
+    On several hosts it is left to compile at its first call: JAX's compiled ``pmap`` does not take the
+    arrays of one host.
+    """
+    return mapped.lower(*inputs).compile() if hosts.count() == 1 else mapped
+
+
+def check_divides(name: str, value: int, parts: int, noun: str, *, most: int | None = None) -> None:
+    """Refuse a number that is not a multiple of ``parts``, with the multiples around it, up to ``most``."""
+    below = value // parts * parts
+    if below == value:
+        return
+    fitting = [str(n) for n in (below, below + parts) if n > 0 and (most is None or n <= most)]
+    hint = f", as {' or '.join(fitting)}" if fitting else ""
+    raise ValueError(f"{name}: expected a multiple of the {parts} {noun}{hint}; got {value}")

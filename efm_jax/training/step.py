@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -51,18 +52,34 @@ def make_step(
     return step
 
 
-def sample_indices(
+def sample_rows(
     key: Array, batch_size: int, num_rows: int, *, num_devices: int = 1, axis_name: AxisName = None
 ) -> Array:
-    """This device's part ``[batch_size / num_devices]`` of a batch drawn with replacement.
+    """Rows, within this device's shard, of its part ``[batch_size / num_devices]`` of a stratified batch.
 
-    Every index has a key of its own, folded from its place in the global batch, so any number of
-    devices draws the same global batch.
+    Sample i of a batch of B is uniform on the i-th of B equal parts ``[i N / B, (i + 1) N / B)`` of the
+    N rows.  A batch's mean stays an unbiased estimate of the dataset's, with at most the variance of
+    independent draws; and with contiguous shards every device finds its samples at home.  A draw has a key
+    folded from its place in the global batch, so any number of devices draws the same global batch.
+
+    Args:
+      key: of this step.
+      batch_size: samples of the global batch, a multiple of ``num_devices``.
+      num_rows: rows of the whole table, a multiple of ``num_devices``.
+      num_devices: devices that share batch and table.
+      axis_name: their mapped axis.
     """
     share = batch_size // num_devices
-    offset = 0 if axis_name is None else lax.axis_index(axis_name) * share
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(share))
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_rows))(keys)
+    device = 0 if axis_name is None else lax.axis_index(axis_name)
+    # (i N + r) // B for r uniform on 0 .. N - 1 is exactly uniform; i N alone can exceed 32 bits.
+    products = np.arange(batch_size, dtype=np.int64) * num_rows
+    whole = (products // batch_size).reshape(num_devices, share)
+    whole -= np.arange(num_devices)[:, None] * (num_rows // num_devices)
+    rest = (products % batch_size).reshape(num_devices, share)
+    whole, rest = (jnp.asarray(part, jnp.int32)[device] for part in (whole, rest))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, device * share + jnp.arange(share))
+    draws = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_rows, jnp.int32))(keys)
+    return whole + (rest + draws) // batch_size
 
 
 def make_chunk(

@@ -12,7 +12,7 @@ from efm_jax.rl.policy import PolicyModel
 from efm_jax.rl.qipo import QIPO, Tables
 from efm_jax.rl.support import SupportSet, draw_noise, summarize, write_rows
 from efm_jax.rl.trainer import Trainer
-from efm_jax.training import parallel
+from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
 
 ROWS, S, A, M = 40, 3, 2, 4
@@ -52,8 +52,8 @@ def state(algorithm):
 @pytest.fixture(scope="module")
 def rows(algorithm):
     return jax.jit(
-        lambda state, key, renewal, indices: algorithm.support_rows(
-            state, key, renewal, transitions(), indices
+        lambda state, key, renewal, indices: algorithm.support(
+            state, key, renewal, jax.tree.map(lambda leaf: leaf[indices], transitions()), indices
         )
     )
 
@@ -90,14 +90,15 @@ def test_renewals_and_seeds_draw_anew_and_repeatably(state, rows):
 
 
 def test_next_actions_are_the_behaviour_models(algorithm, state):
-    data, indices = transitions(), np.array([3, 5])
-    draw = jax.jit(algorithm.next_action_rows)
+    indices = np.array([3, 5])
+    data = jax.tree.map(lambda leaf: leaf[indices], transitions())
+    draw = jax.jit(algorithm.next_actions)
     actions = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices)
     assert actions.shape == (2, M, A)
     assert np.abs(actions).max() <= 1
-    alone = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices[1:])
+    alone = draw(state.behavior.params, jax.random.key(0), data.next_observations[1:], indices[1:])
     np.testing.assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
-    support = algorithm.support_rows(
+    support = algorithm.support(
         state.replace(support_params=state.behavior.params), jax.random.key(0), 0,
         data._replace(observations=data.next_observations), indices,
     )  # fmt: skip
@@ -114,28 +115,15 @@ def test_noise_of_a_row_follows_its_index():
     assert abs(np.corrcoef(noise[:-1, 0], noise[1:, 0])[0, 1]) < 5 / 44
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_blocks_fill_a_table(devices):
+def test_blocks_fill_a_table():
     """The last block overlaps the one before it."""
 
     def compute(indices):
         return {"a": 10.0 * indices[:, None] + jnp.arange(3), "b": indices}
 
-    def fill(start, table):
-        axis = None if devices == 1 else "i"
-        return write_rows(table, compute, start, 4, num_devices=devices, axis_name=axis)
-
-    def mapped(start, table):
-        if devices == 1:
-            return fill(start, table)
-        return jax.vmap(lambda _: fill(start, table), axis_name="i", out_axes=0)(jnp.arange(devices))
-
     table = {"a": jnp.full((10, 3), -1.0), "b": jnp.full(10, -1)}
     for start in (0, 4, 6):
-        table = mapped(start, table)
-        if devices > 1:
-            jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[0], leaf[1]), table)
-            table = jax.tree.map(lambda leaf: leaf[0], table)
+        table = write_rows(table, compute, start, 4)
         if start == 0:
             assert (table["b"][4:] == -1).all()
     np.testing.assert_array_equal(table["b"], np.arange(10))
@@ -156,6 +144,15 @@ def test_summary_of_a_support_set():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_summary_of_states_on_two_devices():
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((50, M + 1)), jnp.float32)
+    support = SupportSet(jnp.zeros((50, M + 1, A)), q)
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, 25, *leaf.shape[1:]), support)
+    both = jax.vmap(lambda half: summarize(half, 2.0, "i"), axis_name="i")(halves)
+    for name, value in summarize(support, 2.0).items():
+        np.testing.assert_allclose(both[name], [value, value], rtol=1e-5, err_msg=name)
 
 
 def support_tables(state, rows):
@@ -197,10 +194,11 @@ def test_devices_draw_one_global_batch(state, rows, estimator):
     tables, algorithm = support_tables(state, rows), QIPO(config(estimator=estimator), S, A)
     one = algorithm.draw_batch(jax.random.key(3), tables)
 
-    def part(_):
-        return algorithm.draw_batch(jax.random.key(3), tables, num_devices=4, axis_name="i")
+    def part(shard):
+        return algorithm.draw_batch(jax.random.key(3), shard, num_devices=4, axis_name="i")
 
-    four = jax.vmap(part, axis_name="i")(jnp.arange(4))
+    shards = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), tables)
+    four = jax.vmap(part, axis_name="i")(shards)
     merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), four)
     jax.tree.map(np.testing.assert_array_equal, merged, one)
     assert one.support.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
@@ -300,7 +298,6 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
 
     Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end.
     """
-    monkeypatch.setattr(parallel, "device_count", lambda: 1)
     known = KnownQ(QEnsemble((4,)), 0.99, Value((4,)), 0.7)
     monkeypatch.setattr(QIPO, "critic", property(lambda self: known))
     options = QIPOConfig(
@@ -313,7 +310,8 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     states = np.repeat([[1.0], [-1.0]], rows // 2, axis=0)
     actions = np.clip(MEAN * states + STD * rng.standard_normal((rows, 1)), -1, 1)
     data = Transitions(states, actions, np.zeros(rows), states, np.zeros(rows))
-    trainer = Trainer(options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0])
+    one_device = Layout.create(devices=jax.devices()[:1])
+    trainer = Trainer(options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0], one_device)
     hooks = Quiet()
     state = trainer.run(trainer.init_state(), hooks)
     assert hooks.renewals == [0, 500, 1000]
