@@ -18,6 +18,20 @@ import numpy as np
 Array = jax.Array | np.ndarray
 Field = Callable[[Array, Array], Array]
 Params = Any
+# Every host's array, in the order of hosts; see efm_jax.training.hosts.gather.
+Gather = Callable[[np.ndarray], list[np.ndarray]]
+# Which of a source's rows to read, given their number.
+Rows = Callable[[int], slice]
+
+
+def one_host(array: np.ndarray) -> list[np.ndarray]:
+    """The :data:`Gather` of a host that is alone."""
+    return [array]
+
+
+def all_rows(count: int) -> slice:
+    """The :data:`Rows` of a host that reads everything."""
+    return slice(0, count)
 
 
 class Transitions(NamedTuple):
@@ -40,7 +54,11 @@ class Transitions(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Offline data as read from its source, in the environment's own units, on the host."""
+    """Offline data as read from its source, in the environment's own units, on the host.
+
+    A host may have read only some of the rows: ``transitions`` are then those from ``first_row`` on, and
+    the episodes those that begin in them.
+    """
 
     name: str
     transitions: Transitions
@@ -50,6 +68,7 @@ class Dataset(NamedTuple):
     action_high: np.ndarray  # [A] float32
     env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
     reference_scores: tuple[float, float] | None  # mean return of (random, expert) = scores (0, 100)
+    first_row: int = 0
 
     @property
     def observation_size(self) -> int:
@@ -59,13 +78,29 @@ class Dataset(NamedTuple):
     def action_size(self) -> int:
         return self.transitions.actions.shape[1]
 
-    def fingerprint(self) -> str:
-        """SHA-256 over every transition: two datasets with the same one train the same policy."""
-        digest = hashlib.sha256()
-        for array in self.transitions:
-            digest.update(repr((array.shape, str(array.dtype))).encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+    def fingerprint(self, gather: Gather = one_host) -> str:
+        """64 hex digits of every transition and its place: with the same ones, the same policy is trained.
+
+        It does not depend on how the rows are split over hosts.
+        """
+        columns = np.concatenate(
+            [np.asarray(a, np.float32).reshape(len(a), -1) for a in self.transitions], axis=1
+        )
+        rows = _mix(np.arange(self.first_row, self.first_row + len(columns), dtype=np.uint64))
+        for column in np.ascontiguousarray(columns.T).view(np.uint32):
+            rows = _mix(rows ^ column)
+        total = sum(int(part) for part in gather(rows.sum(dtype=np.uint64)))
+        sizes = [int(part) for part in gather(np.asarray(len(columns)))]
+        summary = (sum(sizes), columns.shape[1], self.observation_size, self.action_size, total % 2**64)
+        return hashlib.sha256(repr(summary).encode()).hexdigest()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every bit of a uint64 spreads over all."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class Normalizer(NamedTuple):

@@ -3,7 +3,7 @@
 from efm_jax.data.builtin import BUILTIN_DATASET
 from efm_jax.data.errors import DataError
 from efm_jax.data.flatten import flatten_observation
-from efm_jax.data.preprocess import REWARD_TRANSFORMS, fit_normalizer, preprocess
+from efm_jax.data.preprocess import REWARD_TRANSFORMS, fit_normalizer, gather_episodes, preprocess
 from efm_jax.data.sources import DATASET_SOURCES, load_dataset
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DataError",
     "fit_normalizer",
     "flatten_observation",
+    "gather_episodes",
     "load_dataset",
     "preprocess",
 ]

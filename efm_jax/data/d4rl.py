@@ -19,6 +19,7 @@ families below) or the file names no environment, they are [-1, 1], to which D4R
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 
 import h5py
 import numpy as np
@@ -27,7 +28,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import environments, validation
 from efm_jax.data.errors import DataError, reason
-from efm_jax.types import Dataset, Transitions
+from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
 # First word of a D4RL file's name -> today's version of its environment.
 CLASSIC_ENVIRONMENTS = {
@@ -48,61 +49,76 @@ _RANKS = {
 _OPTIONAL = ("timeouts", "next_observations")
 
 
-def load_d4rl(path: str, *, env: str | None = None) -> Dataset:
+def load_d4rl(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
     """Read a D4RL file, as the module's docstring says.
 
     The environment is ``env``, else the file's ``env_id``, else the one its name begins with
     (``CLASSIC_ENVIRONMENTS``), else none.  One that only the name suggests is passed over, with a warning,
     when its sizes are not the data's (D4RL's Ant has 111 observation dimensions, Ant-v5 has 105).
 
+    ``rows`` selects transitions, given their number: of observations and actions only those rows are read
+    from the file and checked.
+
     Raises:
       DataError: no such file, not HDF5, a dataset missing, an environment that Gymnasium does not know or
         whose sizes differ, no way to tell where episodes end, or data that :mod:`.validation` refuses.
         Indices in messages are rows of the file.
     """
-    arrays, env_id = _read(path)
-    validation.check_action_dtype(path, arrays["actions"])
-    validation.check_lengths(path, arrays, _RANKS)
-    terminals = _flags(path, "terminals", arrays["terminals"])
+    with _open(path) as file:
+        stored = _stored(path, file)
+        validation.check_action_dtype(path, stored["actions"])
+        validation.check_lengths(path, stored, _RANKS)
+        if "next_observations" in stored:
+            shapes = stored["observations"].shape, stored["next_observations"].shape
+            if shapes[0] != shapes[1]:
+                raise DataError(f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}")
+        # With an environment given, the file's own is not asked for.
+        stated = env or _text_attribute(path, "env_id", file.attrs.get("env_id"))
+        spec, low, high = _environment(
+            path, stated, stored["observations"].shape[1], stored["actions"].shape[1]
+        )
+        validation.check_bounds(path, low, high)
 
-    numbers = {
-        name: validation.as_float32(path, name, arrays[name])
-        for name in ("observations", "actions", "rewards", "next_observations")
-        if name in arrays
-    }
-    if "next_observations" in numbers:
-        shapes = numbers["observations"].shape, numbers["next_observations"].shape
-        if shapes[0] != shapes[1]:
-            raise DataError(f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}")
-    for name, array in numbers.items():
-        validation.check_finite(path, name, array)
+        terminals = _flags(path, "terminals", stored["terminals"][()])
+        if "timeouts" in stored:
+            timeouts = _flags(path, "timeouts", stored["timeouts"][()])
+        else:
+            timeouts = _timeouts(path, terminals, spec)
+        rewards = _numbers(path, stored, "rewards")
+        kept = _kept_rows(path, terminals, timeouts, "next_observations" in stored)
+        selected = rows(len(kept))
+        # The rows of the file from the first selected one up to the first one after them.
+        start = 0 if selected.start == 0 else int(kept[selected.start])
+        stop = len(terminals) if selected.stop == len(kept) else int(kept[selected.stop])
+        kept = kept[selected]
+        actions = _numbers(path, stored, "actions", start, stop)
+        actions = validation.clip_actions(path, actions, low, high, first_row=start)
+        observations, next_observations = _observations(path, stored, terminals, start, stop)
 
-    sizes = numbers["observations"].shape[1], numbers["actions"].shape[1]
-    # With an environment given, the file's own is not asked for.
-    stated = env or _text_attribute(path, "env_id", env_id)
-    spec, low, high = _environment(path, stated, *sizes)
-    validation.check_bounds(path, low, high)
-    numbers["actions"] = validation.clip_actions(path, numbers["actions"], low, high)
-
-    if "timeouts" in arrays:
-        timeouts = _flags(path, "timeouts", arrays["timeouts"])
-    else:
-        timeouts = _timeouts(path, terminals, spec)
-    returns, lengths = _episodes(numbers["rewards"], terminals | timeouts)
+    firsts, returns, lengths = _episodes(rewards, terminals | timeouts)
+    begun = (firsts >= start) & (firsts < stop)
     return Dataset(
         name=path,
-        transitions=_transitions(path, numbers, terminals, timeouts),
-        episode_returns=returns,
-        episode_lengths=lengths,
+        transitions=Transitions(
+            observations=observations[kept - start],
+            actions=actions[kept - start],
+            rewards=rewards[kept],
+            next_observations=next_observations[kept - start],
+            terminated=terminals[kept].astype(np.float32),
+        ),
+        episode_returns=returns[begun],
+        episode_lengths=lengths[begun],
         action_low=low,
         action_high=high,
         env_spec=None if spec is None else environments.spec_json(path, spec),
         reference_scores=None,
+        first_row=selected.start,
     )
 
 
-def _read(path: str) -> tuple[dict[str, np.ndarray], object]:
-    """Every dataset of the layout that the file has, and its ``env_id`` as it is stored."""
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[h5py.File]:
+    """The file, for reading; what h5py raises inside is a :class:`DataError`."""
     file_path = epath.Path(path).expanduser()
     try:
         if not file_path.exists():
@@ -110,15 +126,56 @@ def _read(path: str) -> tuple[dict[str, np.ndarray], object]:
         if file_path.is_dir():
             raise DataError(f"{path}: expected an HDF5 file; got a folder")
         with file_path.open("rb") as handle, h5py.File(handle, "r") as file:
-            arrays = {name: _read_array(path, file, name) for name in _RANKS if name in file}
-            env_id = file.attrs.get("env_id")
+            yield file
     except (OSError, RuntimeError, KeyError, ImportError) as error:
         # h5py: OSError, RuntimeError and KeyError for damage; ImportError: no client for this kind of path.
         raise DataError(f"{path}: cannot be read as an HDF5 file ({reason(error)})") from error
-    missing = [name for name in _RANKS if name not in arrays and name not in _OPTIONAL]
+
+
+def _stored(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Every dataset of the layout that the file has, not read yet."""
+    stored = {name: file[name] for name in _RANKS if name in file}
+    missing = [name for name in _RANKS if name not in stored and name not in _OPTIONAL]
     if missing:
         raise DataError(f"{path}: the file has no dataset {', '.join(map(repr, missing))}")
-    return arrays, env_id
+    for name, dataset in stored.items():
+        if not isinstance(dataset, h5py.Dataset):
+            raise DataError(f"{path}: {name!r} is a group; expected a dataset")
+    return stored
+
+
+def _numbers(
+    path: str, stored: dict[str, h5py.Dataset], name: str, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Rows ``start .. stop`` of a dataset as float32, finite."""
+    array = validation.as_float32(path, name, stored[name][start:stop])
+    validation.check_finite(path, name, array, first_row=start)
+    return array
+
+
+def _observations(
+    path: str, stored: dict[str, h5py.Dataset], terminals: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Observations and next observations of the rows ``start .. stop``."""
+    if "next_observations" in stored:
+        return tuple(
+            _numbers(path, stored, name, start, stop) for name in ("observations", "next_observations")
+        )
+    following = _numbers(path, stored, "observations", start, min(stop + 1, len(terminals)))
+    observations = following[: stop - start]
+    following = np.concatenate([following[1:], following[-1:]])[: stop - start]
+    return observations, np.where(terminals[start:stop, None], observations, following)
+
+
+def _kept_rows(path: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool) -> np.ndarray:
+    """The rows that become transitions."""
+    keep = np.ones(len(terminals), bool)
+    if not has_next:
+        keep = terminals | ~timeouts
+        keep[-1] = terminals[-1]
+    if not keep.any():
+        raise DataError(f"{path}: the dataset is empty: no row of {len(keep)} has a next observation")
+    return np.flatnonzero(keep)
 
 
 def _text_attribute(path: str, name: str, value: object) -> str | None:
@@ -129,12 +186,6 @@ def _text_attribute(path: str, name: str, value: object) -> str | None:
         with contextlib.suppress(UnicodeDecodeError):
             return value.decode()
     raise DataError(f"{path}: attribute {name!r}: expected text; got {value!r:.100}")
-
-
-def _read_array(path: str, file: h5py.File, name: str) -> np.ndarray:
-    if not isinstance(file[name], h5py.Dataset):
-        raise DataError(f"{path}: {name!r} is a group; expected a dataset")
-    return np.asarray(file[name][()])
 
 
 def _flags(path: str, name: str, array: np.ndarray) -> np.ndarray:
@@ -187,34 +238,11 @@ def _timeouts(path: str, terminals: np.ndarray, spec: EnvSpec | None) -> np.ndar
     return (step + 1) % spec.max_episode_steps == 0
 
 
-def _episodes(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return and length of each episode, from ``rewards [N]`` and ``ends [N]`` bool."""
+def _episodes(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First row, return and length of each episode, from ``rewards [N]`` and ``ends [N]`` bool."""
     last = np.flatnonzero(ends)
     if len(last) == 0:
         last = np.array([len(rewards) - 1])
     starts = np.concatenate([[0], last[:-1] + 1])
     returns = np.array([rewards[i : j + 1].sum(dtype=np.float64) for i, j in zip(starts, last, strict=True)])
-    return returns, (last - starts + 1).astype(np.int64)
-
-
-def _transitions(
-    path: str, numbers: dict[str, np.ndarray], terminals: np.ndarray, timeouts: np.ndarray
-) -> Transitions:
-    observations = numbers["observations"]
-    if "next_observations" in numbers:
-        keep = np.ones(len(terminals), bool)
-        next_observations = numbers["next_observations"]
-    else:
-        keep = terminals | ~timeouts
-        keep[-1] = terminals[-1]
-        following = np.concatenate([observations[1:], observations[-1:]])
-        next_observations = np.where(terminals[:, None], observations, following)
-    if not keep.any():
-        raise DataError(f"{path}: the dataset is empty: no row of {len(keep)} has a next observation")
-    return Transitions(
-        observations=observations[keep],
-        actions=numbers["actions"][keep],
-        rewards=numbers["rewards"][keep],
-        next_observations=next_observations[keep],
-        terminated=terminals[keep].astype(np.float32),
-    )
+    return starts, returns, (last - starts + 1).astype(np.int64)

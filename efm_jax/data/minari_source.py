@@ -8,10 +8,10 @@ from gymnasium.envs.registration import EnvSpec
 from efm_jax.data import environments, validation
 from efm_jax.data.errors import DataError, reason
 from efm_jax.data.flatten import flatten_observation
-from efm_jax.types import Dataset, Transitions
+from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
 
-def load_minari(name: str, *, env: str | None = None) -> Dataset:
+def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
     """Read the Minari dataset ``name``, downloading it when it is not local.
 
     Minari keeps ``T + 1`` observations for ``T`` steps, so each step has its real next observation, the
@@ -19,6 +19,8 @@ def load_minari(name: str, *, env: str | None = None) -> Dataset:
     are flattened as :mod:`efm_jax.data.flatten` says.  The environment is ``env``, else the dataset's
     evaluation environment, else the one it was recorded in.  Reference scores are the metadata's
     ``ref_min_score`` and ``ref_max_score``, None unless both are there.
+
+    ``rows`` selects transitions, given their number: only the episodes that they are in are read.
 
     Raises:
       DataError: unknown id, failed download, damaged files, an ``env`` that Gymnasium does not know or
@@ -33,32 +35,42 @@ def load_minari(name: str, *, env: str | None = None) -> Dataset:
 
     if source.total_episodes == 0:
         raise DataError(f"{name}: the dataset is empty: 0 episodes")
-    episodes = _read_episodes(name, source)
-    lengths = np.array([len(episode.rewards) for episode in episodes], np.int64)
+    lengths = _lengths(name, source)
+    if lengths.sum() == 0:
+        raise DataError(f"{name}: the dataset is empty: 0 transitions")
     ends = np.cumsum(lengths)
+    starts = ends - lengths
+    selected = rows(int(ends[-1]))
+    wanted = np.flatnonzero((ends > selected.start) & (starts < selected.stop))
+    episodes = _read_episodes(name, source, wanted, lengths)
 
     def locate(row: int) -> str:
         episode = int(np.searchsorted(ends, row, side="right"))
-        return f" (episode {episode}, step {row - (int(ends[episode]) - int(lengths[episode]))})"
+        return f" (episode {episode}, step {row - int(starts[episode])})"
 
+    first = int(starts[wanted[0]])
     fields = zip(Transitions._fields, zip(*episodes, strict=True), strict=True)
     columns = {field: np.concatenate(parts) for field, parts in fields}
     for field, column in columns.items():
-        validation.check_finite(name, field, column, locate)
-    columns["actions"] = validation.clip_actions(name, columns["actions"], low, high, locate)
+        validation.check_finite(name, field, column, locate, first)
+    columns["actions"] = validation.clip_actions(name, columns["actions"], low, high, locate, first)
     spec = _env_spec(name, metadata, env)
     if env is not None:
         environments.check_sizes(name, spec, columns["observations"].shape[1], len(low))
 
+    part = slice(selected.start - first, selected.stop - first)
+    begun = starts[wanted] >= selected.start
+    returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes])
     return Dataset(
         name=name,
-        transitions=Transitions(**columns),
-        episode_returns=np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes]),
-        episode_lengths=lengths,
+        transitions=Transitions(**{field: column[part] for field, column in columns.items()}),
+        episode_returns=returns[begun],
+        episode_lengths=lengths[wanted][begun],
         action_low=low,
         action_high=high,
         env_spec=None if spec is None else environments.spec_json(name, spec),
         reference_scores=_reference_scores(metadata),
+        first_row=selected.start,
     )
 
 
@@ -106,18 +118,31 @@ def _open(name: str):
         raise DataError(f"{name}: cannot read the Minari dataset at {path} ({reason(error)})") from error
 
 
-def _read_episodes(name: str, source) -> list[Transitions]:
+def _lengths(name: str, source) -> np.ndarray:
+    """Steps of every episode, from the metadata that Minari keeps of each."""
+    try:
+        metadata = source.storage.get_episode_metadata(range(source.total_episodes))
+        return np.array([int(episode["total_steps"]) for episode in metadata], np.int64)
+    except Exception as error:  # as in _read_episodes
+        raise DataError(f"{name}: the lengths of its episodes cannot be read ({reason(error)})") from error
+
+
+def _read_episodes(name: str, source, wanted: np.ndarray, lengths: np.ndarray) -> list[Transitions]:
     episodes = []
-    iterator = iter(source.iterate_episodes())
-    while True:
-        label = f"{name}: episode {len(episodes)}"
+    iterator = iter(source.iterate_episodes(wanted.tolist()))
+    for index in wanted:
+        label = f"{name}: episode {index}"
         try:
-            episode = next(iterator, None)
+            episode = next(iterator)
         except Exception as error:  # h5py, Pillow, Arrow: whatever the storage format raises on damage
             raise DataError(f"{label} cannot be read ({reason(error)})") from error
-        if episode is None:
-            return episodes
         episodes.append(_episode_transitions(label, source.observation_space, episode))
+        if episodes[-1].size != lengths[index]:
+            raise DataError(
+                f"{label}: lengths disagree: expected the {lengths[index]} steps of its metadata; "
+                f"got {episodes[-1].size}"
+            )
+    return episodes
 
 
 def _episode_transitions(label: str, observation_space, episode) -> Transitions:

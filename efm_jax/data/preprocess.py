@@ -6,27 +6,38 @@ import numpy as np
 
 from efm_jax import checks
 from efm_jax.data.errors import DataError
-from efm_jax.types import Dataset, Normalizer, Transitions
+from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
 
 # An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant up to
 # float32 rounding: it is centred only (std 1), for dividing by its std would amplify nothing but rounding.
 CONSTANT_TOLERANCE = 1e-6
 
 
-def fit_normalizer(dataset: Dataset) -> Normalizer:
+def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
     """Mean and standard deviation of the observations, ``[S]`` float32, and the action bounds, ``[A]``.
 
-    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.
+    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.  Where each host has some of
+    the rows, ``gather`` brings their sums together and the result is that of the whole dataset.
     """
     columns = dataset.transitions.observations.T  # a column at a time keeps the float64 copies small
-    mean = np.array([column.mean(dtype=np.float64) for column in columns])
-    std = np.array([column.std(dtype=np.float64) for column in columns])
+    count = sum(gather(np.asarray(float(columns.shape[1]))))
+    mean = sum(gather(np.array([column.sum(dtype=np.float64) for column in columns]))) / count
+    squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
+    std = np.sqrt(sum(gather(np.array(squares))) / count)
     constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
     return Normalizer(
         observation_mean=mean.astype(np.float32),
         observation_std=np.where(constant, 1.0, std).astype(np.float32),
         action_low=np.asarray(dataset.action_low, np.float32),
         action_high=np.asarray(dataset.action_high, np.float32),
+    )
+
+
+def gather_episodes(dataset: Dataset, gather: Gather) -> Dataset:
+    """The dataset of a host that read some of the rows, with the returns and lengths of all episodes."""
+    return dataset._replace(
+        episode_returns=np.concatenate(gather(dataset.episode_returns)),
+        episode_lengths=np.concatenate(gather(dataset.episode_lengths)),
     )
 
 

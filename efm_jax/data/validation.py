@@ -40,14 +40,19 @@ def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[
         raise DataError(f"{source}: the dataset is empty: 0 transitions")
 
 
-def check_finite(source: str, name: str, array: np.ndarray, locate: Locate = _nowhere) -> None:
-    """No NaN and no infinity in ``array [N, ...]``; the message names the array and the first row."""
+def check_finite(
+    source: str, name: str, array: np.ndarray, locate: Locate = _nowhere, first_row: int = 0
+) -> None:
+    """No NaN and no infinity in ``array [N, ...]``; the message names the array and the first bad row.
+
+    ``first_row`` is the number that the array's first row has in the source.
+    """
     finite = np.isfinite(array)
     if finite.all():
         return
-    index = tuple(int(i) for i in np.argwhere(~finite)[0])
-    where = "".join(f"[{i}]" for i in index)
-    raise DataError(f"{source}: {name}{where} is not finite: {array[index]}{locate(index[0])}")
+    row, *rest = index = tuple(int(i) for i in np.argwhere(~finite)[0])
+    where = "".join(f"[{i}]" for i in (first_row + row, *rest))
+    raise DataError(f"{source}: {name}{where} is not finite: {array[index]}{locate(first_row + row)}")
 
 
 def check_observation_space(source: str, space: spaces.Space) -> None:
@@ -98,7 +103,12 @@ def check_action_dtype(source: str, actions: np.ndarray) -> None:
 
 
 def clip_actions(
-    source: str, actions: np.ndarray, low: np.ndarray, high: np.ndarray, locate: Locate = _nowhere
+    source: str,
+    actions: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    locate: Locate = _nowhere,
+    first_row: int = 0,
 ) -> np.ndarray:
     """Actions ``[N, A]`` put exactly inside ``[low, high]``, if they are inside but for rounding.
 
@@ -113,6 +123,7 @@ def clip_actions(
     if outside.any():
         row, column = (int(i) for i in np.argwhere(outside)[0])
         value, bounds = str(actions[row, column]), f"[{low[column]!s}, {high[column]!s}]"
+        row += first_row
         raise DataError(
             f"{source}: actions[{row}][{column}] is outside its bounds {bounds}: {value}{locate(row)}"
         )

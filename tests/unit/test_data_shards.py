@@ -1,0 +1,159 @@
+"""Datasets read in parts, one for each host, are together the dataset read whole."""
+
+import h5py
+import numpy as np
+import pytest
+
+from efm_jax.data import DataError, fit_normalizer, gather_episodes, load_dataset
+from efm_jax.types import Transitions
+from tests.unit.data_fixtures import d4rl_arrays, episode, write_d4rl, write_minari
+
+# An unfinished last episode, terminal and timed out ones.
+TERMINALS = [0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+TIMEOUTS = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.fixture(params=["minari", "d4rl", "d4rl with next observations"])
+def name(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng = np.random.default_rng(0)
+    if request.param == "minari":
+        observations = [rng.standard_normal((n + 1, 3)).astype(np.float32) for n in (3, 1, 5, 3)]
+        write_minari("test/shards-v0", [episode(len(o) - 1, o, terminated=True) for o in observations])
+        return "test/shards-v0"
+    arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
+    arrays["observations"] = rng.standard_normal(arrays["observations"].shape).astype(np.float32)
+    if "next" in request.param:
+        arrays["next_observations"] = arrays["observations"] + np.float32(1)
+    return write_d4rl(tmp_path / "data.hdf5", arrays)
+
+
+def parts(name, hosts, size=None):
+    def share(host):
+        def rows(count):
+            count = count if size is None else size
+            return slice(host * count // hosts, (host + 1) * count // hosts)
+
+        return rows
+
+    return [load_dataset(name, rows=share(host)) for host in range(hosts)]
+
+
+def together(values):
+    """A gather that knows what every host will send, in turn."""
+    sent = iter(values)
+    return lambda _: next(sent)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 5])
+def test_parts_make_the_whole(name, hosts):
+    whole, shards = load_dataset(name), parts(name, hosts)
+    for field in Transitions._fields:
+        joined = np.concatenate([getattr(shard.transitions, field) for shard in shards])
+        np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
+    assert [shard.first_row for shard in shards] == [
+        sum(shard.transitions.size for shard in shards[:host]) for host in range(hosts)
+    ]
+    for field in ("episode_returns", "episode_lengths"):
+        joined = np.concatenate([getattr(shard, field) for shard in shards])
+        np.testing.assert_array_equal(joined, getattr(whole, field))
+    merged = gather_episodes(
+        shards[0],
+        together([[s.episode_returns for s in shards], [s.episode_lengths for s in shards]]),
+    )
+    np.testing.assert_array_equal(merged.episode_returns, whole.episode_returns)
+    np.testing.assert_array_equal(merged.episode_lengths, whole.episode_lengths)
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_fingerprint_and_statistics_do_not_depend_on_the_parts(name, hosts):
+    whole, shards = load_dataset(name), parts(name, hosts)
+
+    def of_all(function):
+        """What every host gets, when all call the function and gather as they go."""
+        sent = [[] for _ in shards]
+        gathered = []
+        while True:
+            results = []
+            for host, shard in enumerate(shards):
+
+                class Wait(Exception):
+                    pass
+
+                step = iter(range(10**6))
+
+                def gather(array, host=host, step=step, Wait=Wait):
+                    i = next(step)
+                    if i < len(gathered):
+                        return gathered[i]
+                    sent[host].append(array)
+                    raise Wait
+
+                try:
+                    results.append(function(shard, gather))
+                except Wait:
+                    continue
+            if len(results) == len(shards):
+                return results
+            gathered.append([queue.pop() for queue in sent])
+
+    assert set(of_all(lambda shard, gather: shard.fingerprint(gather))) == {whole.fingerprint()}
+    expected = fit_normalizer(whole)
+    observations = whole.transitions.observations.astype(np.float64)
+    np.testing.assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
+    for found in of_all(fit_normalizer):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_fingerprint_sees_every_number_and_its_place(name):
+    whole = load_dataset(name)
+    seen = {whole.fingerprint()}
+    for field, array in whole.transitions._asdict().items():
+        for change in (array + np.float32(1), np.roll(array, 1, axis=0)):
+            seen.add(whole._replace(transitions=whole.transitions._replace(**{field: change})).fingerprint())
+        assert np.abs(array - np.roll(array, 1, axis=0)).max() > 0
+    assert len(seen) == 11
+    assert whole._replace(first_row=1).fingerprint() not in seen
+
+
+def test_the_first_rows_alone(name):
+    whole, (part,) = load_dataset(name), parts(name, 1, size=5)
+    assert part.transitions.size == 5
+    np.testing.assert_array_equal(part.transitions.observations, whole.transitions.observations[:5])
+    assert 1 <= len(part.episode_returns) < len(whole.episode_returns)
+
+
+def test_other_parts_of_a_file_are_not_read(tmp_path):
+    """What is bad there is another host's to find, under its row in the file."""
+    arrays = d4rl_arrays([0] * 12, [0] * 11 + [1])
+    arrays["next_observations"] = arrays["observations"] + 1
+    path = write_d4rl(tmp_path / "data.hdf5", arrays)
+    with h5py.File(path, "a") as file:
+        file["observations"][9, 1] = np.nan
+        file["actions"][10, 0] = 7
+    load_dataset(path, rows=lambda n: slice(0, 6))
+    with pytest.raises(DataError, match=r"actions\[10\]\[0\] is outside its bounds .*: 7"):
+        load_dataset(path, rows=lambda n: slice(10, 12))
+    with pytest.raises(DataError, match=r"observations\[9\]\[1\] is not finite: nan"):
+        load_dataset(path, rows=lambda n: slice(9, 10))
+
+
+def test_bad_minari_rows_keep_their_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    observations = np.zeros((4, 3), np.float32)
+    write_minari("test/bad-v0", [episode(3, observations) for _ in range(4)])
+    with h5py.File(tmp_path / "test/bad-v0/data/main_data.hdf5", "a") as file:
+        file["episode_3"]["rewards"][1] = np.inf
+    load_dataset("test/bad-v0", rows=lambda n: slice(0, 9))
+    with pytest.raises(DataError, match=r"rewards\[10\] is not finite: inf \(episode 3, step 1\)"):
+        load_dataset("test/bad-v0", rows=lambda n: slice(7, 12))
+
+
+def test_what_the_choice_of_rows_raises_is_raised(name):
+    def refuse(count):
+        raise ValueError(f"no part of {count}")
+
+    with pytest.raises(ValueError, match="no part of"):
+        load_dataset(name, rows=refuse)
