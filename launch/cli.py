@@ -23,10 +23,13 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Around checks of what the user gave: a ``ValueError`` or ``TypeError`` is theirs to mend."""
+    """Around checks of what the user gave: a ``ValueError`` or ``TypeError`` is theirs to mend.
+
+    So is an ``ImportError``: of the client that a path like gs:// needs.
+    """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 

@@ -12,6 +12,7 @@ from efm_jax.types import Dataset
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+RESULT_FILE = "result.json"  # the last line that launch.train printed; there when a run is done
 
 
 def resolve(path: str) -> epath.Path:
@@ -20,6 +21,14 @@ def resolve(path: str) -> epath.Path:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={path}: is a file; expected a folder")
     return workdir
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +49,23 @@ class RunInfo:
 
     @classmethod
     def describe(
-        cls, config: QIPOConfig, dataset: Dataset, references: Any, seed: int, num_seeds: int
+        cls,
+        config: QIPOConfig,
+        dataset: Dataset,
+        transitions: int,
+        fingerprint: str,
+        references: tuple[float, float] | None,
+        seed: int,
+        num_seeds: int,
     ) -> "RunInfo":
-        """The record of a run about to start."""
+        """The record of a run about to start; ``dataset`` may hold this host's part of the transitions."""
         return cls(
             config=config,
             seed=seed,
             num_seeds=num_seeds,
             dataset=dataset.name,
-            fingerprint=dataset.fingerprint(),
-            transitions=dataset.transitions.size,
+            fingerprint=fingerprint,
+            transitions=transitions,
             dataset_return=float(dataset.episode_returns.mean()),
             observation_size=dataset.observation_size,
             action_size=dataset.action_size,
@@ -66,10 +82,7 @@ class RunInfo:
         """Write ``config.json``, whole or not at all."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["config"] = self.config.to_dict()
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / f"{CONFIG_FILE}.tmp"
-        temporary.write_text(json.dumps({"version": __version__, **values}, indent=2) + "\n")
-        temporary.replace(workdir / CONFIG_FILE)
+        write_json(workdir / CONFIG_FILE, {"version": __version__, **values})
 
     @classmethod
     def load(cls, workdir: epath.Path) -> "RunInfo | None":
@@ -102,7 +115,8 @@ class RunInfo:
         """Refuse to continue a run of another configuration, dataset or seed."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
         pairs = [(f"config.{name}", theirs[name], mine[name]) for name in mine]
-        for name in ("dataset", "fingerprint", "seed", "num_seeds", "env_spec"):
+        # Not the dataset's name: one file has several paths, and its fingerprint says what it holds.
+        for name in ("fingerprint", "seed", "num_seeds", "env_spec"):
             pairs.append((name, getattr(other, name), getattr(self, name)))
         for name, before, now in pairs:
             if before != now:

@@ -50,6 +50,7 @@ class QIPOConfig:
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql
     # Data and schedule.
+    max_transitions: int = 0  # train on the first so many of the dataset; 0 on all
     reward_transform: str = "none"
     behavior_steps: int = 10_000
     critic_steps: int = 10_000
@@ -83,7 +84,8 @@ class QIPOConfig:
             "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
         ):  # fmt: skip
             checks.check_integer(name, getattr(self, name), 1)
-        checks.check_integer("eval_every", self.eval_every, 0)
+        for name in ("max_transitions", "eval_every"):
+            checks.check_integer(name, getattr(self, name), 0)
         checks.check_integer("time_features", self.time_features, 2)
         if self.time_features % 2:
             raise ValueError(f"time_features: expected an even number; got {self.time_features}")

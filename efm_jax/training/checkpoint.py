@@ -41,7 +41,13 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
 
     def save(self, step: int, tree: Any) -> None:
-        """Start saving a tree under a step number; returns once the tree has been copied."""
+        """Start saving a tree under a step number; returns once the tree has been copied.
+
+        Does nothing where that step has been saved.  On several hosts all of them call it with the same
+        tree, and the first writes.
+        """
+        if step in self._manager.all_steps():
+            return
         # A copy: on the CPU a device array may share its memory with the buffer that the next chunk reuses.
         tree = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
         args = ocp.args.Composite(

@@ -25,7 +25,7 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
     Args:
       array: any type; shapes may differ between hosts in the first axis only.
     """
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array)
     if count() == 1:
         return [array]
     # As bytes: on the way through JAX, float64 would lose half its digits.
@@ -33,12 +33,11 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
     sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32)).reshape(-1)
     padded = np.zeros(max(1, int(sizes.max())), np.uint8)
     padded[: len(data)] = data
-    everything = np.asarray(multihost_utils.process_allgather(padded))
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    shape = (-1, *array.shape[1:]) if array.ndim else ()
     return [
-        np.frombuffer(row[:size].tobytes(), array.dtype).reshape(-1, *array.shape[1:])
-        if array.ndim
-        else np.frombuffer(row[:size].tobytes(), array.dtype).reshape(())
-        for row, size in zip(everything, sizes, strict=True)
+        np.frombuffer(row[:size].tobytes(), array.dtype).reshape(shape)
+        for row, size in zip(rows, sizes, strict=True)
     ]
 
 

@@ -64,7 +64,8 @@ class CsvTable:
         rows = list(rows)
         new = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in self._columns]
         empty = not self._path.exists() or self._path.stat().length == 0
-        if new or empty:
+        # An object of a bucket cannot grow.
+        if new or empty or "://" in os.fspath(self._path):
             old = [] if empty else read_table(self._path)
             self._columns += new
             self._write_all([*old, *rows])

@@ -1,0 +1,81 @@
+"""What a run keeps in a device's memory, counted before it starts."""
+
+import math
+import os
+from typing import NamedTuple
+
+import jax
+
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.qipo import QIPO
+from efm_jax.training.parallel import Layout
+
+_FLOAT = 4  # bytes
+
+
+class Memory(NamedTuple):
+    """Bytes on each device; what one compiled step needs for its intermediate results comes on top."""
+
+    dataset: int
+    tables: int  # the larger of next actions (critic phase) and support sets (policy phase)
+    state: int  # parameters, averages and optimisers of all three models, of every seed on the device
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in self._asdict().items())
+        return f"{_size(self.total)} ({parts})"
+
+
+def predict(
+    config: QIPOConfig, layout: Layout, num_rows: int, observation_size: int, action_size: int
+) -> Memory:
+    """Memory of a run on ``num_rows`` transitions in all."""
+    rows, seeds, m = num_rows // layout.num_shards, layout.seeds_per_device, config.support_size
+    algorithm = QIPO(config, observation_size, action_size)
+    state = jax.eval_shape(algorithm.init, jax.random.key(0))
+    support = (m + 1) * (action_size + 1)
+    next_actions = m * action_size if algorithm.critic.uses_next_actions else 0
+    return Memory(
+        dataset=rows * (2 * observation_size + action_size + 2) * _FLOAT,
+        tables=rows * seeds * max(support, next_actions) * _FLOAT,
+        state=seeds * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
+    )
+
+
+def device_limit(layout: Layout) -> int | None:
+    """Bytes of one device's memory, None where it is not known.
+
+    Devices that are the host's processor share its memory.
+    """
+    device = layout.local_devices[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(layout.local_devices)
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:
+    """Refuse a run that does not fit.
+
+    Raises:
+      ValueError: with the sizes, and the setting that makes the largest of them smaller.
+    """
+    if limit is None or memory.total <= limit:
+        return
+    fewer_seeds = "num_seeds" if layout.mode == "data" else "num_seeds, or more devices"
+    settings = {
+        "dataset": "max_transitions, or more devices" if layout.mode == "data" else "parallel=data",
+        "tables": "support_size or num_seeds, or more devices",
+        "state": fewer_seeds,
+    }
+    largest = max(settings, key=lambda name: getattr(memory, name))
+    raise ValueError(f"memory: a device needs {memory}, and has {_size(limit)}; change {settings[largest]}")
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1000:.1f} kB"

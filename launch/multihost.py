@@ -1,0 +1,116 @@
+"""Several hosts running one program: how they find each other, agree, and stop together."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import multihost_utils
+
+from efm_jax.training import hosts
+from launch import cli
+
+# A host that says nothing for so long is taken for dead, and the others stop.
+_HEARTBEAT_SECONDS = 30
+_EXPLICIT = ("coordinator_address", "num_processes", "process_id")
+
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm."
+)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where hosts are not found.")
+flags.DEFINE_integer("num_processes", None, "Number of hosts, where they are not found.", 1)
+flags.DEFINE_integer("process_id", None, "Number of this host, from 0, where hosts are not found.", 0)
+
+
+def start() -> None:
+    """Join the other hosts, if the flags say that there are any.
+
+    Raises:
+      ValueError: some but not all of the explicit flags, or nothing that says where the hosts are.
+      jax.errors.JaxRuntimeError: hosts that do not find each other in time; the next try may.
+    """
+    explicit = {name: flags.FLAGS[name].value for name in _EXPLICIT}
+    missing = [name for name, value in explicit.items() if value is None]
+    if len(missing) == len(explicit):
+        if not _MULTIHOST.value:
+            return
+        explicit = {}
+    elif missing:
+        raise ValueError(
+            f"--{missing[0]}: needed with {', '.join(f'--{n}' for n in _EXPLICIT if n not in missing)}"
+        )
+    elif explicit["process_id"] >= explicit["num_processes"]:
+        raise ValueError(
+            f"--process_id: expected less than the {explicit['num_processes']} of --num_processes; "
+            f"got {explicit['process_id']}"
+        )
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=2 * _HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(f"--multihost: no cluster was found: {error}") from error
+
+
+@contextlib.contextmanager
+def agreed_errors() -> Iterator[None]:
+    """Around checks that one host may fail and others pass: then all stop, and none waits for it."""
+    problem = None
+    try:
+        with cli.usage_errors():
+            yield
+    except cli.UsageError as error:
+        problem = error
+    failed = hosts.any_host(problem is not None)
+    if problem is not None:
+        raise problem
+    if failed:
+        raise cli.UsageError(f"host {failed[0]} cannot run this; its own output says why")
+
+
+@contextlib.contextmanager
+def lost_hosts() -> Iterator[None]:
+    """Around work with other hosts: if one of them dies, say so and exit at once.
+
+    Where the coordinator dies, JAX itself ends the process, with a message of its own.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if hosts.count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(f"launch.train: failed: another host stopped or cannot be reached: {reason}", file=sys.stderr)
+        sys.stderr.flush()
+        # A normal exit would wait for the lost host.
+        os._exit(cli.EXIT_FAILED)
+
+
+class StopSignal:
+    """SIGTERM, or on several hosts JAX's preemption notice to any of them, seen by all at the same point."""
+
+    def __init__(self) -> None:
+        self._received = False
+        self._asked = 0
+        if hosts.count() == 1:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self) -> bool:
+        """Whether to stop now; every host must ask at the same points."""
+        if hosts.count() > 1:
+            self._asked += 1
+            self._received = self._received or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._received
+
+    def received_alone(self) -> bool:
+        """Whether to stop now, where hosts are not at the same point: always False if there are several."""
+        return self._received and hosts.count() == 1
