@@ -20,11 +20,13 @@ TEST = [
     "equinox>=0.11,<0.14",  # a second framework for the losses; diffrax brings it
     "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
     "ruff>=0.11,<0.18",  # lint
+    "pyyaml>=6,<7",  # reads the job files of clusters
 ]
 MUJOCO = [
     "mujoco>=3.2,<5",  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
     "imageio>=2.14.1,<3",  # which gymnasium.envs.mujoco imports
 ]
+GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 
 setup(
     name="efm-jax",
@@ -37,5 +39,5 @@ setup(
         include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]
     ),
     install_requires=requirements(),
-    extras_require={"test": TEST, "mujoco": MUJOCO},
+    extras_require={"test": TEST, "mujoco": MUJOCO, "gcs": GCS},
 )

@@ -31,7 +31,7 @@ def start() -> None:
 
     Raises:
       ValueError: some but not all of the explicit flags, or nothing that says where the hosts are.
-      jax.errors.JaxRuntimeError: hosts that do not find each other in time; the next try may.
+      RuntimeError: hosts that did not find each other in time.
     """
     explicit = {name: flags.FLAGS[name].value for name in _EXPLICIT}
     missing = [name for name, value in explicit.items() if value is None]
@@ -41,7 +41,7 @@ def start() -> None:
         explicit = {}
     elif missing:
         raise ValueError(
-            f"--{missing[0]}: needed with {', '.join(f'--{n}' for n in _EXPLICIT if n not in missing)}"
+            f"--{missing[0]}: needed with the others of {', '.join(f'--{n}' for n in _EXPLICIT)}"
         )
     elif explicit["process_id"] >= explicit["num_processes"]:
         raise ValueError(
@@ -76,14 +76,14 @@ def agreed_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_hosts() -> Iterator[None]:
-    """Around work with other hosts: if one of them dies, say so and exit at once.
+    """Around work with other hosts: if one of them dies or never comes, say so and exit at once.
 
     Where the coordinator dies, JAX itself ends the process, with a message of its own.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if hosts.count() == 1:
+    except RuntimeError as error:
+        if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
             raise
         reason = " ".join(str(error).split())[:300]
         print(f"launch.train: failed: another host stopped or cannot be reached: {reason}", file=sys.stderr)

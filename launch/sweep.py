@@ -38,9 +38,9 @@ from tqdm import tqdm
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.evaluation import mean_and_interval
 from launch import cli
+from launch.workdir import RESULT_FILE
 
 _PRESET = "experiments/configs/qipo_ot.py"
-_RESULT_FILE = "result.json"  # the last thing that launch.train writes
 _POLL_SECONDS = 0.1
 _OWN_FLAGS = ("dataset", "config", "seed", "workdir")
 # What a row holds of result.json, beside the intervals.
@@ -89,13 +89,13 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return (self.workdir / _RESULT_FILE).exists()
+        return (self.workdir / RESULT_FILE).exists()
 
     def result(self) -> dict[str, Any] | None:
         """What ``launch.train`` said at its end; None before."""
         if not self.done:
             return None
-        path = self.workdir / _RESULT_FILE
+        path = self.workdir / RESULT_FILE
         try:
             values = json.loads(path.read_text())
             return {name: values[name] for name in (*_COLUMNS, "behavior_interval", "policy_interval")}

@@ -67,9 +67,9 @@ _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Training runs, with consecuti
 def main(_: list[str]) -> int:
     """Train to the end, evaluate, report."""
     start = time.perf_counter()
-    with cli.usage_errors():
-        multihost.start()
     with multihost.lost_hosts():
+        with cli.usage_errors():
+            multihost.start()
         return _train(start)
 
 
@@ -111,10 +111,12 @@ def _train(start: float) -> int:
         if earlier is not None:
             info.check_same(earlier, workdir)
     run = _Run(workdir, info, normalizer, trainer)
-    run.say(f"memory of each device: {memory}; {len(layout.devices)} devices, {hosts.count()} hosts")
     try:
         with multihost.agreed_errors():
             state = run.restore()
+        if run.is_first:
+            devices = f"{len(layout.devices)} devices, {hosts.count()} hosts"
+            print(f"memory of each device: {memory}; {devices}", flush=True)
         state = trainer.run(state, run)
         rollouts = run.evaluate_final(state)
     except NonFiniteLossError as error:

@@ -115,8 +115,9 @@ class RunInfo:
         """Refuse to continue a run of another configuration, dataset or seed."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
         pairs = [(f"config.{name}", theirs[name], mine[name]) for name in mine]
-        # Not the dataset's name: one file has several paths, and its fingerprint says what it holds.
-        for name in ("fingerprint", "seed", "num_seeds", "env_spec"):
+        # One file has several paths: the fingerprint tells datasets apart, the name only says it better.
+        data = "dataset" if self.fingerprint != other.fingerprint and self.dataset != other.dataset else None
+        for name in (data or "fingerprint", "seed", "num_seeds", "env_spec"):
             pairs.append((name, getattr(other, name), getattr(self, name)))
         for name, before, now in pairs:
             if before != now:

@@ -30,7 +30,7 @@ def get_config() -> QIPOConfig:
         behavior_steps=30_000,
         critic_steps=30_000,
         policy_steps=10_000,
-        log_every=1_000,
+        log_every=250,  # a chunk: what SIGTERM waits for
         checkpoint_every=10_000,
         eval_every=0,
         eval_episodes=20,

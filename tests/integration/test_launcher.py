@@ -127,6 +127,10 @@ def test_train_prints_the_contract_line(finished):
     ):  # fmt: skip
         assert name in line
     assert (line["algorithm"], line["seeds"], line["steps"]) == ("qipo_ot", 2, TOTAL)
+    assert json.loads((finished[0] / "result.json").read_text()) == line
+    # 300 x 9 numbers; 300 x 2 seeds x (3 + 1) actions and Q-values.
+    assert "memory of each device: " in result.out
+    assert "(dataset 10.8 kB, tables 19.2 kB, state " in result.out
     expected = np.mean([arrays()["rewards"][i : i + 100].sum() for i in (0, 100, 200)])
     assert line["dataset_return"] == pytest.approx(expected, rel=1e-5)
     assert line["behavior_score"] is None  # Pendulum has no reference scores
@@ -479,6 +483,11 @@ def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
     refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=4", "--num_seeds=2")), "seed")
     refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=3")), "num_seeds")
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+def test_same_contents_under_another_path_are_the_same_dataset(launcher, dataset, copy, tmp_path):
+    moved = shutil.copy(dataset, tmp_path / "moved.hdf5")
+    assert launcher.run("train", *train_flags(moved, copy, *SEEDS)).status == 0
 
 
 def test_same_file_with_other_contents_is_another_dataset(launcher, finished, copy, tmp_path):

@@ -1,0 +1,166 @@
+"""Two processes on this machine as two hosts: the whole launcher, and what happens when one of them stops."""
+
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tests.integration.helpers import Launcher
+from tests.integration.test_launcher import TOTAL, arrays, arrays_of, saved_steps, table, train_flags
+from tests.unit.data_fixtures import write_d4rl
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_d4rl(tmp_path_factory.mktemp("data") / "small.hdf5", arrays(), env_id="Pendulum-v1")
+
+
+def devices(count):
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def start_hosts(launcher, datasets, workdir, *more, **config):
+    """Two processes with two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        launcher.start(
+            "train", *train_flags(dataset, workdir, *more, **config),
+            f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={host}",
+            env=devices(2),
+        )
+        for host, dataset in enumerate(datasets)
+    ]  # fmt: skip
+
+
+EPISODES = {"eval_episodes": 3}  # which two hosts share unevenly
+
+
+@pytest.fixture(scope="module")
+def two_hosts(launcher, dataset, tmp_path_factory):
+    """An uninterrupted run of two hosts: its workdir and what each printed."""
+    workdir = tmp_path_factory.mktemp("hosts") / "run"
+    results = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)]
+    assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
+    return workdir, results
+
+
+def assert_same_run(workdir, other):
+    assert saved_steps(workdir)[-1] == saved_steps(other)[-1] == TOTAL
+    found, expected = arrays_of(workdir, TOTAL), arrays_of(other, TOTAL)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        error = np.linalg.norm(found[name] - array) / max(np.linalg.norm(array), 1e-3)
+        assert error < 1e-4, (name, error)
+    for file, key in (("metrics.csv", "loss"), ("returns.csv", "return")):
+        rows, wanted = table(workdir / file), table(other / file)
+        skip = (key, "steps_per_second")
+        labels = [name for name in ("phase", "step", "seed", "policy", "episode_seed") if name in wanted[0]]
+        assert [[r[n] for n in labels if n not in skip] for r in rows] == [
+            [r[n] for n in labels if n not in skip] for r in wanted
+        ]
+        np.testing.assert_allclose(
+            [float(r[key]) for r in rows], [float(r[key]) for r in wanted], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, tmp_path):
+    workdir, results = two_hosts
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", **EPISODES), env=devices(4))
+    assert alone.status == 0, alone.err
+    assert_same_run(workdir, tmp_path / "one")
+    for key, value in alone.line.items():
+        if key.endswith("return"):
+            assert results[0].line[key] == pytest.approx(value, rel=1e-3)
+    # Only the first host speaks.
+    assert [line for line in results[1].out.splitlines() if "Gloo" not in line] == []
+    assert "4 devices, 2 hosts" in results[0].out
+
+
+def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
+    flags = ("--num_seeds=4", "--seed=5")
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags, **EPISODES)
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags, **EPISODES))
+    results = [host.wait() for host in hosts]
+    assert [r.status for r in (*results, alone)] == [0, 0, 0], results[0].err + results[1].err + alone.err
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def wait_for_phase(workdir, phase, hosts):
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if (workdir / "metrics.csv").exists() and any(
+            r["phase"] == phase for r in table(workdir / "metrics.csv")
+        ):
+            return
+        assert all(host.running for host in hosts)
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def test_preemption_of_one_host_stops_both_and_they_continue(launcher, dataset, two_hosts, tmp_path):
+    """The same bits in the end as without it."""
+    workdir = tmp_path / "run"
+    hosts = start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)
+    wait_for_phase(workdir, "critic", hosts)
+    hosts[1].send(signal.SIGTERM)
+    start = time.monotonic()
+    results = [host.wait(60) for host in hosts]
+    assert [result.status for result in results] == [143, 143], results[0].err + results[1].err
+    assert time.monotonic() - start < 30
+    assert "stopped by SIGTERM, saved in" in results[0].err
+    assert saved_steps(workdir)[-1] < TOTAL
+    again = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)]
+    assert [result.status for result in again] == [0, 0], again[0].err + again[1].err
+    assert f"continuing {workdir}" in again[0].err
+    found, expected = arrays_of(workdir, TOTAL), arrays_of(two_hosts[0], TOTAL)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_dies_stops_the_other(launcher, dataset, tmp_path, victim):
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", policy_steps=100_000, eval_every=0)
+    wait_for_phase(tmp_path / "run", "policy", hosts)
+    hosts[victim].send(signal.SIGKILL)
+    assert hosts[victim].wait(30).status == -signal.SIGKILL
+    survivor = hosts[1 - victim].wait(60)
+    # Where the coordinator died, JAX ends the process with a message of its own.
+    assert survivor.status == (1 if victim else -signal.SIGABRT) or "another host stopped" in survivor.err
+    assert "another host stopped" in survivor.err or "another task died" in survivor.err
+
+
+def test_what_one_host_cannot_read_stops_both(launcher, dataset, tmp_path):
+    hosts = start_hosts(launcher, [dataset, tmp_path / "none.hdf5"], tmp_path / "run")
+    results = [host.wait(60) for host in hosts]
+    assert [result.status for result in results] == [2, 2]
+    assert "none.hdf5: no such file" in results[1].err
+    assert "host 1 cannot run this; its own output says why" in results[0].err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator_address=127.0.0.1:1"], "--num_processes: needed"),
+        (
+            ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            "--process_id: expected less than the 2",
+        ),
+    ],
+)
+def test_flags_of_hosts(launcher, dataset, tmp_path, flags, message):
+    result = launcher.run("train", *train_flags(dataset, tmp_path / "run", *flags))
+    assert result.status == 2
+    assert len(result.complaints) == 1
+    assert message in result.err
