@@ -198,7 +198,10 @@ class _Run:
             self._metrics = MetricsWriter(self._workdir, resume_from=None if found is None else found[0])
         steps = [int(step) for step in hosts.gather(np.asarray(-1 if found is None else found[0]))]
         if len(set(steps)) > 1 or RunInfo.load(self._workdir) != self._info:
-            raise ValueError(f"workdir {self._workdir}: expected one folder that all hosts share")
+            raise ValueError(
+                f"workdir {self._workdir}: holds another run than this host's; "
+                "all hosts need the same flags and one shared folder"
+            )
         if found is None:
             return state
         step, tree = found
