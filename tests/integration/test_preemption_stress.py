@@ -1,0 +1,19 @@
+"""The short form of the stress run."""
+
+import json
+import subprocess
+import sys
+
+from tests.integration.helpers import REPOSITORY
+
+
+def test_killed_runs_end_with_the_same_bits():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.preemption_stress", "--smoke"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    assert summary["kills"] == 3
+    assert summary["identical"]
+    assert summary["as_expected"]
