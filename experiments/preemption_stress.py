@@ -26,8 +26,9 @@ import orbax.checkpoint as ocp
 
 STEPS = {"behavior_steps": 400, "critic_steps": 400, "policy_steps": 400}
 FLAGS = [
-    "--config=experiments/configs/quick.py", "--config.hidden_dims=(32,)", "--config.support_size=4",
-    "--config.critic_hidden_dims=(32,)", "--config.batch_size=64", "--config.renew_every=100", "--config.log_every=10",
+    "--config=experiments/configs/quick.py",
+    "--config.hidden_dims=(32,)", "--config.critic_hidden_dims=(32,)", "--config.support_size=4",
+    "--config.batch_size=64", "--config.renew_every=100", "--config.log_every=10",
     "--config.checkpoint_every=20", "--config.eval_every=100", "--config.eval_episodes=2",
     *(f"--config.{name}={value}" for name, value in STEPS.items()),
 ]  # fmt: skip
