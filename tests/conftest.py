@@ -13,6 +13,13 @@ import jax  # noqa: E402  the environment above comes first
 import pytest  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fewer_programs():
+    """Forget compiled programs: each keeps memory maps, and the system allows a process 65,530 of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run one test with 64-bit types enabled."""

@@ -23,6 +23,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HARMLESS = ()
 
 
+def xla_flags(devices):
+    """So many virtual devices, and programs that compile fast: each runs for a moment."""
+    return (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+
+
 class Result(NamedTuple):
     status: int
     out: str
@@ -73,7 +81,7 @@ class Launcher:
         environment = os.environ | {
             "MINARI_DATASETS_PATH": str(self._folder / "minari"),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(1),
             # Every process compiles the same few programs.
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

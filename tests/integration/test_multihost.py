@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.integration.helpers import Launcher
+from tests.integration.helpers import Launcher, xla_flags
 from tests.integration.test_launcher import TOTAL, arrays, arrays_of, saved_steps, table, train_flags
 from tests.unit.data_fixtures import write_d4rl
 
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory):
 
 
 def devices(count):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    return {"XLA_FLAGS": xla_flags(count)}
 
 
 def start_hosts(launcher, datasets, workdir, *more, **config):
