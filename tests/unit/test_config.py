@@ -35,6 +35,7 @@ WRONG_VALUES = {
     "polyak": [0.0, -0.1, 1.1, np.nan],
     "expectile": [0.0, 1.0, -0.5, np.nan],
     "eval_every": [-1],
+    "max_transitions": [-1],
     **{
         name: [0, -1]
         for name in (
