@@ -67,7 +67,7 @@ def agreed_errors() -> Iterator[None]:
             yield
     except cli.UsageError as error:
         problem = error
-    failed = hosts.any_host(problem is not None)
+    failed = hosts.hosts_where(problem is not None)
     if problem is not None:
         raise problem
     if failed:
@@ -78,6 +78,7 @@ def agreed_errors() -> Iterator[None]:
 def lost_hosts() -> Iterator[None]:
     """Around work with other hosts: if one of them dies or never comes, say so and exit at once.
 
+    JAX raises the same error for what only this host has, such as too little memory: the reason tells.
     Where the coordinator dies, JAX itself ends the process, with a message of its own.
     """
     try:
@@ -86,7 +87,8 @@ def lost_hosts() -> Iterator[None]:
         if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
             raise
         reason = " ".join(str(error).split())[:300]
-        print(f"launch.train: failed: another host stopped or cannot be reached: {reason}", file=sys.stderr)
+        cause = "another host stopped or cannot be reached, or this one cannot go on"
+        print(f"launch.train: failed: {cause}: {reason}", file=sys.stderr)
         sys.stderr.flush()
         # A normal exit would wait for the lost host.
         os._exit(cli.EXIT_FAILED)

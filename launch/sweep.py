@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.evaluation import mean_and_interval
+from efm_jax.training.files import write_whole
 from launch import cli
 from launch.workdir import RESULT_FILE
 
@@ -116,7 +117,7 @@ def main(_: list[str]) -> int:
         left = [job for job in jobs if not job.done]
         if _JOBS.value is not None:
             lines = [shlex.join(command(job)) + "\n" for job in left]
-            _write(epath.Path(_JOBS.value).expanduser(), "".join(lines))
+            write_whole(epath.Path(_JOBS.value).expanduser(), "".join(lines))
             print(json.dumps({"jobs": len(jobs), "done": len(jobs) - len(left), "list": _JOBS.value}))
             return 0
     failed, stopped_by = ({}, 0) if _COLLECT.value else _run(left, _WORKERS.value)
@@ -124,8 +125,8 @@ def main(_: list[str]) -> int:
         results = {job: job.result() for job in jobs}
         root = jobs[0].root
         table = _markdown(results)
-        _write(root / "results.csv", _csv(results))
-        _write(root / "results.md", table)
+        write_whole(root / "results.csv", _csv(results))
+        write_whole(root / "results.md", table)
     for job, status in failed.items():
         _say(f"failed with exit status {status}: {job.log}: {_last_line(job.log)}")
     done = sum(result is not None for result in results.values())
@@ -166,10 +167,7 @@ def _read_root() -> epath.Path:
     remote = "://" in _ROOT.value
     if remote and _JOBS.value is None and not _COLLECT.value:
         raise ValueError(f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect")
-    try:
-        exists = root.exists()
-    except ImportError as error:  # of the package behind gs:// and the like
-        raise ValueError(f"--root={root}: {error}") from error
+    exists = root.exists()
     if exists and not root.is_dir():
         raise ValueError(f"--root={root}: is a file; expected a folder")
     if _COLLECT.value and not exists:
@@ -322,14 +320,6 @@ def _mean(results: Sequence[dict[str, Any]], name: str) -> str:
         own = results[0].get(f"{name.removesuffix('_return')}_interval")
         interval = own if results[0]["seeds"] > 1 else None
     return f"{mean:.1f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _say(text: str) -> None:

@@ -196,6 +196,7 @@ class _Run:
         if self.is_first:
             self._info.save(self._workdir)
             self._metrics = MetricsWriter(self._workdir, resume_from=None if found is None else found[0])
+        # Also a barrier: the others read config.json after the first host has written it.
         steps = [int(step) for step in hosts.gather(np.asarray(-1 if found is None else found[0]))]
         if len(set(steps)) > 1 or RunInfo.load(self._workdir) != self._info:
             raise ValueError(

@@ -8,6 +8,7 @@ from etils import epath
 
 from efm_jax import __version__
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.training.files import write_whole
 from efm_jax.types import Dataset
 
 CONFIG_FILE = "config.json"
@@ -25,10 +26,7 @@ def resolve(path: str) -> epath.Path:
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,11 +64,11 @@ def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:
     """
     if limit is None or memory.total <= limit:
         return
-    fewer_seeds = "num_seeds" if layout.mode == "data" else "num_seeds, or more devices"
+    split = layout.mode == "data"
     settings = {
-        "dataset": "max_transitions, or more devices" if layout.mode == "data" else "parallel=data",
+        "dataset": "max_transitions, or more devices" if split else "parallel=data",
         "tables": "support_size or num_seeds, or more devices",
-        "state": fewer_seeds,
+        "state": "num_seeds" if split else "num_seeds, or more devices",
     }
     largest = max(settings, key=lambda name: getattr(memory, name))
     raise ValueError(f"memory: a device needs {memory}, and has {_size(limit)}; change {settings[largest]}")

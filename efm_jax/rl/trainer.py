@@ -86,7 +86,12 @@ class Trainer:
                 f"got {config.batch_size}"
             )
         check_divides("batch_size", config.batch_size, self.layout.num_shards, "devices")
-        self.layout.host_rows(self._num_rows)
+        part = self.layout.host_rows(self._num_rows)
+        if data.size != part.stop - part.start:
+            raise ValueError(
+                f"data: expected the {part.stop - part.start} of {self._num_rows} transitions "
+                f"that are this host's; got {data.size}"
+            )
         self.algorithm = QIPO(config, data.observations.shape[1], data.actions.shape[1])
         self._keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self._keys)

@@ -41,6 +41,6 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
     ]
 
 
-def any_host(condition: bool) -> list[int]:
+def hosts_where(condition: bool) -> list[int]:
     """Numbers of the hosts on which ``condition`` holds; also a barrier."""
     return [host for host, value in enumerate(gather(np.asarray(condition))) if value]

@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from efm_jax import checks
+from efm_jax.training.files import write_whole
 
 METRICS_FILE = "metrics.csv"
 RETURNS_FILE = "returns.csv"
@@ -51,7 +52,7 @@ class CsvTable:
         text = self._path.read_text()
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
-            self._replace(complete)
+            write_whole(self._path, complete)
         if complete:
             header = next(csv.reader(io.StringIO(complete)))
             missing = [column for column in columns if column not in header]
@@ -95,13 +96,7 @@ class CsvTable:
 
     def _write_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
         header = dict(zip(self._columns, self._columns, strict=True))
-        self._replace(self._lines([header, *rows]))
-
-    def _replace(self, text: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.parent / f"{self._path.name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self._path)
+        write_whole(self._path, self._lines([header, *rows]))
 
 
 def read_table(path: epath.PathLike) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, StrMethodFormatter
 
+from efm_jax.training.files import write_whole
 from efm_jax.training.metrics import read_table
 
 Rows = list[dict[str, str]]
@@ -220,7 +221,4 @@ def _by_seed(rows: Rows, step_column: str, column: str) -> tuple[np.ndarray, np.
 def _save(figure: Figure, output: epath.Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f"{output.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(output)
+    write_whole(output, buffer.getvalue())

@@ -127,11 +127,12 @@ def test_a_failed_rewrite_leaves_the_old_table(tmp_path, monkeypatch):
     table = CsvTable(tmp_path / "t.csv", ["total_step"])
     table.append([{"total_step": 1}])
 
-    def fail(path, text):
-        path.write_bytes(text.encode()[:5])
+    def fail(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:5])
         raise OSError("disk full")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", fail)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         table.append([{"total_step": 2, "new": 1}])
     assert read_table(tmp_path / "t.csv") == [{"total_step": "1"}]
