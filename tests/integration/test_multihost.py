@@ -7,21 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.integration.helpers import Launcher, xla_flags
-from tests.integration.test_launcher import TOTAL, arrays, arrays_of, saved_steps, table, train_flags
-from tests.unit.data_fixtures import write_d4rl
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_d4rl(tmp_path_factory.mktemp("data") / "small.hdf5", arrays(), env_id="Pendulum-v1")
+from tests.integration.helpers import xla_flags
+from tests.integration.runs import TOTAL, arrays_of, saved_steps, table, train_flags
 
 
 def devices(count):
@@ -136,8 +123,8 @@ def test_a_host_that_dies_stops_the_other(launcher, dataset, tmp_path, victim):
     hosts[victim].send(signal.SIGKILL)
     assert hosts[victim].wait(30).status == -signal.SIGKILL
     survivor = hosts[1 - victim].wait(60)
-    # Where the coordinator died, JAX ends the process with a message of its own.
-    assert survivor.status == (1 if victim else -signal.SIGABRT) or "another host stopped" in survivor.err
+    # Where the coordinator died, JAX may end the process, with a message of its own, before we can.
+    assert survivor.status in ((1,) if victim else (1, -signal.SIGABRT))
     assert "another host stopped" in survivor.err or "another task died" in survivor.err
 
 

@@ -13,12 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.helpers import REPOSITORY, Launcher
-from tests.integration.test_launcher import CONFIG, arrays
-from tests.unit.data_fixtures import write_d4rl
+from tests.integration.helpers import REPOSITORY
+from tests.integration.runs import CONFIG
 
-# The programs compile for longer than they run.
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 # Takes the place of launch/train.py; the first word of --dataset says what the job does.
 TRAINER = """
 import json, os, pathlib, signal, sys, time
@@ -59,13 +56,6 @@ result = {
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("sweep"))
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     """Environment in which `python -m launch.train` is `TRAINER`."""
     folder = tmp_path_factory.mktemp("fake")
@@ -92,8 +82,7 @@ def cells(table, first):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_sweep_with_the_real_trainer(launcher, tmp_path):
-    dataset = write_d4rl(tmp_path / "small.hdf5", arrays(), env_id="Pendulum-v1")
+def test_sweep_with_the_real_trainer(launcher, dataset, tmp_path):
     root = tmp_path / "sweep"
     fields = " ".join(f"--config.{name}='{value}'" for name, value in CONFIG.items())
     flags = [
@@ -103,7 +92,7 @@ def test_sweep_with_the_real_trainer(launcher, tmp_path):
         f"--root={root}",
     ]
     flags += [f"--train_flags={fields}", "--workers=2"]
-    first = launcher.run("sweep", *flags, env=FAST)
+    first = launcher.run("sweep", *flags)
     assert first.status == 0, first.err
     assert first.complaints == []
     assert first.line == {"jobs": 2, "done": 2, "failed": 0, "results": str(root / "results.csv")}
@@ -122,7 +111,7 @@ def test_sweep_with_the_real_trainer(launcher, tmp_path):
     mean = np.mean([float(row["policy_return"]) for row in found])
     assert f"| {mean:.1f} (" in (root / "results.md").read_text()
     logs = {path: path.stat() for path in (root / "logs").iterdir()}
-    second = launcher.run("sweep", *flags, env=FAST)
+    second = launcher.run("sweep", *flags)
     assert (second.status, second.line) == (0, first.line)
     assert second.out == first.out
     assert {path: path.stat() for path in (root / "logs").iterdir()} == logs

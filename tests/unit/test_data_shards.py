@@ -1,11 +1,14 @@
 """Datasets read in parts, one for each host, are together the dataset read whole."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import h5py
 import numpy as np
 import pytest
 
 from efm_jax.data import DataError, fit_normalizer, gather_episodes, load_dataset
-from efm_jax.types import Transitions
+from efm_jax.types import Dataset, Transitions
 from tests.unit.data_fixtures import d4rl_arrays, episode, write_d4rl, write_minari
 
 # An unfinished last episode, terminal and timed out ones.
@@ -39,10 +42,22 @@ def parts(name, hosts, size=None):
     return [load_dataset(name, rows=share(host)) for host in range(hosts)]
 
 
-def together(values):
-    """A gather that knows what every host will send, in turn."""
-    sent = iter(values)
-    return lambda _: next(sent)
+def on_every_host(function, shards):
+    """``function(shard, gather)`` of all hosts at once, each a thread that waits for the others to gather."""
+    barrier, sent = threading.Barrier(len(shards), timeout=30), [None] * len(shards)
+
+    def run(host):
+        def gather(array):
+            sent[host] = array
+            barrier.wait()
+            everything = list(sent)
+            barrier.wait()  # before the next one overwrites it
+            return everything
+
+        return function(shards[host], gather)
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        return list(pool.map(run, range(len(shards))))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 5])
@@ -57,52 +72,20 @@ def test_parts_make_the_whole(name, hosts):
     for field in ("episode_returns", "episode_lengths"):
         joined = np.concatenate([getattr(shard, field) for shard in shards])
         np.testing.assert_array_equal(joined, getattr(whole, field))
-    merged = gather_episodes(
-        shards[0],
-        together([[s.episode_returns for s in shards], [s.episode_lengths for s in shards]]),
-    )
-    np.testing.assert_array_equal(merged.episode_returns, whole.episode_returns)
-    np.testing.assert_array_equal(merged.episode_lengths, whole.episode_lengths)
+    for merged in on_every_host(gather_episodes, shards):
+        np.testing.assert_array_equal(merged.episode_returns, whole.episode_returns)
+        np.testing.assert_array_equal(merged.episode_lengths, whole.episode_lengths)
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_fingerprint_and_statistics_do_not_depend_on_the_parts(name, hosts):
     whole, shards = load_dataset(name), parts(name, hosts)
-
-    def of_all(function):
-        """What every host gets, when all call the function and gather as they go."""
-        sent = [[] for _ in shards]
-        gathered = []
-        while True:
-            results = []
-            for host, shard in enumerate(shards):
-
-                class Wait(Exception):
-                    pass
-
-                step = iter(range(10**6))
-
-                def gather(array, host=host, step=step, Wait=Wait):
-                    i = next(step)
-                    if i < len(gathered):
-                        return gathered[i]
-                    sent[host].append(array)
-                    raise Wait
-
-                try:
-                    results.append(function(shard, gather))
-                except Wait:
-                    continue
-            if len(results) == len(shards):
-                return results
-            gathered.append([queue.pop() for queue in sent])
-
-    assert set(of_all(lambda shard, gather: shard.fingerprint(gather))) == {whole.fingerprint()}
+    assert set(on_every_host(Dataset.fingerprint, shards)) == {whole.fingerprint()}
     expected = fit_normalizer(whole)
     observations = whole.transitions.observations.astype(np.float64)
     np.testing.assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
     np.testing.assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
-    for found in of_all(fit_normalizer):
+    for found in on_every_host(fit_normalizer, shards):
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -116,6 +99,8 @@ def test_fingerprint_sees_every_number_and_its_place(name):
         assert np.abs(array - np.roll(array, 1, axis=0)).max() > 0
     assert len(seen) == 11
     assert whole._replace(first_row=1).fingerprint() not in seen
+    swapped = whole.transitions._replace(observations=whole.transitions.observations[:, ::-1])
+    assert whole._replace(transitions=swapped).fingerprint() not in seen
 
 
 def test_the_first_rows_alone(name):

@@ -6,8 +6,8 @@ import pytest
 
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
 from efm_jax.rl.trainer import Trainer
-from efm_jax.training.parallel import Layout
 from tests.unit.test_trainer import ROWS, A, Recorder, S, config, transitions
+from tests.unit.test_trainer import layout as make_layout
 
 
 def bytes_of(tree):
@@ -17,7 +17,7 @@ def bytes_of(tree):
 @pytest.mark.parametrize(("parallel", "devices"), [("data", 1), ("data", 4), ("seeds", 2)])
 @pytest.mark.parametrize("critic", ["softmax_q", "iql"])
 def test_prediction_is_what_a_run_holds(parallel, devices, critic):
-    layout = Layout.create(parallel, 4, jax.devices()[:devices])
+    layout = make_layout(devices, parallel, 4)
     options = config(critic=critic)
     trainer = Trainer(options, transitions(), range(4), layout)
     found = predict(options, layout, ROWS, S, A)
@@ -41,7 +41,7 @@ def test_prediction_is_what_a_run_holds(parallel, devices, critic):
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_setting_to_change(memory, mode, setting):
-    layout = Layout.create(mode, 2, jax.devices()[:2])
+    layout = make_layout(2, mode, 2)
     check_fits(memory, 11, layout)
     check_fits(memory, None, layout)
     with pytest.raises(ValueError, match=rf"memory: a device needs .*; change {setting}"):
@@ -55,7 +55,7 @@ def test_sizes_read_well():
 
 
 def test_processor_devices_share_its_memory():
-    one, four = (device_limit(Layout.create(devices=jax.devices()[:n])) for n in (1, 4))
+    one, four = (device_limit(make_layout(n)) for n in (1, 4))
     assert one == pytest.approx(4 * four, rel=1e-6)
     assert one > 10**9
     assert np.issubdtype(type(one), int)

@@ -74,14 +74,8 @@ def test_metrics_returns_and_curve(workdir):
             if resume_from is None or step > resume_from:
                 writer.write(step, "behavior", step, {"loss": np.array([1.0 / step, 2.0])})
         writer.close()
-    assert [row["step"] for row in read_table(workdir / "metrics.csv")] == [
-        "10",
-        "10",
-        "20",
-        "20",
-        "30",
-        "30",
-    ]
+    steps = [int(row["step"]) for row in read_table(workdir / "metrics.csv")]
+    assert steps == [10, 10, 20, 20, 30, 30]
     for total in (30, 40):
         rows = return_rows(total, "policy", np.ones((2, 3)), np.ones((2, 3), int), [0, 1, 2])
         write_returns(workdir, rows)

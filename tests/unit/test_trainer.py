@@ -40,14 +40,8 @@ class Recorder:
     """Hooks that keep what they are told, and ask to stop at a checkpoint."""
 
     def __init__(self, stop_at=None):
-        self.stop_at, self.metrics, self.renewals, self.saved, self.phases, self.tables = (
-            stop_at,
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        self.stop_at = stop_at
+        self.metrics, self.renewals, self.saved, self.phases, self.tables = [], [], [], [], []
 
     def on_phase(self, phase, done, total):
         self.phases.append((phase, done, total))
@@ -73,6 +67,7 @@ class Recorder:
 
 
 def layout(devices=1, parallel="data", seeds=1):
+    assert len(jax.devices()) >= devices, "too few devices in the XLA_FLAGS of the caller"
     return Layout.create(parallel, seeds, jax.devices()[:devices])
 
 
@@ -244,6 +239,12 @@ def test_what_does_not_divide_is_refused(options, rows, arguments, message):
     data = jax.tree.map(lambda leaf: leaf[:rows], transitions())
     with pytest.raises(ValueError, match=message):
         Trainer(config(**options), data, range(arguments.get("seeds", 1)), layout(**arguments))
+
+
+def test_a_part_of_the_data_that_is_not_this_hosts_is_refused():
+    data = jax.tree.map(lambda leaf: leaf[:48], transitions())
+    with pytest.raises(ValueError, match=r"data: expected the 96 of 96 transitions .*; got 48"):
+        Trainer(config(), data, (0,), layout(), num_rows=96)
 
 
 def test_seeds_keep_batches_and_data_whole():
