@@ -190,6 +190,8 @@ def cep(
     x0: Array,
     energy: Array,
     beta: Array,
+    *,
+    axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
@@ -204,24 +206,40 @@ def cep(
         softmaxes are within each group and the loss is the mean over groups.
       energy: energies of the data, ``[..., B]``.
       beta: guidance scale >= 0.
+      axis_name: mapped axis over which the groups, the first axis of ``x0 [N, ..., M, d]``, are split.
 
     Returns:
       ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over groups.
 
+    Raises:
+      ValueError: if the shapes disagree, or ``axis_name`` is given for a single group.
+
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
-    checks.check_rank("x0", x0, 2)
+    checks.check_rank("x0", x0, 2 if axis_name is None else 3)
     checks.check_shape("energy", energy, x0.shape[:-1])
-    time_key, noise_key = jax.random.split(key)
-    t = jnp.broadcast_to(_draw_time(time_key, (*x0.shape[:-2], 1), x0.dtype), x0.shape[:-1])
-    noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+
+    def draw(key: Array, x0: Array) -> tuple[Array, Array]:
+        time_key, noise_key = jax.random.split(key)
+        t = jnp.broadcast_to(_draw_time(time_key, (*x0.shape[:-2], 1), x0.dtype), x0.shape[:-1])
+        return t, jax.random.normal(noise_key, x0.shape, x0.dtype)
+
+    if x0.ndim == 2:
+        t, noise = draw(key, x0)
+    else:
+        t, noise = jax.vmap(draw)(_sample_keys(key, x0.shape[0], axis_name), x0)
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta))
     # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN must show.
     terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
-    aux = {"ess": effective_sample_size(weights).mean(), "top_weight": weights.max(-1).mean()}
-    return -terms.sum(-1).mean(), aux
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+
+    def mean(values: Array) -> Array:
+        return psum_if(values.mean() / devices, axis_name)
+
+    aux = {"ess": mean(effective_sample_size(weights)), "top_weight": mean(weights.max(-1))}
+    return -terms.sum(-1).mean() / devices, aux
 
 
 def support_cefm(
@@ -283,6 +301,12 @@ def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 1 - jax.random.uniform(key, shape, dtype)
 
 
+def _sample_keys(key: Array, size: int, axis_name: AxisName) -> Array:
+    """Keys ``[size]`` of this device's samples, folded from their places in the global batch."""
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size, dtype=jnp.int32))
+
+
 def _batch_errors(
     error: Callable, field: Field, path: GaussianPath, key: Array, x0: Array, axis_name: AxisName
 ) -> tuple[Array, Array]:
@@ -292,14 +316,13 @@ def _batch_errors(
     """
     checks.check_rank("x0", x0, 2)
     checks.check_float("x0", x0)
-    offset = 0 if axis_name is None else lax.axis_index(axis_name) * x0.shape[0]
 
-    def draw(index: Array) -> tuple[Array, Array]:
-        time_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
+    def draw(key: Array) -> tuple[Array, Array]:
+        time_key, noise_key = jax.random.split(key)
         t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
         return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
 
-    t, noise = jax.vmap(draw)(offset + jnp.arange(x0.shape[0], dtype=jnp.int32))
+    t, noise = jax.vmap(draw)(_sample_keys(key, x0.shape[0], axis_name))
     prediction = field(path.sample(x0, noise, t), t)
     checks.check_shape("field(x, t)", prediction, x0.shape)
 

@@ -1,4 +1,4 @@
-"""Flax Linen networks: conditional fields, Q ensembles, value and log-ratio networks.  No losses.
+"""Flax Linen networks: conditional fields, Q ensembles, value, log-ratio and Gaussian policy networks.  No losses.
 
 All work on any leading axes.  Inputs of different kinds (action, time, state) enter through separate
 first-layer products that are added, which equals one product with their concatenation; a state that
@@ -156,9 +156,7 @@ class QEnsemble(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Array, action: Array) -> Array:
-        ensemble = nn.vmap(
-            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.num
-        )
+        ensemble = _independent(MLP, self.num)
         q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")(observation, action)
         return q[..., 0]
 
@@ -173,6 +171,46 @@ class Value(nn.Module):
     @nn.compact
     def __call__(self, observation: Array) -> Array:
         return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")(observation)[..., 0]
+
+
+class ValueEnsemble(nn.Module):
+    """``observation: [..., S] -> [num, ...]``: ``num`` independent value networks."""
+
+    hidden_dims: Sequence[int]
+    num: int = 2
+    activation: str = "relu"
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        ensemble = _independent(Value, self.num)
+        return ensemble(self.hidden_dims, self.activation, self.layer_norm, name="ensemble")(observation)
+
+
+def _independent(module: type[nn.Module], num: int) -> Callable[..., nn.Module]:
+    """``num`` copies with parameters of their own, on the same inputs, in one product of matrices."""
+    return nn.vmap(
+        module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=num
+    )
+
+
+class GaussianActor(nn.Module):
+    """``observation: [..., S] -> (mean [..., A], std [A])``: a mean in [-1, 1], a deviation that states share."""
+
+    hidden_dims: Sequence[int]
+    action_size: int
+    activation: str = "relu"
+    layer_norm: bool = False
+
+    # Bounds of log std: actions are in [-1, 1], and a density without a lower one can grow without limit.
+    log_std_min = -5.0
+    log_std_max = 2.0
+
+    @nn.compact
+    def __call__(self, observation: Array) -> tuple[Array, Array]:
+        mean = MLP(self.hidden_dims, self.action_size, self.activation, self.layer_norm, name="mean")
+        log_std = self.param("log_std", nn.initializers.zeros_init(), (self.action_size,))
+        return jnp.tanh(mean(observation)), jnp.exp(jnp.clip(log_std, self.log_std_min, self.log_std_max))
 
 
 class LogRatio(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.evaluation import Rollouts, evaluate, mean_and_interval, normalized_score
-from launch.workdir import RunInfo
+from efm_jax.rl.workdir import RunInfo
 
 # Far from the seeds that recordings use.
 _FIRST_EPISODE_SEED = 1_000_000

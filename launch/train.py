@@ -28,19 +28,21 @@ from tqdm import tqdm
 
 from efm_jax.data import BUILTIN_DATASET, fit_normalizer, gather_episodes, load_dataset, preprocess
 from efm_jax.evaluation import Rollouts, evaluate, reference_scores
+from efm_jax.rl.algorithm import PHASES, State
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.memory import check_fits, device_limit, predict
-from efm_jax.rl.qipo import PHASES, QIPOState
+from efm_jax.rl.policies import Acting
 from efm_jax.rl.trainer import StoppedError, Trainer
+from efm_jax.rl.workdir import CHECKPOINTS, RunInfo
 from efm_jax.training import hosts
 from efm_jax.training.checkpoint import Checkpointer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.metrics import METRICS_FILE, RETURNS_FILE, MetricsWriter, return_rows, write_returns
 from efm_jax.training.parallel import MODES, Layout
 from efm_jax.training.plots import plot_learning_curve
-from efm_jax.types import Normalizer, Params, one_host
+from efm_jax.types import Normalizer, one_host
 from launch import cli, evaluation, multihost
-from launch.workdir import CHECKPOINTS, RESULT_FILE, RunInfo, resolve, write_json
+from launch.workdir import RESULT_FILE, resolve, write_json
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 # A random key keeps 32 bits of its seed: a larger one would repeat the run of a smaller one.
@@ -134,7 +136,7 @@ def _train(start: float) -> int:
         "dataset": info.dataset,
         "algorithm": config.algorithm,
         "seeds": info.num_seeds,
-        "steps": sum(getattr(config, f"{phase}_steps") for phase in PHASES),
+        "steps": sum(config.phase_steps.values()),
         "dataset_return": info.dataset_return,
         **summary,
         "seconds": round(time.perf_counter() - start, 1),
@@ -188,7 +190,7 @@ class _Run:
         if self.is_first:
             tqdm.write(f"launch.train: {text}", file=sys.stderr)
 
-    def restore(self) -> QIPOState:
+    def restore(self) -> State:
         """The newest readable checkpoint, or a fresh state; the work directory is made."""
         state = self._trainer.init_state()
         self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS, report=self.say)
@@ -209,7 +211,7 @@ class _Run:
         self.say(f"continuing {self._workdir} from step {step}")
         return tree["state"]
 
-    def _saved(self, state: QIPOState) -> dict[str, Any]:
+    def _saved(self, state: State) -> dict[str, Any]:
         return {"state": state, "normalizer": self._normalizer}
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
@@ -229,7 +231,7 @@ class _Run:
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
         self._renewal = summary
-        low = float(summary["ess"].min())
+        low = float(summary["ess"].min()) if "ess" in summary else np.inf
         if low < _LEAST_ESS:
             self.say(
                 f"warning: at policy step {step} the mean effective sample size of the support weights is "
@@ -248,12 +250,12 @@ class _Run:
     def _total(self, phase: str, step: int) -> int:
         """Steps of all phases when ``phase`` is at ``step``."""
         earlier = PHASES[: PHASES.index(phase)]
-        return step + sum(getattr(self._info.config, f"{name}_steps") for name in earlier)
+        return step + sum(self._info.config.phase_steps[name] for name in earlier)
 
-    def on_evaluate(self, step: int, params: Params) -> None:
-        self._evaluate("policy", self._total("policy", step), params)
+    def on_evaluate(self, step: int, acting: Acting) -> None:
+        self._evaluate("policy", self._total("policy", step), acting)
 
-    def _evaluate(self, name: str, total_step: int, params: Params) -> Rollouts:
+    def _evaluate(self, name: str, total_step: int, acting: Acting) -> Rollouts:
         """Plays this host's share of the episodes; the result is that of all hosts."""
         seeds = evaluation.episode_seeds(self._info.config.eval_episodes)
         share = [part.tolist() for part in np.array_split(seeds, hosts.count())][hosts.index()]
@@ -262,7 +264,7 @@ class _Run:
         )
         if share:
             rollouts = evaluate(
-                self._trainer.act_fn(params, self._normalizer, share),
+                self._trainer.act_fn(name, acting, self._normalizer, share),
                 self._info.env_spec,
                 num_policies=self._info.num_seeds,
                 episode_seeds=share,
@@ -277,19 +279,19 @@ class _Run:
         if self._stop.received_alone():
             raise StoppedError
 
-    def on_checkpoint(self, state: QIPOState) -> None:
+    def on_checkpoint(self, state: State) -> None:
         step = sum(int(getattr(state, phase).step[0]) for phase in PHASES)
         self._checkpointer.save(step, self._saved(state))
 
     def stop_requested(self) -> bool:
         return self._stop.requested()
 
-    def evaluate_final(self, state: QIPOState) -> dict[str, Rollouts]:
+    def evaluate_final(self, state: State) -> dict[str, Rollouts]:
         """Returns of behaviour model and policy on the same episodes; draws the learning curve."""
         config = self._info.config
         rollouts = {
-            name: self._evaluate(name, self._total(name, steps), getattr(state, name).average)
-            for name, steps in (("behavior", config.behavior_steps), ("policy", config.policy_steps))
+            name: self._evaluate(name, self._total(name, config.phase_steps[name]), state.acting())
+            for name in ("behavior", "policy")
         }
         if self.is_first:
             plot_learning_curve(

@@ -1,18 +1,12 @@
-"""What a work directory says about its run: ``config.json``."""
+"""Work directories as the entry points see them."""
 
-import dataclasses
 import json
 from typing import Any
 
 from etils import epath
 
-from efm_jax import __version__
-from efm_jax.rl.config import QIPOConfig
 from efm_jax.training.files import write_whole
-from efm_jax.types import Dataset
 
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
 RESULT_FILE = "result.json"  # the last line that launch.train printed; there when a run is done
 
 
@@ -27,99 +21,3 @@ def resolve(path: str) -> epath.Path:
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunInfo:
-    """Everything that identifies a run and is needed to evaluate it without its dataset."""
-
-    config: QIPOConfig
-    seed: int
-    num_seeds: int
-    dataset: str
-    fingerprint: str
-    transitions: int
-    dataset_return: float
-    observation_size: int
-    action_size: int
-    env_spec: str
-    reference_scores: tuple[float, float] | None
-
-    @classmethod
-    def describe(
-        cls,
-        config: QIPOConfig,
-        dataset: Dataset,
-        transitions: int,
-        fingerprint: str,
-        references: tuple[float, float] | None,
-        seed: int,
-        num_seeds: int,
-    ) -> "RunInfo":
-        """The record of a run about to start; ``dataset`` may hold this host's part of the transitions."""
-        return cls(
-            config=config,
-            seed=seed,
-            num_seeds=num_seeds,
-            dataset=dataset.name,
-            fingerprint=fingerprint,
-            transitions=transitions,
-            dataset_return=float(dataset.episode_returns.mean()),
-            observation_size=dataset.observation_size,
-            action_size=dataset.action_size,
-            env_spec=dataset.env_spec,
-            reference_scores=references,
-        )
-
-    @property
-    def seeds(self) -> list[int]:
-        """The root seed of every training run."""
-        return list(range(self.seed, self.seed + self.num_seeds))
-
-    def save(self, workdir: epath.Path) -> None:
-        """Write ``config.json``, whole or not at all."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = self.config.to_dict()
-        write_json(workdir / CONFIG_FILE, {"version": __version__, **values})
-
-    @classmethod
-    def load(cls, workdir: epath.Path) -> "RunInfo | None":
-        """The record of a run started before; None where there is none.
-
-        Raises:
-          ValueError: if the file cannot be understood, or is missing beside checkpoints: they could be
-            of any run.
-        """
-        path = workdir / CONFIG_FILE
-        if not path.exists():
-            checkpoints = workdir / CHECKPOINTS
-            if checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir()):
-                raise ValueError(
-                    f"workdir {workdir}: checkpoints are there, but {CONFIG_FILE} is missing; "
-                    "put it back or give another --workdir"
-                )
-            return None
-        try:
-            values = json.loads(path.read_text())
-            values.pop("version")
-            values["config"] = QIPOConfig.from_dict(values["config"])
-            if values["reference_scores"] is not None:
-                values["reference_scores"] = tuple(values["reference_scores"])
-            return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"workdir {workdir}: {CONFIG_FILE} cannot be read: {error}") from error
-
-    def check_same(self, other: "RunInfo", workdir: epath.Path) -> None:
-        """Refuse to continue a run of another configuration, dataset or seed."""
-        mine, theirs = self.config.to_dict(), other.config.to_dict()
-        pairs = [(f"config.{name}", theirs[name], mine[name]) for name in mine]
-        # One file has several paths: the fingerprint tells datasets apart, the name only says it better.
-        data = "dataset" if self.fingerprint != other.fingerprint and self.dataset != other.dataset else None
-        for name in (data or "fingerprint", "seed", "num_seeds", "env_spec"):
-            pairs.append((name, getattr(other, name), getattr(self, name)))
-        for name, before, now in pairs:
-            if before != now:
-                raise ValueError(
-                    f"workdir {workdir}: holds a run with {name} = {before!r}, asked for {now!r}; "
-                    "give another --workdir"
-                )

@@ -1,4 +1,4 @@
-"""The hyper-parameters of QIPO: each defined, typed and checked here, once."""
+"""The hyper-parameters of offline RL: each defined, typed and checked here, once."""
 
 import dataclasses
 import typing
@@ -7,18 +7,22 @@ from efm_jax import checks
 from efm_jax.data import REWARD_TRANSFORMS
 from efm_jax.networks import ACTIVATIONS, FIELDS
 from efm_jax.paths import PATHS
+from efm_jax.rl.critics import CRITICS
+from efm_jax.rl.policies import POLICIES
+from efm_jax.rl.selection import ACTION_SELECTIONS
 from efm_jax.sampling import SAMPLE_SOLVERS
 
-CRITICS = ("softmax_q", "iql")
 ESTIMATORS = ("full", "resample")
 SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
+PHASES = ("behavior", "critic", "policy")
 
 
 @dataclasses.dataclass
 class QIPOConfig:
     """Hyper-parameters of the three stages; the defaults fit the built-in data."""
 
-    # Policy: behaviour model, then improved policy.
+    policy: str = "qipo"  # what follows behaviour model and critic; bc: nothing
+    # The generative model: of the behaviour, then of the improved policy.
     path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp a score (QIPO-Diff)
     network: str = "mlp"
     hidden_dims: tuple[int, ...] = (64, 64, 64)
@@ -33,9 +37,15 @@ class QIPOConfig:
     # and renewals compound it.
     solver: str = "auto"
     sample_steps: int = 10
-    # Energy weighting.
+    # Energy weighting; in qgpo of the guidance, in reweight and gaussian of the advantages.
     beta: float = 10.0
+    # qipo, qgpo: at every renewal, the beta at which support sets have this mean effective sample size, as a
+    # fraction of their size; 0 keeps beta fixed.
+    target_ess: float = 0.0
     support_size: int = 16  # actions drawn from the policy for each state; the data action is added
+    # As many support actions the data action counts for: more of it keeps the policy near the data, where
+    # errors of sampling cannot compound over renewals.
+    data_copies: float = 1.0
     renew_every: int = 2500
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
     # Critic.
@@ -43,12 +53,20 @@ class QIPOConfig:
     critic_hidden_dims: tuple[int, ...] = (64, 64, 64)
     critic_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
+    num_critics: int = 2  # Q-networks; softmax_q and iql take their minimum
+    pessimism: float = 1.0  # ensemble: standard deviations under the mean
     # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak steps:
     # keep critic_steps above a few times their product.
     discount: float = 0.98
+    n_step: int = 1  # rewards of the data before a target looks at a value; values travel so much faster
     polyak: float = 0.02
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
-    expectile: float = 0.7  # iql
+    expectile: float = 0.7  # iql, ensemble
+    # Acting.
+    action_selection: str = "sample"  # best, mean: of num_candidates sampled actions
+    num_candidates: int = 16
+    eval_solver: str = "same"  # as in training, or another
+    eval_sample_steps: int = 0  # 0: as in training
     # Data and schedule.
     max_transitions: int = 0  # train on the first so many of the dataset; 0 on all
     reward_transform: str = "none"
@@ -62,29 +80,44 @@ class QIPOConfig:
 
     @property
     def algorithm(self) -> str:
-        """The paper's name of this configuration."""
-        return {"ot": "qipo_ot", "vp": "qipo_diff", "vp_cosine": "qipo_cosine"}[self.path]
+        """What results call this configuration: qipo_ot and qipo_diff are the paper's names."""
+        return POLICIES[self.policy].name(self)
+
+    @property
+    def path_name(self) -> str:
+        """The path as it is in names of algorithms."""
+        return {"ot": "ot", "vp": "diff", "vp_cosine": "cosine"}[self.path]
+
+    @property
+    def phase_steps(self) -> dict[str, int]:
+        """Training steps of every phase."""
+        policy_steps = self.policy_steps if POLICIES[self.policy].trains else 0
+        return {"behavior": self.behavior_steps, "critic": self.critic_steps, "policy": policy_steps}
 
     def validate(self) -> "QIPOConfig":
         """Return self, or raise a ``ValueError`` or ``TypeError`` that names the field."""
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         for name, choices in (
+            ("policy", POLICIES),
             ("path", PATHS),
             ("network", FIELDS),
             ("activation", ACTIVATIONS),
             ("solver", SOLVERS),
             ("critic", CRITICS),
             ("estimator", ESTIMATORS),
+            ("action_selection", ACTION_SELECTIONS),
+            ("eval_solver", ("same", *SOLVERS)),
             ("reward_transform", REWARD_TRANSFORMS),
         ):
             checks.check_choice(name, getattr(self, name), choices)
         for name in (
             "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps", "critic_steps",
-            "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
+            "policy_steps", "log_every", "checkpoint_every", "eval_episodes", "num_critics", "n_step",
+            "num_candidates",
         ):  # fmt: skip
             checks.check_integer(name, getattr(self, name), 1)
-        for name in ("max_transitions", "eval_every"):
+        for name in ("max_transitions", "eval_every", "eval_sample_steps"):
             checks.check_integer(name, getattr(self, name), 0)
         checks.check_integer("time_features", self.time_features, 2)
         if self.time_features % 2:
@@ -94,17 +127,21 @@ class QIPOConfig:
                 raise ValueError(f"{name}: expected at least one hidden layer; got none")
             for width in getattr(self, name):
                 checks.check_integer(name, width, 1)
-        for name in ("beta", "beta_q", "max_grad_norm"):
+        for name in ("beta", "beta_q", "max_grad_norm", "pessimism"):
             checks.check_number(name, getattr(self, name), minimum=0.0)
-        for name in ("learning_rate", "critic_learning_rate"):
+        for name in ("learning_rate", "critic_learning_rate", "data_copies"):
             checks.check_number(name, getattr(self, name), minimum=0.0, open_minimum=True)
         checks.check_number("discount", self.discount, minimum=0.0, maximum=1.0)
         checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
-        for name in ("expectile", "ema_decay"):
+        for name in ("expectile", "ema_decay", "target_ess"):
             value = getattr(self, name)
             checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=name == "expectile")
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
+        if self.policy == "qgpo" and self.path != "vp":
+            raise ValueError(
+                f"path: expected 'vp' with policy 'qgpo', which guides a score; got {self.path!r}"
+            )
         return self
 
     def to_dict(self) -> dict[str, typing.Any]:

@@ -5,9 +5,11 @@ import os
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from efm_jax.rl.algorithm import Algorithm
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import QIPO
+from efm_jax.rl.samples import Samples
 from efm_jax.training.parallel import Layout
 
 _FLOAT = 4  # bytes
@@ -17,7 +19,7 @@ class Memory(NamedTuple):
     """Bytes on each device; what one compiled step needs for its intermediate results comes on top."""
 
     dataset: int
-    tables: int  # the larger of next actions (critic phase) and support sets (policy phase)
+    tables: int  # the larger of next actions (critic phase) and the policy's table (policy phase)
     state: int  # parameters, averages and optimisers of all three models, of every seed on the device
 
     @property
@@ -34,13 +36,16 @@ def predict(
 ) -> Memory:
     """Memory of a run on ``num_rows`` transitions in all."""
     rows, seeds, m = num_rows // layout.num_shards, layout.seeds_per_device, config.support_size
-    algorithm = QIPO(config, observation_size, action_size)
+    algorithm = Algorithm(config, observation_size, action_size)
     state = jax.eval_shape(algorithm.init, jax.random.key(0))
-    support = (m + 1) * (action_size + 1)
+    sizes = (observation_size, action_size, None, observation_size, None)  # None: a number
+    row = Samples(*(jax.ShapeDtypeStruct((1,) if n is None else (1, n), "float32") for n in sizes))
+    table = jax.eval_shape(algorithm.policy_rows, state, jax.random.key(0), 0, row, np.zeros(1, np.int32))
+    table_size = sum(math.prod(x.shape) for x in jax.tree.leaves(table))
     next_actions = m * action_size if algorithm.critic.uses_next_actions else 0
     return Memory(
         dataset=rows * (2 * observation_size + action_size + 2) * _FLOAT,
-        tables=rows * seeds * max(support, next_actions) * _FLOAT,
+        tables=rows * seeds * max(table_size, next_actions) * _FLOAT,
         state=seeds * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
     )
 

@@ -1,4 +1,4 @@
-"""Runs QIPO's three stages for all seeds at once; everything that happens to a run is a hook.
+"""Runs the three stages for all seeds at once; everything that happens to a run is a hook.
 
 State is a pytree with a leading seed axis on the host (checkpoints, hooks) and with a device axis
 before it on the devices.  What comes next follows from the state's step counters alone, so a resumed
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import PHASES, QIPO, Purpose, QIPOState, Tables
-from efm_jax.rl.support import SupportSet, summarize, write_rows
+from efm_jax.rl.algorithm import Algorithm, Purpose, State, Tables
+from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.rl.policies import Acting
+from efm_jax.rl.samples import Samples, n_step
+from efm_jax.rl.support import write_rows
 from efm_jax.training.loop import MetricsPipe, segments
 from efm_jax.training.parallel import Layout, check_divides, compile_ahead
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk
-from efm_jax.types import Array, Normalizer, Params, Transitions
+from efm_jax.types import Array, Normalizer, Transitions
 
 # States of one device whose support actions are sampled at once.
 _TABLE_BLOCK = 4096
@@ -33,18 +35,18 @@ class Hooks(Protocol):
         """A phase starts, or goes on after ``done`` steps."""
 
     def on_table(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` rows of the next-action table or a support set are drawn."""
+        """``done`` of ``total`` rows of the next-action table or the policy's table are computed."""
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
-        """The support set of the renewal at ``step`` was drawn (after a resume: again); ``[K]`` each."""
+        """The policy's table of this renewal was computed (after a resume: again); ``[K]`` each."""
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         """Means over the chunk that ended at ``step``, ``[K]`` each."""
 
-    def on_evaluate(self, step: int, params: Params) -> None:
-        """Time to evaluate the policy's acting parameters (leading seed axis); may raise StoppedError."""
+    def on_evaluate(self, step: int, acting: Acting) -> None:
+        """Time to evaluate the policy with these parameters (leading seed axis); may raise StoppedError."""
 
-    def on_checkpoint(self, state: QIPOState) -> None:
+    def on_checkpoint(self, state: State) -> None:
         """Time to save the state (leading seed axis)."""
 
     def stop_requested(self) -> bool:
@@ -56,7 +58,7 @@ class StoppedError(Exception):
 
 
 class Trainer:
-    """QIPO on one dataset for several seeds.
+    """One algorithm on one dataset for several seeds.
 
     Args:
       config: a validated configuration.
@@ -92,17 +94,22 @@ class Trainer:
                 f"data: expected the {part.stop - part.start} of {self._num_rows} transitions "
                 f"that are this host's; got {data.size}"
             )
-        self.algorithm = QIPO(config, data.observations.shape[1], data.actions.shape[1])
+        if config.n_step > 1 and data.size != self._num_rows:
+            raise ValueError(
+                f"n_step: expected 1 where each host holds a part of the data; got {config.n_step}; "
+                "with parallel=seeds every host holds all of it"
+            )
+        self.algorithm = Algorithm(config, data.observations.shape[1], data.actions.shape[1])
         self._keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self._keys)
-        self._data = self.layout.put_rows(data)
+        self._samples = self.layout.put_rows(n_step(data, config.n_step, config.discount))
         self._chunks: dict[tuple[str, int], Callable] = {}
 
-    def init_state(self) -> QIPOState:
+    def init_state(self) -> State:
         """Fresh states of all seeds, with a leading seed axis."""
         return jax.jit(jax.vmap(self.algorithm.init))(self._keys)
 
-    def run(self, state: QIPOState, hooks: Hooks) -> QIPOState:
+    def run(self, state: State, hooks: Hooks) -> State:
         """Train from ``state`` to the end of the last phase.
 
         Args:
@@ -118,40 +125,41 @@ class Trainer:
         """
         state = self.layout.put_seeds(state)
         for phase in PHASES:
-            total = getattr(self.config, f"{phase}_steps")
+            total = self.config.phase_steps[phase]
             done = int(getattr(state, phase).step[0, 0])
             if done < total:
                 hooks.on_phase(phase, done, total)
                 state = self._run_phase(phase, state, done, total, hooks)
         return self.layout.get_seeds(state)
 
-    def _run_phase(self, phase: str, state: QIPOState, done: int, total: int, hooks: Hooks) -> QIPOState:
+    def _run_phase(self, phase: str, state: State, done: int, total: int, hooks: Hooks) -> State:
         config, pipe = self.config, MetricsPipe(hooks.on_metrics, self.layout.get_seeds)
         policy = phase == "policy"
-        tables: dict[str, Any] = {"next_actions": None, "support": None}
+        renews = policy and self.algorithm.policy.renews
+        tables: dict[str, Any] = {"next_actions": None, "policy": None}
         if policy and done == 0:
             state = self.layout.map(self.algorithm.start_policy, donate=(0,))(state)
         periods = (config.log_every, config.checkpoint_every)
         for begin, end in segments(
-            done, total, *periods, *((config.renew_every, config.eval_every) * policy)
+            done, total, *periods, config.renew_every * renews, config.eval_every * policy
         ):
-            renew = policy and (tables["support"] is None or begin % config.renew_every == 0)
-            if renew and begin % config.renew_every == 0:
-                state = state.replace(support_params=jax.tree.map(jnp.copy, state.policy.average))
+            renewal = policy and (begin == 0 or (renews and begin % config.renew_every == 0))
+            if renewal:
+                state = state.replace(renewed_params=jax.tree.map(jnp.copy, state.policy.average))
             try:
                 if policy and begin > 0 and config.eval_every and begin % config.eval_every == 0:
                     pipe.drain()
-                    hooks.on_evaluate(begin, self.layout.get_seeds(state.policy.average))
-                if renew:
+                    hooks.on_evaluate(begin, self.layout.get_seeds(state.acting()))
+                if renewal or (policy and begin == done):
                     pipe.drain()
-                    tables["support"] = None  # its memory, for the next one
-                    tables["support"] = self._renew(state, begin, hooks)
+                    tables["policy"] = None  # its memory, for the next one
+                    tables["policy"] = self._renew(state, begin, hooks)
                 if phase == "critic" and self.algorithm.critic.uses_next_actions and begin == done:
                     tables["next_actions"] = self._next_actions(state, hooks)
             except StoppedError:
                 hooks.on_checkpoint(self.layout.get_seeds(state))
                 raise
-            inputs = (getattr(state, phase), self._device_keys, self._data, tables)
+            inputs = (getattr(state, phase), self._device_keys, self._samples, tables)
             if (phase, end - begin) not in self._chunks:
                 self._chunks[phase, end - begin] = compile_ahead(
                     self._make_chunk(phase, end - begin), *inputs
@@ -176,37 +184,40 @@ class Trainer:
 
         run = make_chunk(self.algorithm.step(phase, axis_name), draw_batch, num_steps)
 
-        def chunk(state: TrainState, key: Array, data: Transitions, tables: dict[str, Any]) -> tuple:
-            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(data, **tables))
+        def chunk(state: TrainState, key: Array, samples: Samples, tables: dict[str, Any]) -> tuple:
+            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(samples, **tables))
 
         return self.layout.map(chunk, shared=(2,), donate=(0,))
 
-    def _renew(self, state: QIPOState, step: int, hooks: Hooks) -> SupportSet:
-        """Draw the support sets of ``state.support_params``; after a resume, the current ones again."""
-        renewal, offset = divmod(step, self.config.renew_every)
+    def _renew(self, state: State, step: int, hooks: Hooks) -> Any:
+        """Compute the policy's table by ``state.renewed_params``; after a resume, the current one again."""
+        policy = self.algorithm.policy
+        renewal = step // self.config.renew_every if policy.renews else 0
 
-        def rows(state: QIPOState, key: Array, data: Transitions, indices: Array) -> SupportSet:
-            return self.algorithm.support(state, key, jnp.asarray(renewal), data, indices)
+        def rows(state: State, key: Array, samples: Samples, indices: Array) -> Any:
+            return self.algorithm.policy_rows(state, key, jnp.asarray(renewal), samples, indices)
 
-        support = self._fill(f"support set {renewal + 1}", rows, state, hooks)
-        summary = self.layout.map(
-            functools.partial(summarize, beta=self.config.beta, axis_name=self.layout.axis_name)
-        )(support)
-        hooks.on_renewal(step - offset, jax.tree.map(np.asarray, self.layout.get_seeds(summary)))
-        return support
+        table = self._fill(f"support set {renewal + 1}", rows, state, hooks)
+        prepare = functools.partial(policy.prepare, axis_name=self.layout.axis_name)
+        table, summary = self.layout.map(prepare, donate=(0,))(table)
+        first = renewal * self.config.renew_every
+        hooks.on_renewal(first, jax.tree.map(np.asarray, self.layout.get_seeds(summary)))
+        return table
 
-    def _next_actions(self, state: QIPOState, hooks: Hooks) -> Array:
-        def rows(state: QIPOState, key: Array, data: Transitions, indices: Array) -> Array:
-            return self.algorithm.next_actions(state.behavior.average, key, data.next_observations, indices)
+    def _next_actions(self, state: State, hooks: Hooks) -> Array:
+        def rows(state: State, key: Array, samples: Samples, indices: Array) -> Array:
+            return self.algorithm.next_actions(
+                state.behavior.average, key, samples.next_observations, indices
+            )
 
         return self._fill("next actions", rows, state, hooks)
 
-    def _fill(self, name: str, rows: Callable, state: QIPOState, hooks: Hooks) -> Any:
-        """Compute a table with a row for every transition, block by block: each device its own rows.
+    def _fill(self, name: str, rows: Callable, state: State, hooks: Hooks) -> Any:
+        """Compute a table with a row for every sample, block by block: each device its own rows.
 
         Args:
           name: shown while it goes on.
-          rows: ``(state, key, data [b, ...], indices [b]) -> rows``, pure, of one seed.
+          rows: ``(state, key, samples [b, ...], indices [b]) -> rows``, pure, of one seed.
           state: on the devices.
           hooks: told after every block.
 
@@ -217,18 +228,18 @@ class Trainer:
         block = min(_TABLE_BLOCK, per_device)
         axis_name = self.layout.axis_name
 
-        def compute(places: Array, state: QIPOState, key: Array, data: Transitions) -> Any:
+        def compute(places: Array, state: State, key: Array, samples: Samples) -> Any:
             first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * per_device
-            return rows(state, key, jax.tree.map(lambda leaf: leaf[places], data), first + places)
+            return rows(state, key, jax.tree.map(lambda leaf: leaf[places], samples), first + places)
 
-        def empty(state: QIPOState, key: Array, data: Transitions) -> Any:
-            shapes = jax.eval_shape(compute, jnp.arange(per_device), state, key, data)
+        def empty(state: State, key: Array, samples: Samples) -> Any:
+            shapes = jax.eval_shape(compute, jnp.arange(per_device), state, key, samples)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def fill(table: Any, start: Array, state: QIPOState, key: Array, data: Transitions) -> Any:
-            return write_rows(table, lambda places: compute(places, state, key, data), start, block)
+        def fill(table: Any, start: Array, state: State, key: Array, samples: Samples) -> Any:
+            return write_rows(table, lambda places: compute(places, state, key, samples), start, block)
 
-        inputs = (state, self._device_keys, self._data)
+        inputs = (state, self._device_keys, self._samples)
         table = self.layout.map(empty, shared=(2,))(*inputs)
         fill = self.layout.map(fill, shared=(1, 4), donate=(0,))
         for start in range(0, per_device, block):
@@ -243,20 +254,28 @@ class Trainer:
                 raise StoppedError
         return table
 
-    def act_fn(self, params: Params, normalizer: Normalizer, episode_seeds: Sequence[int]) -> Callable:
-        """The policy as :func:`efm_jax.evaluation.evaluate` wants it; see :func:`make_act`."""
-        return make_act(self.algorithm, self._keys, params, normalizer, episode_seeds)
+    def act_fn(
+        self, name: str, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]
+    ) -> Callable:
+        """A policy as :func:`efm_jax.evaluation.evaluate` wants it; see :func:`make_act`."""
+        return make_act(self.algorithm, name, self._keys, acting, normalizer, episode_seeds)
 
 
 def make_act(
-    algorithm: QIPO, keys: Array, params: Params, normalizer: Normalizer, episode_seeds: Sequence[int]
+    algorithm: Algorithm,
+    name: str,
+    keys: Array,
+    acting: Acting,
+    normalizer: Normalizer,
+    episode_seeds: Sequence[int],
 ) -> Callable[[np.ndarray, int], np.ndarray]:
     """One jitted policy call for all seeds and episodes.
 
     Args:
-      algorithm: whose model acts.
+      algorithm: whose policy acts.
+      name: "policy" or "behavior".
       keys: root keys of the seeds, ``[K]``.
-      params: parameters with a leading seed axis.
+      acting: parameters with a leading seed axis.
       normalizer: statistics of the training data.
       episode_seeds: ``E`` environment seeds; they also seed the actions' noise.
 
@@ -264,9 +283,9 @@ def make_act(
       ``act(observations [K, E, S] float32, step) -> actions [K, E, A]`` in the environment's units.
     """
     episodes = jnp.asarray(episode_seeds)
-    mapped = jax.jit(jax.vmap(algorithm.act, in_axes=(0, None, 0, 0, None, None)))
+    mapped = jax.jit(jax.vmap(functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None)))
 
     def act(observations: np.ndarray, step: int) -> np.ndarray:
-        return np.asarray(mapped(params, normalizer, keys, observations, jnp.asarray(step), episodes))
+        return np.asarray(mapped(acting, normalizer, keys, observations, jnp.asarray(step), episodes))
 
     return act

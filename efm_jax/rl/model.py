@@ -1,10 +1,13 @@
-"""The generative policy: a conditional field on actions, its losses and its sampler.
+"""The generative model of actions: a conditional field, its losses and its sampler.
 
 On the OT and cosine paths the network predicts the velocity and is trained by flow matching (QIPO-OT);
 on the linear VP path it predicts the noise and is trained by denoising score matching (QIPO-Diff).
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,17 +15,25 @@ from flax import linen as nn
 from efm_jax import losses, sampling
 from efm_jax.networks import FIELDS
 from efm_jax.paths import PATHS, GaussianPath
-from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Array, Field, Params
 from efm_jax.weights import AxisName
+
+if TYPE_CHECKING:  # the configuration imports the registries, and they this module
+    from efm_jax.rl.config import QIPOConfig
 
 # Ends of the sampling interval that every conversion of a score can divide by.
 _SCORE_T_END = 1e-3
 
 
+def _solver(name: str, predicts_score: bool) -> str:
+    if name == "auto":
+        return "dpmpp" if predicts_score else "midpoint"
+    return name
+
+
 @dataclasses.dataclass(frozen=True)
-class PolicyModel:
-    """Behaviour model and policy are two parameter sets of one ``PolicyModel``."""
+class GenerativeModel:
+    """Behaviour model and improved policies are parameter sets of one model."""
 
     network: nn.Module
     path: GaussianPath
@@ -31,16 +42,19 @@ class PolicyModel:
     sample_steps: int
 
     @classmethod
-    def from_config(cls, config: QIPOConfig) -> "PolicyModel":
+    def from_config(cls, config: QIPOConfig) -> GenerativeModel:
         """The model that a validated configuration describes."""
         network = FIELDS[config.network](
             config.hidden_dims, config.activation, config.layer_norm, config.time_features
         )
         predicts_score = config.path == "vp"
-        solver = config.solver
-        if solver == "auto":
-            solver = "dpmpp" if predicts_score else "midpoint"
+        solver = _solver(config.solver, predicts_score)
         return cls(network, PATHS[config.path](), predicts_score, solver, config.sample_steps)
+
+    def with_sampler(self, solver: str, sample_steps: int) -> GenerativeModel:
+        """The same model with another solver and number of steps."""
+        solver = _solver(solver, self.predicts_score)
+        return dataclasses.replace(self, solver=solver, sample_steps=sample_steps)
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
         """Fresh parameters."""
@@ -82,7 +96,10 @@ class PolicyModel:
 
     def sample(self, params: Params, observations: Array, noise: Array) -> Array:
         """Actions in [-1, 1] from standard normal ``noise [..., A]``, states ``[..., S]`` broadcast to it."""
-        field = self.field(params, observations)
+        return self.integrate(self.field(params, observations), noise)
+
+    def integrate(self, field: Field, noise: Array) -> Array:
+        """Actions in [-1, 1] from a field of the kind that the network predicts, velocity or score."""
         if self.solver == "dpmpp":
             score = field
             if not self.predicts_score:
