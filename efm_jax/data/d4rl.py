@@ -2,7 +2,7 @@
 
 Rows are steps, episode after episode: ``observations [N, S]``, ``actions [N, A]``, ``rewards [N]``,
 ``terminals [N]``, and usually ``timeouts [N]`` and ``next_observations [N, S]``; the root attribute
-``env_id`` may name the environment.
+``env_id`` may name the environment.  Columns stored as ``[N, 1]`` are read as ``[N]``, as D4RL does.
 
 - With ``next_observations`` every row becomes a transition.
 - Without, the next row's observation is the next observation.  A timeout's is not in the file (the next row
@@ -12,6 +12,9 @@ Rows are steps, episode after episode: ``observations [N, S]``, ``actions [N, A]
 - Without ``timeouts``, an episode ends at a terminal or after the environment's ``max_episode_steps``.
 - Returns and lengths are those of whole episodes, before rows are dropped.  Steps after the last end of an
   episode are an unfinished one: they are transitions, but count as an episode only if there is no other.
+
+What differs for D4RL's own files, such as AntMaze's terminals inside episodes, is in :mod:`.d4rl_files`; a
+file is known by the name that D4RL gave it.
 
 Action bounds are the environment's.  Where its simulator is not installed (MuJoCo, for the four locomotion
 families below) or the file names no environment, they are [-1, 1], to which D4RL normalises every action.
@@ -26,7 +29,7 @@ import numpy as np
 from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import environments, validation
+from efm_jax.data import d4rl_files, environments, validation
 from efm_jax.data.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
@@ -49,8 +52,12 @@ _RANKS = {
 _OPTIONAL = ("timeouts", "next_observations")
 
 
-def load_d4rl(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
+def load_d4rl(
+    path: str, *, name: str | None = None, env: str | None = None, rows: Rows = all_rows
+) -> Dataset:
     """Read a D4RL file, as the module's docstring says.
+
+    ``name`` is what to call the dataset, such as D4RL's classic name of it; by default its path.
 
     The environment is ``env``, else the file's ``env_id``, else the one its name begins with
     (``CLASSIC_ENVIRONMENTS``), else none.  One that only the name suggests is passed over, with a warning,
@@ -64,10 +71,12 @@ def load_d4rl(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Da
         whose sizes differ, no way to tell where episodes end, or data that :mod:`.validation` refuses.
         Indices in messages are rows of the file.
     """
+    task = d4rl_files.task_of_file(path)
+    family = d4rl_files.family_of(task)
     with _open(path) as file:
         stored = _stored(path, file)
         validation.check_action_dtype(path, stored["actions"])
-        validation.check_lengths(path, stored, _RANKS)
+        validation.check_lengths(path, stored, _ranks(stored))
         if "next_observations" in stored:
             shapes = stored["observations"].shape, stored["next_observations"].shape
             if shapes[0] != shapes[1]:
@@ -75,15 +84,18 @@ def load_d4rl(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Da
         # With an environment given, the file's own is not asked for.
         stated = env or _text_attribute(path, "env_id", file.attrs.get("env_id"))
         spec, low, high = _environment(
-            path, stated, stored["observations"].shape[1], stored["actions"].shape[1]
+            path, task, stated, stored["observations"].shape[1], stored["actions"].shape[1]
         )
         validation.check_bounds(path, low, high)
 
-        terminals = _flags(path, "terminals", stored["terminals"][()])
+        terminals = _flags(path, "terminals", stored["terminals"][()].reshape(-1))
         if "timeouts" in stored:
-            timeouts = _flags(path, "timeouts", stored["timeouts"][()])
+            timeouts = _flags(path, "timeouts", stored["timeouts"][()].reshape(-1))
         else:
-            timeouts = _timeouts(path, terminals, spec)
+            timeouts = _timeouts(path, terminals, spec, family)
+        if family.jumps_end:
+            timeouts |= _jumps(stored["observations"])
+        ends = timeouts if family.terminals_pass else terminals | timeouts
         rewards = _numbers(path, stored, "rewards")
         kept = _kept_rows(path, terminals, timeouts, "next_observations" in stored)
         selected = rows(len(kept))
@@ -93,12 +105,12 @@ def load_d4rl(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Da
         kept = kept[selected]
         actions = _numbers(path, stored, "actions", start, stop)
         actions = validation.clip_actions(path, actions, low, high, first_row=start)
-        observations, next_observations = _observations(path, stored, terminals, start, stop)
+        observations, next_observations = _observations(path, stored, ends, start, stop)
 
-    firsts, returns, lengths = _episodes(rewards, terminals | timeouts)
+    firsts, returns, lengths = episodes(rewards, ends, terminals)
     begun = (firsts >= start) & (firsts < stop)
     return Dataset(
-        name=path,
+        name=name or path,
         transitions=Transitions(
             observations=observations[kept - start],
             actions=actions[kept - start],
@@ -144,27 +156,36 @@ def _stored(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
     return stored
 
 
+def _ranks(stored: dict[str, h5py.Dataset]) -> dict[str, int]:
+    """The number of axes that each dataset must have: a column of shape ``[N, 1]`` may keep its second."""
+    return {
+        name: 2 if stored[name].shape[1:] == (1,) else rank for name, rank in _RANKS.items() if name in stored
+    }
+
+
 def _numbers(
     path: str, stored: dict[str, h5py.Dataset], name: str, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
     """Rows ``start .. stop`` of a dataset as float32, finite."""
     array = validation.as_float32(path, name, stored[name][start:stop])
+    if _RANKS[name] == 1:
+        array = array.reshape(-1)
     validation.check_finite(path, name, array, first_row=start)
     return array
 
 
 def _observations(
-    path: str, stored: dict[str, h5py.Dataset], terminals: np.ndarray, start: int, stop: int
+    path: str, stored: dict[str, h5py.Dataset], ends: np.ndarray, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observations and next observations of the rows ``start .. stop``."""
     if "next_observations" in stored:
         return tuple(
             _numbers(path, stored, name, start, stop) for name in ("observations", "next_observations")
         )
-    following = _numbers(path, stored, "observations", start, min(stop + 1, len(terminals)))
+    following = _numbers(path, stored, "observations", start, min(stop + 1, len(ends)))
     observations = following[: stop - start]
     following = np.concatenate([following[1:], following[-1:]])[: stop - start]
-    return observations, np.where(terminals[start:stop, None], observations, following)
+    return observations, np.where(ends[start:stop, None], observations, following)
 
 
 def _kept_rows(path: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool) -> np.ndarray:
@@ -198,12 +219,11 @@ def _flags(path: str, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _environment(
-    path: str, stated: str | None, observation_size: int, action_size: int
+    path: str, task: str, stated: str | None, observation_size: int, action_size: int
 ) -> tuple[EnvSpec | None, np.ndarray, np.ndarray]:
     """The environment's spec (or None) and the action bounds ``[A]`` float32; ``stated`` may be its id."""
     unit = np.ones(action_size, np.float32)
-    family = epath.Path(path).name.lower().replace("-", "_").split("_")[0]
-    chosen = stated or CLASSIC_ENVIRONMENTS.get(family)
+    chosen = stated or CLASSIC_ENVIRONMENTS.get(d4rl_files.first_word(task))
     if chosen is None:
         return None, -unit, unit
     spec = environments.registered_spec(path, chosen)
@@ -225,9 +245,14 @@ def _environment(
     return spec, np.asarray(spaces[1].low, np.float32), np.asarray(spaces[1].high, np.float32)
 
 
-def _timeouts(path: str, terminals: np.ndarray, spec: EnvSpec | None) -> np.ndarray:
-    """Timeouts of a file that does not have them: every ``max_episode_steps``-th step of an episode."""
-    if spec is None or spec.max_episode_steps is None:
+def _timeouts(
+    path: str, terminals: np.ndarray, spec: EnvSpec | None, family: d4rl_files.Family
+) -> np.ndarray:
+    """Timeouts of a file that does not have them: the last step that the step limit allows to an episode."""
+    if family.terminals_end_all:
+        return np.zeros_like(terminals)
+    limit = family.step_limit or (spec.max_episode_steps if spec is not None else None)
+    if limit is None:
         raise DataError(
             f"{path}: the file has no dataset 'timeouts' and names no environment with a step limit, "
             "so the ends of its episodes are unknown; give the environment's id"
@@ -235,14 +260,30 @@ def _timeouts(path: str, terminals: np.ndarray, spec: EnvSpec | None) -> np.ndar
     rows = np.arange(len(terminals))
     starts = np.concatenate([[0], np.flatnonzero(terminals[:-1]) + 1])
     step = rows - starts[np.searchsorted(starts, rows, side="right") - 1]
-    return (step + 1) % spec.max_episode_steps == 0
+    return (step + 1) % limit == 0
 
 
-def _episodes(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First row, return and length of each episode, from ``rewards [N]`` and ``ends [N]`` bool."""
+def _jumps(observations: h5py.Dataset) -> np.ndarray:
+    """Rows ``[N]`` bool after which the ant is elsewhere: the next row is of another trajectory."""
+    position = observations[:, :2].astype(np.float64)
+    jumps = np.zeros(len(position), bool)
+    jumps[:-1] = np.linalg.norm(np.diff(position, axis=0), axis=1) > d4rl_files.ANT_JUMP
+    return jumps
+
+
+def episodes(
+    rewards: np.ndarray, ends: np.ndarray, terminals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First row, return and length of each episode, from ``rewards``, ``ends`` and ``terminals``, all ``[N]``.
+
+    ``ends`` marks an episode's last row.  Return and length are counted up to the first terminal row: where
+    a recording went on after it, the environment would not have.
+    """
     last = np.flatnonzero(ends)
     if len(last) == 0:
         last = np.array([len(rewards) - 1])
     starts = np.concatenate([[0], last[:-1] + 1])
+    terminal_rows = np.append(np.flatnonzero(terminals), len(rewards))
+    last = np.minimum(last, terminal_rows[np.searchsorted(terminal_rows, starts)])
     returns = np.array([rewards[i : j + 1].sum(dtype=np.float64) for i, j in zip(starts, last, strict=True)])
     return starts, returns, (last - starts + 1).astype(np.int64)

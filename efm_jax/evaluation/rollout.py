@@ -1,7 +1,6 @@
 """Returns of policies in a Gymnasium environment, one batched policy call a step for all episodes."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from efm_jax import checks
+from efm_jax.data.environments import find_spec, make
 from efm_jax.data.flatten import flatten_observation
 from efm_jax.types import Array
 
@@ -131,8 +131,8 @@ def _read_spec(env_spec: str) -> EnvSpec:
             ) from error
     else:
         try:
-            spec = copy.deepcopy(gymnasium.spec(env_spec))
-        except gymnasium.error.Error as error:
+            spec = find_spec(env_spec)
+        except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"environment {env_spec!r}: unknown to Gymnasium: {_one_line(error)}") from error
     # A recorded spec may ask for windows or images; evaluation shows nothing.
     spec.kwargs.pop("render_mode", None)
@@ -155,7 +155,8 @@ def _vectorize(spec: EnvSpec, count: int) -> SyncVectorEnv:
     environments: list[gymnasium.Env] = []
     try:
         for _ in range(count):
-            environments.append(_OneEpisode(_make(spec)))
+            # The checker tests environments, not policies, and warns once for every copy.
+            environments.append(_OneEpisode(make(spec, disable_env_checker=True)))
         # NEXT_STEP, because the returned observation and reward then belong to the same episode and no
         # sub-environment is reset within the step that ended it.
         return SyncVectorEnv(
@@ -165,26 +166,6 @@ def _vectorize(spec: EnvSpec, count: int) -> SyncVectorEnv:
         for environment in environments:
             environment.close()
         raise
-
-
-def _make(spec: EnvSpec) -> gymnasium.Env:
-    try:
-        # The checker tests environments, not policies, and warns once for every copy.
-        return gymnasium.make(spec, disable_env_checker=True)
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ValueError(
-            f"environment {spec.id} cannot run here: {_one_line(error)}; {_install_hint(spec)}"
-        ) from error
-    except (gymnasium.error.Error, AttributeError, TypeError) as error:
-        raise ValueError(f"environment {spec.id} cannot be made: {_one_line(error)}") from error
-
-
-def _install_hint(spec: EnvSpec) -> str:
-    module = str(spec.entry_point).split(":")[0]
-    if module.startswith("gymnasium.envs.mujoco"):
-        return "install its simulator: pip install -e .[mujoco]"
-    package = module.split(".")[0].replace("_", "-")
-    return f"install the package that provides it, {package}, and for MuJoCo pip install -e .[mujoco]"
 
 
 def _check_finite(actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]) -> None:

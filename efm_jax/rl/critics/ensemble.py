@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleLCB(Critic):
-    """Members that share nothing, each with an in-sample target of its own, valued by a lower confidence bound.
+    """Members that share nothing, each with an in-sample target of its own; their lower confidence bound.
 
     Member k is implicit Q-learning (see :class:`efm_jax.rl.critics.iql.IQL`) with a Q-network, a target
     network and a value network.  Where targets are shared, members agree about actions that none of them
     has seen; independent ones do not, and their spread measures it (Ghasemipour et al. 2022, "Why so
     pessimistic?", arXiv 2205.13703, Sec. 4).  Policies maximise the bound of the advantage,
-    ``mean_k A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: taken off Q
-    itself the spread would also count what the members disagree about in the state, whatever the action.
+    ``mean_k A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the spread
+    of Q itself would also count what the members disagree about in the state, whatever the action.
     """
 
     v_network: ValueEnsemble

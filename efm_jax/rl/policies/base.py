@@ -95,7 +95,7 @@ class Policy(abc.ABC):
         """Actions in [-1, 1] from standard normal ``noise [..., A]``, states ``[..., S]`` broadcast to it."""
 
     def mean(self, acting: Acting, observations: Array, noise: Array) -> Array:
-        """The mean action ``[E, A]`` for ``observations [E, 1, S]``: of actions sampled from ``noise [E, n, A]``."""
+        """The mean action ``[E, A]`` for ``observations [E, 1, S]``, from ``noise [E, n, A]``."""
         return self.sample(acting, observations, noise).mean(-2)
 
     def advantages(self, acting: Acting, key: Array, samples: Samples, indices: Array) -> Array:

@@ -9,7 +9,7 @@ from efm_jax.weights import AxisName
 
 
 class BehaviorCloning(Policy):
-    """Acts as the behaviour model (flow or score matching); with ``action_selection="best"`` it is IDQL's policy.
+    """Acts as the behaviour model; with ``action_selection="best"`` this is IDQL's policy.
 
     Reference: Hansen-Estruch et al. 2023 (arXiv 2304.10573), Algorithm 2.
     """
