@@ -14,8 +14,7 @@ import sys
 import jax
 import numpy as np
 
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import PHASES
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.trainer import Trainer
 from efm_jax.training.parallel import MODES, Layout
 from efm_jax.types import Transitions

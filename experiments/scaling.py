@@ -33,11 +33,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from efm_jax import losses
+from efm_jax.rl.algorithm import Algorithm, Tables
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import QIPO, Tables
-from efm_jax.rl.support import SupportSet
+from efm_jax.rl.samples import Samples
+from efm_jax.rl.support import WeightedSupport
 from efm_jax.training.step import make_chunk, make_step
-from efm_jax.types import Transitions
 from experiments.configs import mujoco, qipo_ot, quick
 
 PHASES = ("behavior", "critic", "policy full", "policy resample", "cefm")
@@ -136,13 +136,13 @@ def build(workload: Workload, phase: str, batch: int, rows: int, devices: int = 
     estimator = "resample" if phase == "policy resample" else "full"
     config = dataclasses.replace(workload.config, batch_size=batch, estimator=estimator)
     name = {"critic": "critic", "behavior": "behavior", "cefm": "behavior"}.get(phase, "policy")
-    algorithm = QIPO(config, workload.observation_size, workload.action_size)
+    algorithm = Algorithm(config, workload.observation_size, workload.action_size)
     state = getattr(jax.eval_shape(lambda: algorithm.init(jax.random.key(0))), name)
     step = algorithm.step(name, axis)
     if phase == "cefm":  # weights over the global batch, which QIPO itself does not use
 
         def loss(params: Any, _: Any, key: Any, batch: Tables) -> tuple:
-            data, model = batch.transitions, algorithm.model
+            data, model = batch.samples, algorithm.model
             field, energy = model.field(params, data.observations), -data.rewards
             return losses.cefm(field, model.path, key, data.actions, energy, config.beta, axis_name=axis)
 
@@ -153,11 +153,11 @@ def build(workload: Workload, phase: str, batch: int, rows: int, devices: int = 
         return jax.ShapeDtypeStruct((rows, *sizes), jnp.float32)
 
     s, a, m = workload.observation_size, workload.action_size, config.support_size
-    transitions = Transitions(shape(s), shape(a), shape(), shape(s), shape())
+    samples = Samples(shape(s), shape(a), shape(), shape(s), shape())
     next_actions = shape(m, a) if name == "critic" and algorithm.critic.uses_next_actions else None
-    support = SupportSet(shape(m + 1, a), shape(m + 1)) if name == "policy" else None
+    support = WeightedSupport(shape(m + 1, a), shape(m + 1)) if name == "policy" else None
     draw = functools.partial(algorithm.draw_batch, num_devices=devices, axis_name=axis)
-    return step, draw, state, Tables(transitions, next_actions, support)
+    return step, draw, state, Tables(samples, next_actions, support)
 
 
 def _one_step(step: Callable, draw: Callable, state: Any, seed: Any, tables: Tables) -> tuple:
@@ -305,7 +305,7 @@ def batch_for(size: Sizes, profile: Profile, devices: int, least: float = 0.8) -
 def row_bytes(workload: Workload) -> tuple[int, ...]:
     """Bytes of a transition: in the dataset, and for each seed in its support set and next actions."""
     policy, critic = (build(workload, phase, 1, 1)[3] for phase in ("policy full", "critic"))
-    return nbytes(policy.transitions), nbytes(policy.support), nbytes(critic.next_actions)
+    return nbytes(policy.samples), nbytes(policy.policy), nbytes(critic.next_actions)
 
 
 def _seconds(function: Callable, *inputs: Any, repeats: int = 7) -> float:
