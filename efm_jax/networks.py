@@ -1,4 +1,4 @@
-"""Flax Linen networks: conditional fields, Q ensembles, value, log-ratio and Gaussian policy networks.  No losses.
+"""Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.  No losses.
 
 All work on any leading axes.  Inputs of different kinds (action, time, state) enter through separate
 first-layer products that are added, which equals one product with their concatenation; a state that
@@ -195,7 +195,7 @@ def _independent(module: type[nn.Module], num: int) -> Callable[..., nn.Module]:
 
 
 class GaussianActor(nn.Module):
-    """``observation: [..., S] -> (mean [..., A], std [A])``: a mean in [-1, 1], a deviation that states share."""
+    """``[..., S] -> (mean [..., A], std [A])``: a mean in [-1, 1], and a deviation that all states share."""
 
     hidden_dims: Sequence[int]
     action_size: int

@@ -3,7 +3,7 @@
 Without flags it records a Pendulum-v1 dataset (once), trains the behaviour model, the critic and the
 improved policy, evaluates both policies on the same episodes, and prints a table and a line of JSON.
 
-  --dataset=ID_OR_FILE  the built-in dataset, a Minari id (local or downloaded), or a D4RL .hdf5 file
+  --dataset=ID_OR_FILE  the built-in dataset, a Minari id, a name of D4RL or OGBench, an .hdf5 or .npz file
   --config=FILE.py      a preset, such as experiments/configs/qipo_diff.py
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
@@ -26,7 +26,14 @@ from etils import epath
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from efm_jax.data import BUILTIN_DATASET, fit_normalizer, gather_episodes, load_dataset, preprocess
+from efm_jax.data import (
+    BUILTIN_DATASET,
+    DATASET_SOURCES,
+    fit_normalizer,
+    gather_episodes,
+    load_dataset,
+    preprocess,
+)
 from efm_jax.evaluation import Rollouts, evaluate, reference_scores
 from efm_jax.rl.algorithm import PHASES, State
 from efm_jax.rl.config import QIPOConfig
@@ -42,6 +49,7 @@ from efm_jax.training.parallel import MODES, Layout
 from efm_jax.training.plots import plot_learning_curve
 from efm_jax.types import Normalizer, one_host
 from launch import cli, evaluation, multihost
+from launch.datasets import dataset_folders
 from launch.workdir import RESULT_FILE, resolve, write_json
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
@@ -50,7 +58,7 @@ _MAX_SEED = 2**32 - 1
 # Under this many effective actions a state's target is all but one action: beta is too large to trust.
 _LEAST_ESS = 1.5
 
-_DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, "Built-in dataset, Minari id or D4RL .hdf5 file.")
+_DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
 _ENV = flags.DEFINE_string("env", None, "Gymnasium id to evaluate in, instead of the one the dataset names.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -91,11 +99,12 @@ def _train(start: float) -> int:
                 raise ValueError(f"max_transitions: expected at most the {count} of the dataset; got {total}")
             return layout.host_rows(total)
 
-        dataset = load_dataset(_DATASET.value, env=_ENV.value, rows=rows)
+        dataset = load_dataset(_DATASET.value, env=_ENV.value, rows=rows, folders=dataset_folders())
         if dataset.env_spec is None:
             raise ValueError(f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID")
         evaluation.check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size)
-        references = dataset.reference_scores or reference_scores(evaluation.env_id(dataset.env_spec))
+        references = dataset.reference_scores or reference_scores(dataset.name)
+        references = references or reference_scores(evaluation.env_id(dataset.env_spec))
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)
         check_fits(memory, device_limit(layout), layout)
         workdir = resolve(_WORKDIR.value or _default_workdir(config, dataset.name))

@@ -30,6 +30,7 @@ from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import d4rl_files, environments, validation
+from efm_jax.data.episodes import episodes
 from efm_jax.data.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
@@ -88,9 +89,9 @@ def load_d4rl(
         )
         validation.check_bounds(path, low, high)
 
-        terminals = _flags(path, "terminals", stored["terminals"][()].reshape(-1))
+        terminals = validation.as_flags(path, "terminals", stored["terminals"][()].reshape(-1))
         if "timeouts" in stored:
-            timeouts = _flags(path, "timeouts", stored["timeouts"][()].reshape(-1))
+            timeouts = validation.as_flags(path, "timeouts", stored["timeouts"][()].reshape(-1))
         else:
             timeouts = _timeouts(path, terminals, spec, family)
         if family.jumps_end:
@@ -209,15 +210,6 @@ def _text_attribute(path: str, name: str, value: object) -> str | None:
     raise DataError(f"{path}: attribute {name!r}: expected text; got {value!r:.100}")
 
 
-def _flags(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Flags stored as booleans or as the numbers 0 and 1, ``[N]`` bool."""
-    bad = ~np.isin(array, (0, 1))
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise DataError(f"{path}: {name}[{row}]: expected 0 or 1; got {array[row]}")
-    return array.astype(bool)
-
-
 def _environment(
     path: str, task: str, stated: str | None, observation_size: int, action_size: int
 ) -> tuple[EnvSpec | None, np.ndarray, np.ndarray]:
@@ -269,21 +261,3 @@ def _jumps(observations: h5py.Dataset) -> np.ndarray:
     jumps = np.zeros(len(position), bool)
     jumps[:-1] = np.linalg.norm(np.diff(position, axis=0), axis=1) > d4rl_files.ANT_JUMP
     return jumps
-
-
-def episodes(
-    rewards: np.ndarray, ends: np.ndarray, terminals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First row, return and length of each episode, from ``rewards``, ``ends`` and ``terminals``, all ``[N]``.
-
-    ``ends`` marks an episode's last row.  Return and length are counted up to the first terminal row: where
-    a recording went on after it, the environment would not have.
-    """
-    last = np.flatnonzero(ends)
-    if len(last) == 0:
-        last = np.array([len(rewards) - 1])
-    starts = np.concatenate([[0], last[:-1] + 1])
-    terminal_rows = np.append(np.flatnonzero(terminals), len(rewards))
-    last = np.minimum(last, terminal_rows[np.searchsorted(terminal_rows, starts)])
-    returns = np.array([rewards[i : j + 1].sum(dtype=np.float64) for i, j in zip(starts, last, strict=True)])
-    return starts, returns, (last - starts + 1).astype(np.int64)

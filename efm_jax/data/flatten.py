@@ -2,7 +2,10 @@
 
 The order: keys sorted by name, at every level; tuples by index; each array raveled in C order.  For a
 Gymnasium ``Dict`` space (whose keys Gymnasium sorts too) this is ``gymnasium.spaces.flatten``.  So the goal
-environments (PointMaze, AntMaze) read ``achieved_goal``, ``desired_goal``, ``observation``.
+environments (PointMaze, AntMaze, FrankaKitchen) read ``achieved_goal``, ``desired_goal``, ``observation``:
+a policy sees its goal.  ``achieved_goal`` is kept, although in PointMaze it repeats the position in
+``observation`` and in FrankaKitchen the objects' coordinates: in AntMaze it alone has the position, and one
+rule for all is one that recordings and evaluations share.
 """
 
 from collections.abc import Mapping

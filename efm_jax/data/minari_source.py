@@ -94,7 +94,8 @@ def _open(name: str):
         parse_dataset_id(name)
     except (ValueError, TypeError) as error:  # TypeError: Minari's int(None) for an id without a version
         raise DataError(
-            f"{name}: unknown dataset: not a Minari id (namespace/name-v0), not a path ending in .hdf5 or .h5"
+            f"{name}: unknown dataset: not a Minari id (namespace/name-v0), no name of D4RL or OGBench, "
+            "and not a path ending in .hdf5, .h5 or .npz"
         ) from error
     path = local_path(name)
     if not path.joinpath("data").exists():

@@ -1,42 +1,74 @@
 """From a dataset's name to the dataset."""
 
-from efm_jax.data import builtin
+from typing import NamedTuple
+
+from efm_jax.data import builtin, d4rl_files, ogbench_source
 from efm_jax.data.d4rl import load_d4rl
 from efm_jax.data.errors import DataError
-from efm_jax.data.minari_source import load_minari
+from efm_jax.data.minari_source import load_minari, local_path
 from efm_jax.types import Dataset, Rows, all_rows
 
 _HDF5_ENDINGS = (".hdf5", ".h5")
+_NPZ_ENDING = ".npz"
 _PATH_STARTS = ("/", "./", "../", "~")
 
 DATASET_SOURCES = f"""\
 {builtin.BUILTIN_DATASET}: the built-in dataset, scripted controllers on Pendulum-v1, recorded at first use;
 a Minari id such as D4RL/pointmaze/umaze-v2: read from Minari's local folder, else downloaded;
-a path ending in .hdf5 or .h5: a file in D4RL's layout, local or gs://."""
+a classic name of D4RL such as hopper-medium-v2: read from D4RL's local folder, else downloaded;
+an OGBench task such as cube-single-play-singletask-v0: read from OGBench's folder, else downloaded;
+a path ending in .hdf5 or .h5: a file in D4RL's layout, local or gs://;
+a path ending in .npz: a file in OGBench's layout, local or gs://."""
 
 
-def load_dataset(name: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
+class Folders(NamedTuple):
+    """Where files that are asked for by name are looked for, and downloaded to: each project's own place."""
+
+    d4rl: str = d4rl_files.DEFAULT_FOLDER
+    ogbench: str = ogbench_source.DEFAULT_FOLDER
+
+
+def load_dataset(
+    name: str, *, env: str | None = None, rows: Rows = all_rows, folders: Folders | None = None
+) -> Dataset:
     """Read a dataset from one of the ``DATASET_SOURCES``, validated, in the environment's own units.
 
     Args:
-      name: the built-in id, a Minari id, or the path of a D4RL HDF5 file.
-      env: a Gymnasium id to evaluate in, instead of the environment that the source names.
+      name: the built-in id, a Minari id, a name of D4RL or OGBench, or the path of an HDF5 or npz file.
+        A name that D4RL and Minari could both have, such as ``door-human-v1``, is D4RL's.
+      env: a Gymnasium id to evaluate in, instead of the environment that the source names. For an OGBench
+        file it also names the task that rewards are computed for.
       rows: given the number of transitions that the source has, the slice of them to read. Of the rest,
         little more than the rewards is read; what it raises is raised.
+      folders: where D4RL's and OGBench's files are; by default ``~/.d4rl/datasets`` and ``~/.ogbench/data``.
+        Minari finds its own (``MINARI_DATASETS_PATH``).
 
     Raises:
       DataError: an unknown name, a failed download, or data that cannot be used; one line, what and where.
     """
-    if _is_path(name):
+    folders = folders or Folders()
+    ending = _path_ending(name)
+    if ending == _NPZ_ENDING:
+        return ogbench_source.load_ogbench(name, env=env, rows=rows)
+    if ending is not None:
         return load_d4rl(name, env=env, rows=rows)
+    if name in d4rl_files.D4RL_FILES:
+        return load_d4rl(d4rl_files.ensure_file(name, folders.d4rl), name=name, env=env, rows=rows)
+    if ogbench_source.is_ogbench(name):
+        return ogbench_source.load_ogbench_name(name, folder=folders.ogbench, env=env, rows=rows)
     if name == builtin.BUILTIN_DATASET:
         builtin.ensure_recorded()
+    problem = d4rl_files.misspelt(name)
+    if problem is not None and not local_path(name).exists():
+        raise DataError(problem)
     return load_minari(name, env=env, rows=rows)
 
 
-def _is_path(name: str) -> bool:
-    if name.lower().endswith(_HDF5_ENDINGS):
-        return True
+def _path_ending(name: str) -> str | None:
+    """The ending of a path of a dataset's file; None for what is no path."""
+    for ending in (*_HDF5_ENDINGS, _NPZ_ENDING):
+        if name.lower().endswith(ending):
+            return ending
     if name.startswith(_PATH_STARTS) or "://" in name:
-        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5 or .h5")
-    return False
+        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5, .h5 or .npz")
+    return None

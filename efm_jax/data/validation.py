@@ -139,3 +139,12 @@ def as_float32(source: str, name: str, array: Any) -> np.ndarray:
         raise DataError(f"{source}: {name}: expected real numbers; got type {array.dtype}")
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
+
+
+def as_flags(source: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Flags ``[N]`` stored as booleans or as the numbers 0 and 1, as bool; others are a DataError."""
+    bad = ~np.isin(array, (0, 1))
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(f"{source}: {name}[{row}]: expected 0 or 1; got {array[row]}")
+    return array.astype(bool)

@@ -24,7 +24,7 @@ _TASKS: dict[str, tuple[float, float]] = {
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
 }
-# Maze2D pays for every step at the goal, so each maze has references of its own.
+# Maze2D pays for every step at the goal, so each maze has references of its own (the same source).
 _MAZE2D: dict[str, tuple[float, float]] = {
     "maze2d-open-v0": (0.01, 20.66),
     "maze2d-umaze-v1": (23.85, 161.86),
@@ -35,7 +35,7 @@ _MAZE2D: dict[str, tuple[float, float]] = {
     "maze2d-medium-dense-v1": (44.264742, 297.4552547777125),
     "maze2d-large-dense-v1": (30.569041, 303.4857382709002),
 }
-# Whole ids in lower case, D4RL's and Gymnasium's; group 1 is the task. Whole, so that environments with
+# Whole ids in lower case, D4RL's, Gymnasium's and Minari's; group 1 is the task. Whole, so that those with
 # another reward (`AdroitHandPenSparse-v1`, `AntMaze_UMazeDense-v5`, `HopperBulletEnv-v0`) get no reference.
 _ID_PATTERNS = (
     r"(hopper|halfcheetah|walker2d|ant)"
@@ -46,27 +46,54 @@ _ID_PATTERNS = (
     r"franka(kitchen)-v\d+",
     r"(pen|door|hammer|relocate)-(?:human|cloned|expert)-v\d+",
     r"adroithand(pen|door|hammer|relocate)-v\d+",
+    # Minari's `mujoco/*` have no references of their own (Farama-Foundation/Minari issue 323); those of the
+    # other MuJoCo tasks (humanoid, swimmer, ...) exist nowhere.
+    r"mujoco/(hopper|halfcheetah|walker2d|ant)/[a-z]+(?:-[a-z]+)*-v\d+",
+    # Minari's recordings of D4RL's tasks. Its `pen` runs for 200 steps where D4RL's ran for 100, so that
+    # scores are about twice as high (Farama-Foundation/Minari issue 303).
+    r"d4rl/(antmaze)/(?:umaze|umaze-diverse|(?:medium|large)-(?:play|diverse))-v\d+",
+    r"d4rl/(kitchen)/(?:complete|partial|mixed)-v\d+",
+    r"d4rl/(pen|door|hammer|relocate)/(?:human|cloned|expert)-v\d+",
+)
+# Minari's PointMaze has the mazes, rewards and step limits of D4RL's Maze2D, whose references are used where
+# Minari's metadata has none; not for `open`, which runs for 300 steps there and for 150 in D4RL.
+_POINTMAZE_PATTERN = r"d4rl/pointmaze/((?:umaze|medium|large)(?:-dense)?)-v\d+"
+# Goal-conditioned environments and datasets of OGBench (Park et al. 2025, arXiv 2410.20092; its README):
+# reward 1 at the goal, where the episode ends, so a return is a success. Its single tasks pay -1 or less for
+# every step until the goal: the success rate, which OGBench reports, is no function of such a return, so that
+# they have no reference.
+_OGBENCH_PATTERNS = (
+    r"(?:point|ant|humanoid)maze-(?:medium|large|giant|teleport)(?:-(?:navigate|stitch|explore))?-v0",
+    r"antsoccer-(?:arena|medium)(?:-(?:navigate|stitch))?-v0",
+    r"cube-(?:single|double|triple|quadruple|octuple)(?:-(?:play|noisy))?-v0",
+    r"(?:scene|puzzle-(?:3x3|4x4|4x5|4x6))(?:-(?:play|noisy))?-v0",
 )
 
 
 def reference_scores(env_id: str) -> tuple[float, float] | None:
-    """D4RL's mean returns of a random policy and of the expert, for an environment.
+    """Mean returns of a random policy and of the expert, for an environment or a dataset of it.
 
-    D4RL measured them on its own versions of the environments; using them for later versions of
-    the same task (``Hopper-v5``) is the custom, not an equality. Gymnasium Robotics' mazes continue after
-    a success by default, so that a return there may exceed the reference 1 of AntMaze. Minari datasets carry
-    references of their own in their metadata: prefer those.
+    They are D4RL's, and for OGBench a success. D4RL measured its own on its versions of the environments;
+    using them for later versions of the same task (``Hopper-v5``) is the custom, not an equality. Gymnasium
+    Robotics' mazes continue after a success by default, so that a return there may exceed the reference 1 of
+    AntMaze. Minari datasets carry references of their own in their metadata: prefer those.
 
     Args:
       env_id: a Gymnasium id (``Hopper-v5``, ``AntMaze_UMaze-v5``, ``FrankaKitchen-v1``,
-        ``AdroitHandPen-v1``) or a D4RL name (``hopper-medium-v2``).
+        ``AdroitHandPen-v1``), a D4RL name (``hopper-medium-v2``), a Minari id (``mujoco/hopper/medium-v0``,
+        ``D4RL/pointmaze/umaze-v2``) or an OGBench name (``antmaze-large-navigate-v0``).
 
     Returns:
-      ``(minimum, maximum)``, the returns of scores 0 and 100; None where D4RL has no reference.
+      ``(minimum, maximum)``, the returns of scores 0 and 100; None where nobody has measured them.
     """
-    name = env_id.lower()
+    name = env_id.lower().removeprefix("ogbench:")
     if name in _MAZE2D:
         return _MAZE2D[name]
+    match = re.fullmatch(_POINTMAZE_PATTERN, name)
+    if match is not None:
+        return _MAZE2D[f"maze2d-{match.group(1)}-v1"]
+    if any(re.fullmatch(pattern, name) for pattern in _OGBENCH_PATTERNS):
+        return (0.0, 1.0)
     for pattern in _ID_PATTERNS:
         match = re.fullmatch(pattern, name)
         if match is not None:

@@ -97,9 +97,9 @@ class Algorithm:
         critic_params = self.critic.init(critic_key, self.observation_size, self.action_size)
         policy_params = self.policy.init(jax.random.fold_in(key, Purpose.POLICY_INIT))
         return State(
-            behavior=TrainState.create(params, self._policy_optimizer()),
-            critic=TrainState.create(critic_params, optax.adam(self.config.critic_learning_rate)),
-            policy=TrainState.create(policy_params, self._policy_optimizer()),
+            behavior=TrainState.create(params, self._optimizer("behavior")),
+            critic=TrainState.create(critic_params, self._optimizer("critic")),
+            policy=TrainState.create(policy_params, self._optimizer("policy")),
             renewed_params=jax.tree.map(jnp.copy, policy_params),
         )
 
@@ -107,22 +107,27 @@ class Algorithm:
         """Before the policy's first step: its initial parameters, which may be the behaviour model's."""
         params = self.policy.start(state.behavior.average, state.policy.params)
         params = jax.tree.map(jnp.copy, params)
-        return state.replace(policy=TrainState.create(params, self._policy_optimizer()))
+        return state.replace(policy=TrainState.create(params, self._optimizer("policy")))
 
-    def _policy_optimizer(self) -> optax.GradientTransformation:
-        clip = self.config.max_grad_norm
-        adam = optax.adam(self.config.learning_rate)
+    def _optimizer(self, phase: str) -> optax.GradientTransformation:
+        config = self.config
+        if phase == "critic":
+            return optax.adam(config.critic_learning_rate)
+        rate = config.learning_rate
+        if config.learning_rate_schedule == "cosine":
+            # A policy without a phase of its own has a state all the same, of an optimiser that never steps.
+            rate = optax.cosine_decay_schedule(rate, max(config.phase_steps[phase], 1))
+        adam = optax.adam(rate)
+        clip = config.max_grad_norm
         return optax.chain(optax.clip_by_global_norm(clip), adam) if clip > 0 else adam
 
     def step(self, phase: str, axis_name: AxisName = None) -> StepFn:
         """The training step of a phase: ``(TrainState, key, batch) -> (TrainState, metrics)``."""
-        if phase == "critic":
-            optimizer = optax.adam(self.config.critic_learning_rate)
-            rate = self.config.polyak
-            loss = self._critic_loss(axis_name)
-        else:
-            optimizer, rate = self._policy_optimizer(), 1.0 - self.config.ema_decay
-            loss = self._behavior_loss(axis_name) if phase == "behavior" else self._policy_loss(axis_name)
+        losses = {
+            "behavior": self._behavior_loss, "critic": self._critic_loss, "policy": self._policy_loss,
+        }  # fmt: skip
+        loss, optimizer = losses[phase](axis_name), self._optimizer(phase)
+        rate = self.config.polyak if phase == "critic" else 1.0 - self.config.ema_decay
         return make_step(loss, optimizer, average_rate=rate, axis_name=axis_name)
 
     def _behavior_loss(self, axis_name: AxisName) -> Callable:

@@ -13,6 +13,7 @@ from efm_jax.rl.selection import ACTION_SELECTIONS
 from efm_jax.sampling import SAMPLE_SOLVERS
 
 ESTIMATORS = ("full", "resample")
+SCHEDULES = ("constant", "cosine")
 SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
 PHASES = ("behavior", "critic", "policy")
 
@@ -30,6 +31,8 @@ class QIPOConfig:
     layer_norm: bool = False
     time_features: int = 12
     learning_rate: float = 1e-3
+    # cosine: from learning_rate to 0 over each of the behaviour and policy phases.
+    learning_rate_schedule: str = "constant"
     batch_size: int = 256  # states per step, over all devices
     max_grad_norm: float = 1.0  # of the behaviour and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
@@ -106,6 +109,7 @@ class QIPOConfig:
             ("solver", SOLVERS),
             ("critic", CRITICS),
             ("estimator", ESTIMATORS),
+            ("learning_rate_schedule", SCHEDULES),
             ("action_selection", ACTION_SELECTIONS),
             ("eval_solver", ("same", *SOLVERS)),
             ("reward_transform", REWARD_TRANSFORMS),

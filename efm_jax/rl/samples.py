@@ -31,8 +31,8 @@ def n_step(data: Transitions, n: int, discount: float) -> Samples:
 
     For n > 1 the target follows the behaviour policy for n steps, so values travel n times faster and are
     those of a policy that is greedy only every n steps (Sutton and Barto 2018, Sec. 7.1).  Rows i and
-    i + 1 are one trajectory where the next observation of i is the observation of i + 1; where a trajectory is
-    truncated, or a step is missing, the target looks ahead as far as it goes.
+    i + 1 are one trajectory where the next observation of i is the observation of i + 1; where a trajectory
+    is truncated, or a step is missing, the target looks ahead as far as it goes.
 
     Args:
       data: ``N`` transitions on the host, those of an episode in order.
@@ -40,7 +40,7 @@ def n_step(data: Transitions, n: int, discount: float) -> Samples:
       discount: of one step, in [0, 1].
 
     Returns:
-      ``N`` samples, float32.
+      ``N`` samples, of the data's types.
     """
     checks.check_integer("n_step", n, 1)
     rewards = np.asarray(data.rewards, np.float64)
@@ -56,10 +56,11 @@ def n_step(data: Transitions, n: int, discount: float) -> Samples:
         factor = np.where(more, factor * discount, factor)
         if not more.any():
             break
+    dtype = np.asarray(data.rewards).dtype
     return Samples(
-        observations=np.asarray(data.observations, np.float32),
-        actions=np.asarray(data.actions, np.float32),
-        rewards=total.astype(np.float32),
-        next_observations=np.asarray(data.next_observations, np.float32)[last],
-        discounts=np.where(ended[last], 0.0, factor).astype(np.float32),
+        observations=data.observations,
+        actions=data.actions,
+        rewards=total.astype(dtype),
+        next_observations=np.asarray(data.next_observations)[last],
+        discounts=np.where(ended[last], 0.0, factor).astype(dtype),
     )

@@ -21,6 +21,14 @@ WRONG_VALUES = {
     "activation": ["swish"],
     "solver": ["rk45"],
     "critic": ["sarsa"],
+    "policy": ["sac"],
+    "learning_rate_schedule": ["linear"],
+    "action_selection": ["greedy"],
+    "eval_solver": ["rk45", ""],
+    "data_copies": [0.0, -1.0, np.nan, np.inf],
+    "target_ess": [-0.1, 1.0, np.nan],
+    "pessimism": [-1.0, np.nan, np.inf],
+    "eval_sample_steps": [-1],
     "estimator": ["half"],
     "hidden_dims": [(), (0,), (64, -1)],
     "critic_hidden_dims": [(), (0,), (64, -1)],
@@ -40,14 +48,15 @@ WRONG_VALUES = {
         name: [0, -1]
         for name in (
             "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps", "critic_steps",
-            "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
+            "policy_steps", "log_every", "checkpoint_every", "eval_episodes", "num_critics", "n_step",
+            "num_candidates",
         )
     },
 }  # fmt: skip
 BOUNDARIES = {
     "max_grad_norm": 0.0, "ema_decay": 0.0, "beta": 0.0, "beta_q": 0.0, "discount": 1.0, "polyak": 1.0,
     "eval_every": 0, "batch_size": 1, "support_size": 1, "time_features": 2, "hidden_dims": (1,),
-    "learning_rate": 1,
+    "learning_rate": 1, "pessimism": 0.0, "target_ess": 0.0, "eval_sample_steps": 0,
 }  # fmt: skip
 
 
@@ -109,3 +118,14 @@ def test_fields_of_the_public_contract():
         "policy_steps", "batch_size", "learning_rate", "hidden_dims", "sample_steps", "solver", "critic",
         "discount", "checkpoint_every", "log_every", "eval_episodes",
     }  # fmt: skip
+
+
+def test_guidance_needs_a_score():
+    with pytest.raises(ValueError, match=r"^path: expected 'vp' with policy=qgpo"):
+        QIPOConfig(policy="qgpo").validate()
+    assert QIPOConfig(policy="qgpo", path="vp").validate().algorithm == "qgpo"
+
+
+def test_behaviour_cloning_has_no_policy_phase():
+    assert QIPOConfig(policy="bc").phase_steps["policy"] == 0
+    assert QIPOConfig().phase_steps == {"behavior": 10_000, "critic": 10_000, "policy": 10_000}

@@ -4,9 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from efm_jax.networks import QEnsemble, Value
+from efm_jax.networks import QEnsemble, Value, ValueEnsemble
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.critics import IQL, CriticBatch, SoftmaxQ, make_critic
+from efm_jax.rl.critics import CRITICS, IQL, CriticBatch, EnsembleLCB, SoftmaxQ
+from efm_jax.rl.samples import Samples, n_step
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, make_step
 from efm_jax.types import Transitions
@@ -20,8 +21,9 @@ def batch(seed=0):
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    transitions = Transitions(draw(B, S), draw(B, A), draw(B), draw(B, S), np.float32(np.arange(B) % 2))
-    return CriticBatch(transitions, draw(B, M, A))
+    discounts = np.float32(0.9 * (np.arange(B) % 2))  # 0: terminated
+    samples = Samples(draw(B, S), draw(B, A), draw(B), draw(B, S), discounts)
+    return CriticBatch(samples, draw(B, M, A))
 
 
 def parameters(critic):
@@ -36,18 +38,19 @@ def apply(network, params, *inputs):
 
 
 Q, V = QEnsemble((8,)), Value((8,))
+ENSEMBLE = EnsembleLCB(QEnsemble((8,), 3), ValueEnsemble((8,), 3), 0.7, 0.5)
 
 
 @pytest.mark.parametrize("beta_q", [0.0, 2.0, 1e4])
 def test_softmax_q_loss(beta_q):
-    critic, (transitions, next_actions) = SoftmaxQ(Q, 0.9, beta_q), batch()
+    critic, (samples, next_actions) = SoftmaxQ(Q, beta_q), batch()
     params, target = parameters(critic)
-    observations = np.repeat(transitions.next_observations[:, None], M, axis=1)
+    observations = np.repeat(samples.next_observations[:, None], M, axis=1)
     next_q = apply(Q, target["q"], observations, next_actions).min(0)  # the twins' minimum, per action
     weights = np.exp(beta_q * (next_q - next_q.max(1, keepdims=True)))
     next_value = (weights * next_q).sum(1) / weights.sum(1)
-    y = transitions.rewards + 0.9 * (1 - transitions.terminated) * next_value
-    q = apply(Q, params["q"], transitions.observations, transitions.actions)
+    y = samples.rewards + samples.discounts * next_value
+    q = apply(Q, params["q"], samples.observations, samples.actions)
     expected = ((q - y) ** 2).sum(0).mean()
     loss, aux = jax.jit(critic.loss)(params, target, None, batch())
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -56,33 +59,33 @@ def test_softmax_q_loss(beta_q):
 
 @pytest.mark.parametrize("expectile", [0.5, 0.9])
 def test_iql_loss(expectile):
-    critic, (transitions, _) = IQL(Q, 0.9, V, expectile), batch()
+    critic, (samples, _) = IQL(Q, V, expectile), batch()
     params, target = parameters(critic)
-    value = apply(V, params["v"], transitions.observations)
-    next_value = apply(V, params["v"], transitions.next_observations)
-    target_q = apply(Q, target["q"], transitions.observations, transitions.actions).min(0)
+    value = apply(V, params["v"], samples.observations)
+    next_value = apply(V, params["v"], samples.next_observations)
+    target_q = apply(Q, target["q"], samples.observations, samples.actions).min(0)
     advantage = target_q - value
     assert (advantage > 0).any()
     assert (advantage < 0).any()
     v_loss = (np.where(advantage > 0, expectile, 1 - expectile) * advantage**2).mean()
-    y = transitions.rewards + 0.9 * (1 - transitions.terminated) * next_value
-    q = apply(Q, params["q"], transitions.observations, transitions.actions)
+    y = samples.rewards + samples.discounts * next_value
+    q = apply(Q, params["q"], samples.observations, samples.actions)
     loss, aux = jax.jit(critic.loss)(params, target, None, batch())
     assert loss == pytest.approx(v_loss + ((q - y) ** 2).sum(0).mean(), rel=1e-4)
     assert aux["v_mean"] == pytest.approx(value.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 0.9, 1.0), IQL(Q, 0.9, V, 0.7)])
-def test_terminated_steps_ignore_what_follows(critic):
+@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
+def test_without_discount_what_follows_does_not_count(critic):
     params, target = parameters(critic)
     loss = jax.jit(critic.loss)
     ended, going = (
-        batch()._replace(transitions=batch().transitions._replace(terminated=np.full(B, flag, np.float32)))
-        for flag in (1, 0)
+        batch()._replace(samples=batch().samples._replace(discounts=np.full(B, factor, np.float32)))
+        for factor in (0, 0.9)
     )
 
     def elsewhere(b):
-        return b._replace(transitions=b.transitions._replace(next_observations=np.ones((B, S), np.float32)))
+        return b._replace(samples=b.samples._replace(next_observations=np.ones((B, S), np.float32)))
 
     assert loss(params, target, None, ended)[0] == loss(params, target, None, elsewhere(ended))[0]
     assert loss(params, target, None, going)[0] != loss(params, target, None, elsewhere(going))[0]
@@ -90,13 +93,13 @@ def test_terminated_steps_ignore_what_follows(critic):
 
 def test_iql_is_semi_gradient_descent():
     """The Q loss moves Q alone, towards a constant; V's loss moves V alone."""
-    critic, b = IQL(Q, 0.9, V, 0.7), batch()
-    data = b.transitions
+    critic, b = IQL(Q, V, 0.7), batch()
+    data = b.samples
     params, target = parameters(critic)
     gap = apply(Q, target["q"], data.observations, data.actions).min(0) - apply(
         V, params["v"], data.observations
     )
-    y = data.rewards + 0.9 * (1 - data.terminated) * apply(V, params["v"], data.next_observations)
+    y = data.rewards + data.discounts * apply(V, params["v"], data.next_observations)
     error = apply(Q, params["q"], data.observations, data.actions) - y
 
     def surrogate(p):  # linear in the networks, with the slopes of the squared errors
@@ -109,7 +112,7 @@ def test_iql_is_semi_gradient_descent():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 0.9, 1.0), IQL(Q, 0.9, V, 0.7)])
+@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
 def test_device_shares_sum_to_the_global_loss(critic):
     params, target = parameters(critic)
     split = jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch())
@@ -125,11 +128,11 @@ def test_device_shares_sum_to_the_global_loss(critic):
 
 
 def test_q_values_are_the_least_of_the_ensemble():
-    critic = SoftmaxQ(QEnsemble((8,), num=3), 0.9, 1.0)
+    critic = SoftmaxQ(QEnsemble((8,), num=3), 1.0)
     params, _ = parameters(critic)
     b = batch()
-    q = jax.jit(critic.q_values)(params, b.transitions.observations[:, None], b.next_actions)
-    every = apply(critic.q_network, params["q"], b.transitions.observations[:, None], b.next_actions)
+    q = jax.jit(critic.q_values)(params, b.samples.observations[:, None], b.next_actions)
+    every = apply(critic.q_network, params["q"], b.samples.observations[:, None], b.next_actions)
     assert q.shape == (B, M)
     np.testing.assert_allclose(q, every.min(0), rtol=1e-6)
     assert len(set(every.argmin(0).ravel())) == 3
@@ -177,6 +180,7 @@ def test_solution_by_hand():
         ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),  # the value of the behaviour, uniform over both
         ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),  # the value of the best policy in support
         ({"critic": "iql", "expectile": 0.5}, 0.5),
+        ({"critic": "ensemble", "expectile": 0.9, "num_critics": 3, "pessimism": 0.0}, 0.9),
         ({"critic": "iql", "expectile": 0.9}, 0.9),  # of two equally likely values, the expectile by hand
     ],
 )
@@ -184,7 +188,7 @@ def test_critic_solves_the_chain(options, share_of_best):
     config = QIPOConfig(
         **options, critic_hidden_dims=(32,), critic_layer_norm=False, discount=DISCOUNT, polyak=0.05
     ).validate()
-    critic, data = make_critic(config), chain()
+    critic, data = CRITICS[config.critic].from_config(config), n_step(chain(), 1, DISCOUNT)
     next_actions = np.tile(ACTIONS[:, None], (6, 1, 1)) if critic.uses_next_actions else None
     optimizer = optax.adam(optax.linear_schedule(5e-3, 1e-4, 4000))
     step = make_step(critic.loss, optimizer, average_rate=config.polyak)
@@ -195,10 +199,78 @@ def test_critic_solves_the_chain(options, share_of_best):
     np.testing.assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
 
 
-def test_make_critic():
-    critic = make_critic(QIPOConfig(critic="iql", expectile=0.8, discount=0.5, critic_hidden_dims=(4,)))
+def test_critics_are_made_from_a_configuration():
+    config = QIPOConfig(critic="iql", expectile=0.8, critic_hidden_dims=(4,), num_critics=3)
+    critic = CRITICS[config.critic].from_config(config)
     assert isinstance(critic, IQL)
-    assert (critic.expectile, critic.discount, critic.uses_next_actions) == (0.8, 0.5, False)
-    critic = make_critic(QIPOConfig(critic="softmax_q", beta_q=3.0))
+    assert (critic.expectile, critic.q_network.num, critic.uses_next_actions) == (0.8, 3, False)
+    critic = CRITICS["softmax_q"].from_config(QIPOConfig(beta_q=3.0))
     assert isinstance(critic, SoftmaxQ)
-    assert (critic.beta_q, critic.uses_next_actions) == (3.0, True)
+    assert (critic.beta_q, critic.uses_next_actions, critic.has_values) == (3.0, True, False)
+    critic = CRITICS["ensemble"].from_config(QIPOConfig(num_critics=5, pessimism=2.0))
+    assert (critic.q_network.num, critic.v_network.num, critic.pessimism) == (5, 5, 2.0)
+
+
+def test_ensemble_loss_keeps_members_apart():
+    samples = batch().samples
+    params, target = parameters(ENSEMBLE)
+    value = apply(ENSEMBLE.v_network, params["v"], samples.observations)  # [3, B]
+    next_value = apply(ENSEMBLE.v_network, params["v"], samples.next_observations)
+    gap = apply(ENSEMBLE.q_network, target["q"], samples.observations, samples.actions) - value
+    y = samples.rewards + samples.discounts * next_value
+    q = apply(ENSEMBLE.q_network, params["q"], samples.observations, samples.actions)
+    expected = ((q - y) ** 2 + np.where(gap > 0, 0.7, 0.3) * gap**2).sum(0).mean()
+    loss, aux = jax.jit(ENSEMBLE.loss)(params, target, None, batch())
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert aux["advantage_std"] == pytest.approx((q - value).std(0).mean(), rel=1e-4)
+
+
+def test_lower_confidence_bound_of_the_advantage():
+    samples, next_actions = batch()
+    params, _ = parameters(ENSEMBLE)
+    states = samples.observations[:, None]
+    found = jax.jit(ENSEMBLE.q_values)(params, states, next_actions)
+    q = apply(ENSEMBLE.q_network, params["q"], np.repeat(states, M, 1), next_actions)
+    v = apply(ENSEMBLE.v_network, params["v"], samples.observations)
+    expected = q.mean(0) - 0.5 * (q - v[:, :, None]).std(0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5)
+
+
+# ---- n-step samples ----
+
+
+def trajectory():
+    """Two episodes: rows 0 to 3 end terminal, rows 4 to 6 are truncated; another of one row follows."""
+    observations = np.float32([[0], [1], [2], [3], [10], [11], [12], [20]])
+    following = np.float32([[1], [2], [3], [4], [11], [12], [13], [21]])
+    terminated = np.float32([0, 0, 0, 1, 0, 0, 0, 0])
+    rewards = np.float32([1, 2, 4, 8, 16, 32, 64, 128])
+    return Transitions(observations, observations, rewards, following, terminated)
+
+
+def test_three_steps():
+    g = 0.5
+    found = n_step(trajectory(), 3, g)
+    # Sums of up to three rewards, never over an end.
+    expected = [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16 + 16 + 16, 32 + 32, 64, 128]
+    np.testing.assert_array_equal(found.rewards, np.float32(expected))
+    np.testing.assert_array_equal(found.next_observations[:, 0], [3, 4, 4, 4, 13, 13, 13, 21])
+    np.testing.assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
+    np.testing.assert_array_equal(found.observations, trajectory().observations)
+
+
+def test_one_step_is_the_transition():
+    data = trajectory()
+    found = n_step(data, 1, 0.9)
+    np.testing.assert_array_equal(found.rewards, data.rewards)
+    np.testing.assert_array_equal(found.next_observations, data.next_observations)
+    np.testing.assert_allclose(found.discounts, 0.9 * (1 - data.terminated))
+
+
+def test_beyond_the_end_it_is_the_return():
+    found = n_step(trajectory(), 100, 1.0)
+    np.testing.assert_array_equal(found.rewards[:4], [15, 14, 12, 8])
+    np.testing.assert_array_equal(found.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"^n_step: "):
+        n_step(trajectory(), 0, 1.0)

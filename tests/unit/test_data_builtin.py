@@ -1,17 +1,11 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import BUILTIN_DATASET, DataError, builtin, load_dataset
+from efm_jax.data import BUILTIN_DATASET, builtin, load_dataset, recording
 from efm_jax.data.controllers import BEST
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +17,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Fewer episodes behind the reference scores."""
-    monkeypatch.setattr(builtin, "REFERENCE_EPISODES", 3)
+    monkeypatch.setattr(recording, "REFERENCE_EPISODES", 3)
 
 
 def files(folder):
@@ -88,76 +82,6 @@ def test_more_episodes_begin_with_the_same_ones(quick, folder, monkeypatch):
         data.append(load_dataset(BUILTIN_DATASET).transitions)
     for few, many in zip(*data, strict=True):
         np.testing.assert_array_equal(few, many[:400])
-
-
-def test_two_processes_at_once(folder):
-    code = (
-        "from efm_jax.data import BUILTIN_DATASET, builtin, load_dataset\n"
-        "builtin.REFERENCE_EPISODES = 3\n"
-        "import minari, sys\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"  # both start recording together
-        "builtin.record(num_episodes=20)\n"
-        "print(load_dataset(BUILTIN_DATASET).fingerprint())\n"
-    )
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), **options)
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    results = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert results[0][0] == results[1][0] == load_dataset(BUILTIN_DATASET).fingerprint() + "\n"
-    assert [error for _, error in results] == ["", ""]  # no progress bar where nobody looks
-    assert folders(folder) == ["efm"]
-    assert folders(folder / "efm" / "pendulum") == ["namespace_metadata.json", "scripted-v0"]
-
-
-def test_loser_of_the_race_uses_the_winners(quick, folder, monkeypatch):
-    record_episodes = builtin._record
-
-    def slow(*arguments):
-        record_episodes(*arguments)
-        monkeypatch.setattr(builtin, "_record", record_episodes)
-        builtin.record(seed=1, num_episodes=1)  # another process, done just before
-
-    monkeypatch.setattr(builtin, "_record", slow)
-    builtin.record(seed=0, num_episodes=2)
-    assert load_dataset(BUILTIN_DATASET).transitions.size == 200
-    assert folders(folder) == ["efm"]
-
-
-@pytest.mark.parametrize("stage", ["_play", "_set_dataset_id", "_publish"])
-def test_killed_recording_is_never_loaded(quick, folder, monkeypatch, stage):
-    class Killed(BaseException):
-        pass
-
-    def kill(*arguments):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builtin, stage, kill)
-        patch.setattr(builtin.shutil, "rmtree", lambda *a, **k: None)  # a killed process tidies nothing up
-        with pytest.raises(Killed):
-            builtin.record(num_episodes=2)
-    assert not (folder / BUILTIN_DATASET).exists()
-    builtin.record(num_episodes=1)
-    assert load_dataset(BUILTIN_DATASET).transitions.size == 200
-
-
-def test_failed_recording_leaves_nothing(quick, folder, monkeypatch):
-    def full(*arguments):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(builtin, "_set_dataset_id", full)
-    with pytest.raises(DataError, match="No space left") as caught:
-        builtin.record(num_episodes=1)
-    assert BUILTIN_DATASET in str(caught.value)
-    assert folders(folder) == []
 
 
 def test_arguments():

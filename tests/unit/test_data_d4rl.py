@@ -220,7 +220,7 @@ def test_lengths_that_disagree(tmp_path, name):
 
 def test_shapes_that_disagree(tmp_path):
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
-    fails(tmp_path, arrays | {"rewards": arrays["rewards"][:, None]}, "rewards", "(8, 1)")
+    fails(tmp_path, arrays | {"rewards": np.zeros((8, 2), np.float32)}, "rewards", "(8, 2)")
     fails(tmp_path, arrays | {"actions": arrays["actions"][:, 0]}, "actions", "(8,)")
     fails(tmp_path, arrays | {"next_observations": arrays["observations"][:, :2]}, "(8, 3)", "(8, 2)")
 

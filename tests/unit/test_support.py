@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 
 from efm_jax.networks import QEnsemble, Value
+from efm_jax.rl.algorithm import Algorithm, Tables
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import IQL
-from efm_jax.rl.policy import PolicyModel
-from efm_jax.rl.qipo import QIPO, Tables
-from efm_jax.rl.support import SupportSet, draw_noise, summarize, write_rows
+from efm_jax.rl.model import GenerativeModel
+from efm_jax.rl.samples import n_step
+from efm_jax.rl.support import (
+    SupportSet,
+    draw_noise,
+    effective_actions,
+    log_weights,
+    summarize,
+    support_beta,
+    weigh,
+    write_rows,
+)  # fmt: skip
 from efm_jax.rl.trainer import Trainer
 from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
@@ -35,9 +45,13 @@ def config(**options):
     return QIPOConfig(**base | options).validate()
 
 
+def samples():
+    return n_step(transitions(), 1, 0.9)
+
+
 @pytest.fixture(scope="module")
 def algorithm():
-    return QIPO(config(), S, A)
+    return Algorithm(config(), S, A)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +60,14 @@ def state(algorithm):
     many = jax.jit(jax.vmap(algorithm.init))(jax.random.split(jax.random.key(0), 4))
     states = [jax.tree.map(lambda leaf, k=k: leaf[k], jax.device_get(many)) for k in range(4)]
     critic = states[1].critic.replace(average=states[2].critic.params)
-    return states[0].replace(critic=critic, support_params=states[3].policy.params)
+    return states[0].replace(critic=critic, renewed_params=states[3].policy.params)
 
 
 @pytest.fixture(scope="module")
 def rows(algorithm):
     return jax.jit(
-        lambda state, key, renewal, indices: algorithm.support(
-            state, key, renewal, jax.tree.map(lambda leaf: leaf[indices], transitions()), indices
+        lambda state, key, renewal, indices: algorithm.policy_rows(
+            state, key, renewal, jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], samples()), indices
         )
     )
 
@@ -68,8 +82,8 @@ def test_support_rows(algorithm, state, rows):
     assert len(np.unique(np.asarray(support.actions[:, 1:]).reshape(-1, A), axis=0)) == 3 * M
     q = algorithm.critic.q_values(state.critic.average, data.observations[indices][:, None], support.actions)
     np.testing.assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
-    # The actions are those of support_params.
-    moved = rows(state.replace(support_params=state.policy.params), jax.random.key(0), 0, indices)
+    # The actions are those of renewed_params.
+    moved = rows(state.replace(renewed_params=state.policy.params), jax.random.key(0), 0, indices)
     assert np.abs(moved.actions[:, 1:] - support.actions[:, 1:]).max() > 1e-3
 
 
@@ -91,15 +105,15 @@ def test_renewals_and_seeds_draw_anew_and_repeatably(state, rows):
 
 def test_next_actions_are_the_behaviour_models(algorithm, state):
     indices = np.array([3, 5])
-    data = jax.tree.map(lambda leaf: leaf[indices], transitions())
+    data = jax.tree.map(lambda leaf: leaf[indices], samples())
     draw = jax.jit(algorithm.next_actions)
     actions = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices)
     assert actions.shape == (2, M, A)
     assert np.abs(actions).max() <= 1
     alone = draw(state.behavior.params, jax.random.key(0), data.next_observations[1:], indices[1:])
     np.testing.assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
-    support = algorithm.support(
-        state.replace(support_params=state.behavior.params), jax.random.key(0), 0,
+    support = algorithm.policy_rows(
+        state.replace(renewed_params=state.behavior.params), jax.random.key(0), 0,
         data._replace(observations=data.next_observations), indices,
     )  # fmt: skip
     assert np.abs(support.actions[:, 1:] - actions).max() > 1e-3  # another purpose, another noise
@@ -139,7 +153,7 @@ def test_summary_of_a_support_set():
     expected = {
         "ess": ess.mean(), "ess_low": np.quantile(ess, 0.1), "top_weight": g.max(1).mean(),
         "q_data": q[:, 0].mean(), "q_support": q[:, 1:].mean(), "q_weighted": (g * q).sum(1).mean(),
-        "q_spread": q[:, 1:].std(1).mean(),
+        "q_spread": q[:, 1:].std(1).mean(), "beta": 2.0,
     }  # fmt: skip
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -150,20 +164,52 @@ def test_summary_of_states_on_two_devices():
     q = jnp.asarray(np.random.default_rng(0).standard_normal((50, M + 1)), jnp.float32)
     support = SupportSet(jnp.zeros((50, M + 1, A)), q)
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 25, *leaf.shape[1:]), support)
-    both = jax.vmap(lambda half: summarize(half, 2.0, "i"), axis_name="i")(halves)
+    both = jax.vmap(lambda half: summarize(half, 2.0, axis_name="i"), axis_name="i")(halves)
     for name, value in summarize(support, 2.0).items():
         np.testing.assert_allclose(both[name], [value, value], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("copies", [1.0, 2.0, 5.0])
+def test_data_copies_are_copies(copies):
+    """The same weights and effective sample size as with the data action written `copies` times."""
+    q = np.random.default_rng(1).standard_normal((7, M + 1))
+    weights = np.exp(np.asarray(log_weights(jnp.asarray(q), 1.5, copies), np.float64))
+    repeated = np.concatenate([np.repeat(q[:, :1], int(copies), 1), q[:, 1:]], axis=1)
+    expected = np.exp(1.5 * repeated)
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(weights[:, 1:], expected[:, int(copies) :], rtol=1e-5)
+    np.testing.assert_allclose(weights[:, 0], expected[:, : int(copies)].sum(1), rtol=1e-5)
+    ess = effective_actions(jnp.asarray(weights), copies)
+    np.testing.assert_allclose(ess, 1 / (expected**2).sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize(("copies", "fraction"), [(1.0, 0.5), (4.0, 0.8), (1.0, 0.25)])
+def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
+    q = scale * np.random.default_rng(2).standard_normal((300, M + 1)).astype(np.float32)
+    beta = support_beta(jnp.asarray(q), copies, fraction)
+    ess = effective_actions(jnp.exp(log_weights(jnp.asarray(q), beta, copies)), copies)
+    assert float(ess.mean()) == pytest.approx(fraction * (M + copies), rel=1e-3)
+    halves = jnp.asarray(q).reshape(2, 150, -1)
+    both = jax.vmap(lambda q: support_beta(q, copies, fraction, "i"), axis_name="i")(halves)
+    np.testing.assert_allclose(both, [beta, beta], rtol=1e-4)
+
+
+def test_weights_of_extreme_values():
+    q = jnp.array([[1e6, 0.0, -jnp.inf], [-jnp.inf, 0.0, 0.0]])
+    np.testing.assert_allclose(jnp.exp(log_weights(q, 3.0)), [[1, 0, 0], [0, 0.5, 0.5]])
+    np.testing.assert_allclose(jnp.exp(log_weights(q, 0.0)), np.full((2, 3), 1 / 3), rtol=1e-6)
 
 
 def support_tables(state, rows):
     support = rows(state, jax.random.key(0), 0, np.arange(ROWS))
     q = 2.0 * support.actions.sum(-1) + jnp.linspace(-50, 50, ROWS)[:, None]  # a level that must not matter
-    return Tables(transitions(), support=SupportSet(support.actions, q))
+    return Tables(jax.tree.map(jnp.asarray, samples()), policy=weigh(SupportSet(support.actions, q), 3.0))
 
 
 def gradients(options, state, tables, keys):
     """Gradients `[number of keys, parameters]` of independent steps of the policy."""
-    algorithm = QIPO(config(**options), S, A)
+    algorithm = Algorithm(config(**options), S, A)
     loss = algorithm._policy_loss(None)
 
     def gradient(key):
@@ -185,13 +231,14 @@ def test_both_estimators_have_the_same_expected_gradient(path, state, rows):
     z = (full.mean(0) - one.mean(0)) / np.maximum(error, 1e-12)
     assert np.abs(z).max() < 5.0
     # The comparison can see what matters: without weights the gradient is another.
-    flat = gradients({"path": path, "estimator": "resample", "beta": 0.0}, state, tables, keys)
+    uniform = tables.policy._replace(log_weights=jnp.zeros_like(tables.policy.log_weights))
+    flat = gradients({"path": path, "estimator": "resample"}, state, tables.replace(policy=uniform), keys)
     assert np.abs((full.mean(0) - flat.mean(0)) / np.maximum(error, 1e-12)).max() > 10
 
 
 @pytest.mark.parametrize("estimator", ["full", "resample"])
 def test_devices_draw_one_global_batch(state, rows, estimator):
-    tables, algorithm = support_tables(state, rows), QIPO(config(estimator=estimator), S, A)
+    tables, algorithm = support_tables(state, rows), Algorithm(config(estimator=estimator), S, A)
     one = algorithm.draw_batch(jax.random.key(3), tables)
 
     def part(shard):
@@ -201,27 +248,28 @@ def test_devices_draw_one_global_batch(state, rows, estimator):
     four = jax.vmap(part, axis_name="i")(shards)
     merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), four)
     jax.tree.map(np.testing.assert_array_equal, merged, one)
-    assert one.support.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
+    assert one.policy.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
 
 
 def test_resampled_actions_follow_the_weights(state, rows):
     q = np.tile(np.float32([0.0, 0.2, 0.4, 0.6, -np.inf]), (ROWS, 1))
     actions = np.broadcast_to(np.arange(M + 1, dtype=np.float32)[:, None], (ROWS, M + 1, A))
-    algorithm = QIPO(config(estimator="resample", batch_size=40, support_size=M), S, A)
-    tables = Tables(transitions(), support=SupportSet(jnp.asarray(actions), jnp.asarray(q)))
-    draw = jax.jit(jax.vmap(lambda key: algorithm.draw_batch(key, tables).support))
+    algorithm = Algorithm(config(estimator="resample", batch_size=40, support_size=M), S, A)
+    table = weigh(SupportSet(jnp.asarray(actions), jnp.asarray(q)), 3.0)
+    tables = Tables(jax.tree.map(jnp.asarray, samples()), policy=table)
+    draw = jax.jit(jax.vmap(lambda key: algorithm.draw_batch(key, tables).policy))
     drawn = draw(jax.random.split(jax.random.key(0), 500))
     chosen = np.asarray(drawn.actions)[..., 0].ravel().astype(int)
     g = np.exp(3.0 * q[0].astype(np.float64))
     g /= g.sum()
     np.testing.assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
-    np.testing.assert_array_equal(np.asarray(drawn.q_values).ravel(), q[0][chosen])
+    np.testing.assert_array_equal(np.asarray(drawn.log_weights).ravel(), table.log_weights[0][chosen])
 
 
 @pytest.mark.parametrize("path", ["ot", "vp", "vp_cosine"])
 @pytest.mark.parametrize("solver", ["auto", "midpoint", "dpmpp"])
 def test_policy_samples_in_bounds_with_every_path_and_solver(path, solver):
-    model = PolicyModel.from_config(config(path=path, solver=solver))
+    model = GenerativeModel.from_config(config(path=path, solver=solver))
     params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
     observations = transitions().observations[:, None]
     noise = 3 * np.random.default_rng(0).standard_normal((ROWS, M, A)).astype(np.float32)
@@ -238,7 +286,7 @@ def test_acting_in_the_environments_units(algorithm, state):
         np.float32([1, 2, 3]), np.float32([2, 2, 2]), np.float32([-2, 0]), np.float32([2, 10])
     )
     raw = np.random.default_rng(0).standard_normal((4, S)).astype(np.float32)
-    act = jax.jit(algorithm.act)
+    act = jax.jit(lambda params, *rest: algorithm.act("policy", state.acting(params), *rest))
     seeds = np.arange(4)
     actions = act(state.policy.params, normalizer, jax.random.key(0), raw, 5, seeds)
     assert (actions >= normalizer.action_low).all()
@@ -298,8 +346,8 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
 
     Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end.
     """
-    known = KnownQ(QEnsemble((4,)), 0.99, Value((4,)), 0.7)
-    monkeypatch.setattr(QIPO, "critic", property(lambda self: known))
+    known = KnownQ(QEnsemble((4,)), Value((4,)), 0.7)
+    monkeypatch.setattr(Algorithm, "critic", property(lambda self: known))
     options = QIPOConfig(
         path=path, solver=solver, sample_steps=5 if solver == "midpoint" else 10, estimator=estimator,
         hidden_dims=(32, 32), critic="iql", critic_hidden_dims=(4,), beta=BETA, support_size=16,

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.qipo import PHASES
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import Layout
@@ -180,8 +179,8 @@ def test_what_a_run_tells_its_hooks():
     # The policy starts as the behaviour model, which stays as it was.
     first = hooks.saved[4]
     assert_same_tree(first.behavior, hooks.saved[1].behavior)
-    assert_same_tree(first.support_params, hooks.saved[1].behavior.average)
-    assert_same_tree(hooks.saved[5].support_params, hooks.saved[4].policy.average)
+    assert_same_tree(first.renewed_params, hooks.saved[1].behavior.average)
+    assert_same_tree(hooks.saved[5].renewed_params, hooks.saved[4].policy.average)
 
 
 def step_of(hooks):

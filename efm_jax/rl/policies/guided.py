@@ -21,8 +21,8 @@ class QGPO(QIPO):
     """Contrastive energy prediction on support sets of the behaviour model, and its gradient at every step.
 
     The log-ratio network learns ``-E_t(a_t; s)`` of ``mu(a|s) exp(beta Q)`` on the support sets that QIPO
-    begins with; the policy's score is the behaviour model's plus the network's gradient.  The behaviour model is not
-    trained again.
+    begins with; the policy's score is the behaviour model's plus the network's gradient.  The behaviour model
+    is not trained again.
 
     Reference: Lu et al. 2023 (arXiv 2304.12824), Algorithm 1.
     """

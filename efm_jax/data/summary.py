@@ -1,0 +1,238 @@
+"""What is in a dataset, in numbers, and what looks wrong with it."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from efm_jax.data.preprocess import CONSTANT_TOLERANCE
+from efm_jax.types import Dataset, Transitions
+
+# Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay within.
+_AT_BOUND = 1e-3  # distance from a bound, relative to the distance of the bounds, that counts as at it
+_MANY_AT_BOUND = 0.5  # share of an action dimension
+_NARROW = 0.1  # share of the interval between the bounds that an action dimension uses
+_MANY_COPIES = 0.01  # share of the transitions
+_MANY_SHORT = 0.01  # share of the episodes
+_OUTLIER = 100.0  # standard deviations
+_JUMP = 20.0  # times the 99th percentile of a dimension's steps
+_SAMPLE = 100_000  # rows that percentiles of steps are taken of
+_SPARSE = 3  # so many different rewards, or fewer
+_MOST_NAMED = 8  # dimensions in a message
+
+Stats = dict[str, float]
+
+
+def summarize(dataset: Dataset) -> dict[str, Any]:
+    """Numbers about a whole dataset, all of them JSON values.
+
+    ``min, q25, median, q75, max, mean`` are the keys of statistics over values.
+
+    Returns:
+      A dict of
+
+      - ``dataset``, ``environment`` (an id or None), ``transitions``, ``episodes``;
+      - ``lengths``, ``returns``: statistics over episodes, as the source counts them;
+      - ``ends``: ``trajectories`` (runs of transitions each of which starts where the one before led), how
+        many of them end ``terminated`` or ``truncated`` (all others: timeouts, and recordings that stop),
+        ``terminated_steps`` and ``terminated_share``, the share of trajectories with a terminated step
+        anywhere: the success rate where the environment ends at its goal;
+      - ``rewards``: statistics over transitions, ``zero_share``, and ``values``, the list of all different
+        rewards if they are few, else None;
+      - ``observations``: ``size``, lists ``[S]`` of ``min, max, mean, std``, and the list ``constant``
+        of dimensions that never change;
+      - ``actions``: ``size``, lists ``[A]`` of ``low, high`` (bounds), ``min, max, mean, std, at_bounds``
+        (share of the actions), and ``any_at_bounds``, the share of actions with a dimension at a bound;
+      - ``copies``: transitions that are equal to an earlier one in all of their numbers;
+      - ``problems``: one line each; empty where nothing was found.
+    """
+    data = dataset.transitions
+    starts = _trajectory_starts(data)
+    ends = np.append(starts[1:] - 1, data.size - 1)
+    terminated = data.terminated > 0
+    summary: dict[str, Any] = {
+        "dataset": dataset.name,
+        "environment": None if dataset.env_spec is None else json.loads(dataset.env_spec)["id"],
+        "transitions": data.size,
+        "episodes": len(dataset.episode_returns),
+        "lengths": _stats(dataset.episode_lengths),
+        "returns": _stats(dataset.episode_returns),
+        "ends": {
+            "trajectories": len(starts),
+            "terminated": int(terminated[ends].sum()),
+            "truncated": int((~terminated[ends]).sum()),
+            "terminated_steps": int(terminated.sum()),
+            "terminated_share": float(np.mean(np.logical_or.reduceat(terminated, starts))),
+        },
+        "rewards": _rewards(data.rewards),
+        "observations": _observations(data.observations),
+        "actions": _actions(dataset),
+        "copies": _copies(data),
+    }
+    return summary | {"problems": _problems(dataset, summary, starts)}
+
+
+def _stats(values: np.ndarray) -> Stats:
+    names = ("min", "q25", "median", "q75", "max")
+    quantiles = np.quantile(np.asarray(values, np.float64), (0.0, 0.25, 0.5, 0.75, 1.0))
+    return {name: float(q) for name, q in zip(names, quantiles, strict=True)} | {
+        "mean": float(np.mean(values, dtype=np.float64))
+    }
+
+
+def _trajectory_starts(data: Transitions) -> np.ndarray:
+    """Indices of transitions that do not start where the one before led, the first one included."""
+    breaks = np.any(data.next_observations[:-1] != data.observations[1:], axis=1)
+    return np.concatenate([[0], np.flatnonzero(breaks) + 1])
+
+
+def _rewards(rewards: np.ndarray) -> dict[str, Any]:
+    values = np.unique(rewards)
+    few = [float(value) for value in values] if len(values) <= _SPARSE else None
+    return _stats(rewards) | {"zero_share": float(np.mean(rewards == 0)), "values": few}
+
+
+def _observations(observations: np.ndarray) -> dict[str, Any]:
+    columns = _columns(observations)
+    spread = np.array(columns["max"]) - np.array(columns["min"])
+    constant = spread <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(columns["mean"]))
+    return {"size": observations.shape[1], **columns, "constant": np.flatnonzero(constant).tolist()}
+
+
+def _actions(dataset: Dataset) -> dict[str, Any]:
+    actions = dataset.transitions.actions
+    low, high = dataset.action_low, dataset.action_high
+    slack = _AT_BOUND * (high - low)
+    at_bounds = (actions <= low + slack) | (actions >= high - slack)
+    return {
+        "size": actions.shape[1],
+        "low": low.tolist(),
+        "high": high.tolist(),
+        **_columns(actions),
+        "at_bounds": at_bounds.mean(axis=0).tolist(),
+        "any_at_bounds": float(at_bounds.any(axis=1).mean()),
+    }
+
+
+def _columns(array: np.ndarray) -> dict[str, list[float]]:
+    """Statistics of every column of ``[N, D]``."""
+    return {
+        "min": array.min(axis=0).tolist(),
+        "max": array.max(axis=0).tolist(),
+        "mean": array.mean(axis=0, dtype=np.float64).tolist(),
+        "std": array.std(axis=0, dtype=np.float64).tolist(),
+    }
+
+
+def _copies(data: Transitions) -> int:
+    """How many transitions equal an earlier one, by a hash of 64 bits of all their numbers."""
+    rows = np.zeros(data.size, np.uint64)
+    with np.errstate(over="ignore"):
+        for array in data:
+            for column in np.asarray(array, np.float32).reshape(data.size, -1).T:
+                # -0.0 + 0.0 is 0.0, so that equal numbers have equal bits.
+                rows ^= (column + np.float32(0.0)).view(np.uint32)
+                rows *= np.uint64(0x9E3779B97F4A7C15)
+                rows ^= rows >> np.uint64(29)
+    return data.size - len(np.unique(rows))
+
+
+def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> list[str]:
+    problems = []
+    if dataset.env_spec is None:
+        problems.append("names no environment: training needs one to evaluate in")
+    # One more trajectory than episodes is a recording that stops in the middle of an episode.
+    unmarked = len(starts) - summary["episodes"] - 1
+    if unmarked > 0:
+        problems.append(
+            f"{unmarked} ends of trajectories are not marked: returns and lengths there are of several "
+            "episodes together"
+        )
+    # An episode of one step that timed out may have no transition, and so no trajectory.
+    continued = int(np.sum(dataset.episode_lengths > 1)) - len(starts)
+    if continued > 0:
+        problems.append(
+            f"{continued} episodes begin where the one before led: ends are marked where the data goes on"
+        )
+    short = int(np.sum(dataset.episode_lengths == 1))
+    if short > _MANY_SHORT * summary["episodes"]:
+        problems.append(f"{short} of {summary['episodes']} episodes have a single step")
+    if summary["episodes"] > 1 and summary["returns"]["min"] == summary["returns"]["max"]:
+        problems.append(f"every episode returned {summary['returns']['max']:g}")
+    if summary["rewards"]["min"] == summary["rewards"]["max"]:
+        problems.append(f"every reward is {summary['rewards']['max']:g}: there is nothing to learn from")
+    return (
+        problems
+        + _observation_problems(dataset.transitions, summary["observations"])
+        + _action_problems(summary["actions"])
+        + _copy_problems(summary)
+    )
+
+
+def _observation_problems(data: Transitions, columns: dict[str, Any]) -> list[str]:
+    problems = []
+    if columns["constant"]:
+        problems.append(f"observation {_dimensions(columns['constant'])} never change")
+    mean, std = np.array(columns["mean"]), np.array(columns["std"])
+    farthest = np.maximum(np.array(columns["max"]) - mean, mean - np.array(columns["min"]))
+    varying = np.setdiff1d(np.arange(columns["size"]), columns["constant"])
+    outliers = varying[farthest[varying] > _OUTLIER * std[varying]]
+    if len(outliers):
+        problems.append(
+            f"observation {_dimensions(outliers)} have values farther than {_OUTLIER:g} standard deviations "
+            "from their mean"
+        )
+    jumps = _jumps(data, std)
+    if jumps:
+        problems.append(
+            f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of trajectories may "
+            "not be marked there"
+        )
+    return problems
+
+
+def _jumps(data: Transitions, std: np.ndarray) -> int:
+    """Transitions with a step in some dimension that no other step of that dimension comes near."""
+    jumped = np.zeros(data.size, bool)
+    every = max(1, data.size // _SAMPLE)
+    for column, following, spread in zip(data.observations.T, data.next_observations.T, std, strict=True):
+        steps = np.abs(following - column)
+        usual = float(np.quantile(steps[::every], 0.99))
+        # Where hardly any step is not 0 (a switch, a goal), a step is an event and no jump.
+        if usual > 0.0:
+            jumped |= steps > max(_JUMP * usual, float(spread))
+    return int(jumped.sum())
+
+
+def _action_problems(columns: dict[str, Any]) -> list[str]:
+    problems = []
+    low, high = np.array(columns["low"]), np.array(columns["high"])
+    used = (np.array(columns["max"]) - np.array(columns["min"])) / (high - low)
+    still = np.flatnonzero(used <= CONSTANT_TOLERANCE)
+    narrow = np.flatnonzero((used < _NARROW) & (used > CONSTANT_TOLERANCE))
+    full = np.flatnonzero(np.array(columns["at_bounds"]) > _MANY_AT_BOUND)
+    if len(still):
+        problems.append(f"action {_dimensions(still)} never change")
+    if len(narrow):
+        problems.append(f"action {_dimensions(narrow)} use less than {_NARROW:.0%} of their interval")
+    # A dimension that never changes may well be at its bound, which was said.
+    full = np.setdiff1d(full, still)
+    if len(full):
+        problems.append(
+            f"action {_dimensions(full)} are at a bound in more than {_MANY_AT_BOUND:.0%} of steps"
+        )
+    return problems
+
+
+def _copy_problems(summary: dict[str, Any]) -> list[str]:
+    share = summary["copies"] / summary["transitions"]
+    if share <= _MANY_COPIES:
+        return []
+    return [f"{summary['copies']} transitions ({share:.1%}) are exact copies of earlier ones"]
+
+
+def _dimensions(indices: Any) -> str:
+    named = ", ".join(str(int(i)) for i in indices[:_MOST_NAMED])
+    return f"dimensions {named}" + (
+        f" and {len(indices) - _MOST_NAMED} more" if len(indices) > _MOST_NAMED else ""
+    )

@@ -1,0 +1,184 @@
+"""Record a Minari dataset: python -m launch.collect --env=ID --policy=random|waypoints|WORKDIR [--dataset=ID]
+
+Plays whole episodes in a Gymnasium environment, also of Gymnasium Robotics (pip install -e .[robotics]):
+with --policy=random, uniformly random actions; with --policy=waypoints, a controller that walks through a
+PointMaze between goals of its own, data as D4RL's Maze2D has; with --policy=WORKDIR, the policy of a
+training run, by default in the run's environment.  In every PointMaze the evaluated goal lies in D4RL's cell.
+The same flags give the same bytes.
+
+The dataset is local: launch.train --dataset=ID reads it, and evaluates in the environment that it was
+recorded in.  The last line printed is JSON.  Exit status: 0 done, 2 bad flags, environment or policy, or a
+dataset that is there already.
+"""
+
+import json
+import re
+import time
+
+import gymnasium
+import numpy as np
+from absl import flags
+from gymnasium.envs.registration import EnvSpec
+
+from efm_jax import checks
+from efm_jax.data import DataError, builtin, environments, recording, waypoints
+from efm_jax.evaluation import normalized_score, reference_scores
+from efm_jax.rl import load_policy
+from efm_jax.rl.workdir import RunInfo
+from launch import cli
+from launch.workdir import resolve
+
+_ENV = flags.DEFINE_string(
+    "env", None, "A Gymnasium id, such as PointMaze_UMaze-v3; by default a work directory's."
+)
+_POLICY = flags.DEFINE_string("policy", None, "random, waypoints, or the work directory of launch.train.")
+_DATASET = flags.DEFINE_string("dataset", None, "Minari id to record; by default efm/ENV/POLICY-v0.")
+_EPISODES = flags.DEFINE_integer("episodes", None, "How many episodes to record.", 1)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "The least number of steps, instead of --episodes; by default 100,000.", 1
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 - 1)
+_NOISE = flags.DEFINE_float(
+    "noise",
+    None,
+    "Standard deviation of Gaussian noise on actions, in units of half their range; waypoints: its mean over "
+    "episodes, by default 0.5; a work directory: by default 0.",
+)
+
+_DEFAULT_STEPS = 100_000
+_DEFAULT_NOISE = 0.5  # of waypoints; D4RL's
+_SCRIPTED = ("random", "waypoints")
+# Of the scripted policies' random numbers, folded into the seed; not one of the recording's own.
+_ACTIONS = 0
+
+
+def main(_: list[str]) -> int:
+    """Check, play, report."""
+    start = time.perf_counter()
+    with cli.usage_errors():
+        spec = _environment_spec()
+        dataset_id = _DATASET.value or _default_id(spec)
+        _check_flags(spec, dataset_id)
+        env = environments.make(spec)
+        recording.check_environment(env)
+        begin = _policy(env)
+    steps = None if _EPISODES.value else _STEPS.value or _DEFAULT_STEPS
+    try:
+        recorded = recording.record(
+            dataset_id,
+            env,
+            begin,
+            seed=_SEED.value,
+            episodes=_EPISODES.value,
+            steps=steps,
+            expert=_expert(env),
+            algorithm_name=_describe_policy(),
+            code_permalink="launch/collect.py",
+            description=f"{spec.id}, recorded locally with seed {_SEED.value}",
+        )
+    except DataError as error:
+        raise cli.UsageError(str(error)) from error
+    if not recorded.published:
+        raise cli.UsageError(f"dataset {dataset_id}: another process has recorded it meanwhile")
+    references = recorded.reference_scores or reference_scores(spec.id)
+    mean = float(recorded.returns.mean())
+    line = {
+        "dataset": dataset_id,
+        "env": spec.id,
+        "episodes": len(recorded.returns),
+        "steps": int(recorded.lengths.sum()),
+        "dataset_return": mean,
+        "dataset_score": normalized_score(mean, references),
+        "reference_scores": references,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(json.dumps(line))
+    return 0
+
+
+def _environment_spec() -> EnvSpec:
+    """What is played in: of ``--env``, else of the training run."""
+    if not _POLICY.value:
+        raise ValueError("--policy: expected random, waypoints or a work directory; got none")
+    if _POLICY.value in _SCRIPTED:
+        if not _ENV.value:
+            raise ValueError(f"--env: expected a Gymnasium id for --policy={_POLICY.value}; got none")
+    elif not resolve(_POLICY.value).exists():
+        expected = "random, waypoints or a work directory"
+        raise ValueError(f"--policy={_POLICY.value}: expected {expected}; there is no such folder")
+    elif not _ENV.value:
+        info = RunInfo.load(resolve(_POLICY.value))
+        if info is None:
+            raise ValueError(f"--policy={_POLICY.value}: holds no run (no config.json)")
+        return environments.parse_spec(f"--policy={_POLICY.value}", info.env_spec)
+    spec = environments.registered_spec("--env", _ENV.value)
+    return waypoints.task(spec) if waypoints.is_point_maze(spec) else spec
+
+
+def _default_id(spec: EnvSpec) -> str:
+    name = re.sub(r"-v\d+$", "", spec.id).lower()
+    policy = _POLICY.value if _POLICY.value in _SCRIPTED else "policy"
+    return f"efm/{re.sub(r'[^a-z0-9_-]', '_', name)}/{policy}-v0"
+
+
+def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
+    """What can be refused before anything is made."""
+    if _POLICY.value == "waypoints" and not waypoints.is_point_maze(spec):
+        raise ValueError(f"--policy=waypoints: expected a PointMaze environment; got {spec.id}")
+    if _EPISODES.value and _STEPS.value:
+        raise ValueError("--episodes, --steps: expected one of them; got both")
+    if _NOISE.value is not None:
+        checks.check_number("--noise", _NOISE.value, minimum=0.0)
+        if _POLICY.value == "random":
+            raise ValueError("--noise: expected another policy than random; its actions are noise already")
+    if dataset_id == builtin.BUILTIN_DATASET:
+        raise ValueError(f"--dataset={dataset_id}: expected another id; this is the built-in dataset's")
+    recording.check_new(dataset_id)
+
+
+def _policy(env: gymnasium.Env) -> recording.Begin:
+    """What acts in each episode."""
+    seed = _SEED.value
+    if _POLICY.value == "random":
+        return lambda episode: recording.random_actions(
+            env.action_space, np.random.default_rng([seed, _ACTIONS, episode])
+        )
+    if _POLICY.value == "waypoints":
+        maze, noise = waypoints.Maze.of(env), _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
+        return lambda episode: waypoints.wanderer(
+            maze, np.random.default_rng([seed, _ACTIONS, episode]), noise
+        )
+    return _trained_policy(env)
+
+
+def _trained_policy(env: gymnasium.Env) -> recording.Begin:
+    """The policy of a work directory; refused here if it is one of another environment."""
+    try:
+        begin = recording.batched(env, load_policy(_POLICY.value), _SEED.value, _NOISE.value or 0.0)
+        recording.check_action(env, begin(0)(env.reset(seed=0)[0]))
+    except ValueError as error:
+        raise ValueError(f"--policy={_POLICY.value}: {error}") from error
+    return begin
+
+
+def _expert(env: gymnasium.Env) -> recording.Act | None:
+    """What scores 100, where there is a script for the environment."""
+    if waypoints.is_point_maze(env.spec):
+        return waypoints.expert(waypoints.Maze.of(env))
+    return builtin.best if env.spec.id == builtin.ENVIRONMENT else None
+
+
+def _describe_policy() -> str:
+    """The algorithm's name in the metadata."""
+    if _POLICY.value == "random":
+        return "uniformly random actions"
+    if _POLICY.value == "waypoints":
+        noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
+        return (
+            f"waypoint controller between goals of its own, random gains, noise of mean deviation {noise:g}"
+        )
+    return f"efm_jax policy, noise of deviation {_NOISE.value or 0:g}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

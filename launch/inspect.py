@@ -1,0 +1,109 @@
+"""Summarise a dataset: python -m launch.inspect --dataset=NAME_OR_FILE [--env=ID] [--plot=FILE.png]
+
+Prints episodes, returns, scores, rewards, observations, the use of actions and what looks wrong, then a line
+of JSON with all of the numbers.  --plot saves a picture of the distributions.
+Exit status: 0 done, 2 bad flags or data.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summarize
+from efm_jax.data.summary_plot import draw_summary
+from efm_jax.evaluation import normalized_score, reference_scores
+from efm_jax.training.files import write_whole
+from efm_jax.types import Dataset
+from launch import cli
+from launch.datasets import dataset_folders
+
+_DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
+_ENV = flags.DEFINE_string(
+    "env", None, "Gymnasium id of the environment, instead of the one that the dataset names."
+)
+_PLOT = flags.DEFINE_string("plot", None, "A .png file, local or gs://, that the picture is saved in.")
+
+_STATS = ("min", "q25", "median", "mean", "q75", "max")
+_MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
+
+
+def main(_: list[str]) -> int:
+    """Read, summarise, draw."""
+    with cli.usage_errors():
+        if _PLOT.value is not None and not _PLOT.value.lower().endswith(".png"):
+            raise ValueError(f"--plot: expected a path ending in .png; got {_PLOT.value!r}")
+        dataset = load_dataset(_DATASET.value, env=_ENV.value, folders=dataset_folders())
+        summary = summarize(dataset)
+        references = _references(dataset, summary["environment"])
+        summary["references"] = references
+        summary["scores"] = None
+        if references is not None:
+            values = normalized_score(np.array([summary["returns"][key] for key in _STATS]), references)
+            summary["scores"] = dict(zip(_STATS, values.tolist(), strict=True))
+        if _PLOT.value is not None:
+            plot = epath.Path(_PLOT.value).expanduser()
+            write_whole(plot, draw_summary(dataset, summary, references))
+            summary["plot"] = str(plot)
+    _print(summary)
+    print("\n" + json.dumps(summary))
+    return 0
+
+
+def _references(dataset: Dataset, env_id: str | None) -> tuple[float, float] | None:
+    """The source's own, else those of the dataset's name, else those of its environment."""
+    found = dataset.reference_scores or reference_scores(dataset.name)
+    return found or (reference_scores(env_id) if env_id else None)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    ends, rewards, actions = summary["ends"], summary["rewards"], summary["actions"]
+    print(f"dataset       {summary['dataset']}")
+    print(f"environment   {summary['environment'] or 'none named'}")
+    print(f"transitions   {summary['transitions']:,}")
+    print(
+        f"episodes      {summary['episodes']:,}; trajectories {ends['trajectories']:,}: "
+        f"{ends['terminated']:,} end terminated, {ends['truncated']:,} truncated; "
+        f"{ends['terminated_share']:.1%} have a terminated step"
+    )
+    if rewards["values"] is None:
+        print(f"rewards       {rewards['zero_share']:.1%} are 0")
+    else:
+        print(f"rewards       only {', '.join(f'{value:g}' for value in rewards['values'])}")
+    print(f"copies        {summary['copies']:,} transitions equal an earlier one")
+    print(f"actions       {actions['any_at_bounds']:.1%} have a dimension at a bound")
+
+    print(f"\n{'':<14}" + "".join(f"{name:>11}" for name in _STATS))
+    for name in ("lengths", "returns", "scores", "rewards"):
+        if summary[name] is not None:
+            print(f"{name:<14}" + "".join(f"{_short(summary[name][key]):>11}" for key in _STATS))
+    if summary["scores"] is None:
+        print(f"{'scores':<14}  no reference returns are known")
+
+    _print_columns("action", summary["actions"], ("low", "high", "min", "max", "mean", "std", "at_bounds"))
+    _print_columns("observation", summary["observations"], ("min", "max", "mean", "std"))
+
+    print(f"\nproblems      {'none found' if not summary['problems'] else ''}")
+    for problem in summary["problems"]:
+        print(f"  - {problem}")
+    if "plot" in summary:
+        print(f"\nplot          {summary['plot']}")
+
+
+def _print_columns(title: str, columns: dict[str, Any], names: tuple[str, ...]) -> None:
+    """A row for each dimension."""
+    print(f"\n{title:<14}" + "".join(f"{name.replace('_', ' '):>11}" for name in names))
+    for i in range(min(columns["size"], _MOST_DIMENSIONS)):
+        print(f"{i:<14}" + "".join(f"{_short(columns[name][i]):>11}" for name in names))
+    if columns["size"] > _MOST_DIMENSIONS:
+        print(f"  and {columns['size'] - _MOST_DIMENSIONS} more dimensions")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

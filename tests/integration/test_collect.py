@@ -1,0 +1,120 @@
+"""`launch.collect` as a process: what it records, prints and refuses."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from efm_jax.data import load_dataset
+from tests.integration.runs import train_flags
+
+
+@pytest.fixture
+def minari(tmp_path, monkeypatch):
+    """Minari's folder, for the processes and for this one."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return {"MINARI_DATASETS_PATH": str(tmp_path / "minari")}
+
+
+def test_random_actions(launcher, minari):
+    result = launcher.run("collect", "--env=Pendulum-v1", "--policy=random", "--episodes=3", env=minari)
+    assert result.status == 0, result.err
+    assert result.complaints == []
+    line = result.line
+    assert (line["dataset"], line["env"]) == ("efm/pendulum/random-v0", "Pendulum-v1")
+    assert (line["episodes"], line["steps"]) == (3, 600)
+    dataset = load_dataset(line["dataset"])
+    assert dataset.transitions.size == 600
+    assert line["dataset_return"] == pytest.approx(dataset.episode_returns.mean(), rel=1e-5)
+    assert abs(dataset.transitions.actions.mean()) < 0.2
+    assert np.abs(dataset.transitions.actions).max() > 1.9
+    assert line["reference_scores"] == list(dataset.reference_scores)
+    assert abs(line["dataset_score"]) < 30
+
+
+def test_two_at_once_leave_one_dataset(launcher, minari):
+    flags = ("--env=Pendulum-v1", "--policy=random", "--dataset=mine/some-v3", "--steps=1000", "--seed=4")
+    processes = [launcher.start("collect", *flags, env=minari) for _ in range(2)]
+    results = [process.wait() for process in processes]
+    assert sorted(result.status for result in results) == [0, 2], results
+    loser = max(results, key=lambda result: result.status)
+    assert len(loser.complaints) == 1
+    assert "mine/some-v3" in loser.err
+    assert load_dataset("mine/some-v3").transitions.size == 1000
+
+
+def test_a_trained_policy(launcher, minari, dataset, tmp_path):
+    workdir = tmp_path / "run"
+    assert launcher.run("train", *train_flags(dataset, workdir), env=minari).status == 0
+    flags = (f"--policy={workdir}", "--dataset=mine/policy-v0", "--episodes=2", "--noise=0.1")
+    result = launcher.run("collect", *flags, env=minari)
+    assert result.status == 0, result.err
+    assert result.line["env"] == "Pendulum-v1"  # the run's
+    actions = load_dataset("mine/policy-v0").transitions.actions
+    assert actions.shape == (400, 1)
+    assert len(np.unique(actions)) > 100
+    result = launcher.run("collect", f"--policy={workdir}", "--env=MountainCarContinuous-v0", env=minari)
+    assert result.status == 2
+    assert len(result.complaints) == 1
+    assert "observations: expected shape (1, 3)" in result.err
+
+
+RANDOM = ("--env=Pendulum-v1", "--policy=random")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--env=Pendulum-v1",), "--policy: expected random, waypoints or a work directory"),
+        (("--policy=random",), "--env: expected a Gymnasium id"),
+        (("--env=NoSuch-v0", "--policy=random"), "'NoSuch-v0' is not known to Gymnasium"),
+        (("--env=Pendulum-v1", "--policy=waypoints"), "expected a PointMaze environment; got Pendulum-v1"),
+        (("--env=Pendulum-v1", "--policy=no/such"), "--policy=no/such: expected random, waypoints or"),
+        (("--env=Pendulum-v1", "--policy=efm_jax"), "holds no run"),
+        (("--policy=efm_jax",), "holds no run"),
+        (("--env=CartPole-v1", "--policy=random"), "actions are discrete"),
+        ((*RANDOM, "--episodes=0"), "episodes"),
+        ((*RANDOM, "--steps=x"), "steps"),
+        ((*RANDOM, "--seed=-1"), "seed"),
+        ((*RANDOM, "--steps=9", "--episodes=9"), "--episodes, --steps: expected one of them; got both"),
+        ((*RANDOM, "--noise=1"), "--noise: expected another policy than random"),
+        (("--env=Pendulum-v1", "--policy=efm_jax", "--noise=-1"), "--noise: expected a finite number in [0"),
+        ((*RANDOM, "--dataset=bad"), "expected a Minari id"),
+        ((*RANDOM, "--dataset=efm/pendulum/scripted-v0"), "is the built-in dataset's"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(launcher, minari, flags, words):
+    result = launcher.run("collect", *flags, env=minari)
+    assert result.status == 2
+    assert len(result.complaints) == 1
+    assert words in result.err
+
+
+def test_an_existing_dataset_is_kept(launcher, minari):
+    flags = ("--env=Pendulum-v1", "--policy=random", "--episodes=1")
+    assert launcher.run("collect", *flags, env=minari).status == 0
+    before = load_dataset("efm/pendulum/random-v0").fingerprint()
+    result = launcher.run("collect", *flags, "--seed=1", env=minari)
+    assert result.status == 2
+    assert "efm/pendulum/random-v0: expected a new id" in result.err
+    assert load_dataset("efm/pendulum/random-v0").fingerprint() == before
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gymnasium_robotics") is None,
+    reason="needs gymnasium-robotics: pip install -e .[robotics]",
+)
+def test_point_maze(launcher, minari):
+    flags = ("--env=PointMaze_UMaze-v3", "--policy=waypoints", "--steps=1000")
+    result = launcher.run("collect", *flags, env=minari)
+    assert result.status == 0, result.err
+    assert result.complaints == []
+    assert result.line["dataset"] == "efm/pointmaze_umaze/waypoints-v0"
+    assert (result.line["episodes"], result.line["steps"]) == (4, 1200)
+    worst, best = result.line["reference_scores"]
+    assert worst < 30 < 200 < best < 300
+    again = launcher.run("collect", *flags, "--dataset=mine/again-v0", env=minari)
+    assert again.status == 0, again.err
+    datasets = [load_dataset(run.line["dataset"]).transitions for run in (result, again)]
+    for first, second in zip(*datasets, strict=True):
+        np.testing.assert_array_equal(first, second)

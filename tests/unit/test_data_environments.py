@@ -1,0 +1,73 @@
+"""Finding and making environments, with Gymnasium Robotics and without."""
+
+import glob
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.envs.registration import EnvSpec
+
+from efm_jax.data import DataError, environments
+from efm_jax.evaluation import evaluate
+
+ROOT = Path(__file__).parents[2]
+MAZE = "PointMaze_UMaze-v3"
+
+
+@pytest.fixture
+def without_robotics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    for name in [name for name in gymnasium.registry if name.startswith("PointMaze")]:
+        monkeypatch.delitem(gymnasium.registry, name)
+
+
+def still(observations, step):
+    return np.zeros((1, 1, 2))
+
+
+def test_a_found_spec_is_a_copy():
+    environments.find_spec("Pendulum-v1").kwargs["g"] = 3.0
+    assert environments.find_spec("Pendulum-v1").kwargs == {}
+
+
+def test_missing_robotics_is_named(without_robotics):
+    hint = r"pip install -e \.\[robotics\]"
+    with pytest.raises(DataError, match=f"{MAZE}.*{hint}"):
+        environments.registered_spec("some/data-v0", MAZE)
+    with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:
+        evaluate(still, MAZE, episode_seeds=[0])
+    assert "\n" not in str(caught.value)
+    spec = EnvSpec(MAZE, "gymnasium_robotics.envs.maze.point_maze:PointMazeEnv", max_episode_steps=3)
+    with pytest.raises(ValueError, match=f"{MAZE} cannot run here.*{hint}") as caught:
+        evaluate(still, spec.to_json(), episode_seeds=[0])
+    assert "\n" not in str(caught.value)
+    assert environments.make_spaces(spec) is None
+
+
+def test_what_cannot_be_made_is_one_line():
+    spec = gymnasium.spec("Pendulum-v1")
+    with pytest.raises(DataError, match=r"Pendulum-v1 cannot be made: .*no_such") as caught:
+        environments.make(spec, no_such=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
+    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics: pip install -e .[robotics]")
+    code = (
+        "import numpy as np\n"
+        "from efm_jax.evaluation import evaluate\n"
+        f"rollouts = evaluate(lambda o, s: np.zeros((1, 2, 2)), '{MAZE}', episode_seeds=[0, 1])\n"
+        "print(rollouts.lengths.tolist())\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=ROOT, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert glob.glob(f"{folder}/*.xml") == []
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[[300, 300]]\n", "")
