@@ -58,7 +58,7 @@ def collect(rows: list[dict[str, str]]) -> Scores:
 
 
 def table(scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """Datasets down, methods across, mean and standard deviation over seeds; the best mean of a row in bold."""
+    """Datasets down, methods across: mean and standard deviation over seeds, the best mean in bold."""
     methods = list(dict.fromkeys(method for runs in scores.values() for method in runs))
     lines = ["| dataset | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for dataset, runs in scores.items():

@@ -35,8 +35,8 @@ from efm_jax.data import (
     preprocess,
 )
 from efm_jax.evaluation import Rollouts, evaluate, reference_scores
-from efm_jax.rl.algorithm import PHASES, State
-from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.algorithm import State
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import check_fits, device_limit, predict
 from efm_jax.rl.policies import Acting
 from efm_jax.rl.trainer import StoppedError, Trainer

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from efm_jax.types import Array
-from efm_jax.weights import AxisName, effective_sample_size
+from efm_jax.weights import AxisName, effective_sample_size, log_normalizer
 
 # Of a bracket of log beta that is 40 wide: to a rounding error of float32.
 _HALVINGS = 32
+# Of an advantage, as in the authors' code of IQL (ikostrikov/implicit_q_learning).
+MAX_WEIGHT = 100.0
 
 
 class SupportSet(NamedTuple):
@@ -150,9 +152,29 @@ def summarize(
     return means | {"ess_low": jnp.quantile(ess, 0.1)}
 
 
-def summarize_advantages(advantages: Array, axis_name: AxisName = None) -> dict[str, Array]:
-    """Mean and standard deviation over all states of the data actions' advantages ``[n]``."""
+def advantage_log_weights(advantages: Array, beta: Array, axis_name: AxisName = None) -> Array:
+    """``log min(exp(beta A), 100)`` less the logarithm of its mean over the dataset, ``[n] -> [n]``.
+
+    Args:
+      advantages: of this device's data actions.
+      beta: guidance scale.
+      axis_name: mapped axis over which the dataset is split.
+    """
+    logits = jnp.minimum(beta * advantages, math.log(MAX_WEIGHT))
+    return logits - log_normalizer(-logits, 1.0, axis_name=axis_name)
+
+
+def summarize_advantages(
+    advantages: Array, log_weights: Array, axis_name: AxisName = None
+) -> dict[str, Array]:
+    """Mean and deviation of the advantages ``[n]``; the effective sample size as a share of the dataset."""
     mean, square = advantages.mean(), (advantages**2).mean()
+    size = log_weights.size
     if axis_name is not None:
         mean, square = lax.pmean((mean, square), axis_name)
-    return {"advantage_mean": mean, "advantage_std": jnp.sqrt(jnp.maximum(square - mean**2, 0))}
+        size *= lax.axis_size(axis_name)
+    return {
+        "advantage_mean": mean,
+        "advantage_std": jnp.sqrt(jnp.maximum(square - mean**2, 0)),
+        "ess_share": effective_sample_size(jnp.exp(log_weights), axis_name=axis_name) / size,
+    }

@@ -80,7 +80,7 @@ def run(runs, x64):
     return get
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", MEMBERS, ids="-".join)
 def test_trains(member, run):
     state, hooks = run(member)
     policy = POLICIES[member[0]]
@@ -94,7 +94,7 @@ def test_trains(member, run):
     assert any(jax.tree.leaves(changed)) == policy.trains
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", MEMBERS, ids="-".join)
 def test_two_devices_equal_one(member, run):
     (one, hooks), (two, others) = run(member), train(config(*member), devices=2)
     for a, b in zip(
@@ -103,7 +103,7 @@ def test_two_devices_equal_one(member, run):
         np.testing.assert_allclose(b, a, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("member", [member for member in MEMBERS if POLICIES[member[0]].trains])
+@pytest.mark.parametrize("member", [m for m in MEMBERS if POLICIES[m[0]].trains], ids="-".join)
 def test_continues_bit_for_bit(member, run):
     """From step 4 of 8, where those that renew do; the others compute the same table again."""
     whole, hooks = run(member)

@@ -9,16 +9,13 @@ from efm_jax.networks import GaussianActor
 from efm_jax.rl.critics.base import global_mean, share_of_mean
 from efm_jax.rl.policies.base import Acting, Batch, Policy
 from efm_jax.rl.samples import Samples
-from efm_jax.rl.support import summarize_advantages
+from efm_jax.rl.support import advantage_log_weights, summarize_advantages
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
 
-# Weights are clipped at it, as in the authors' code of IQL (ikostrikov/implicit_q_learning).
-_MAX_WEIGHT = 100.0
-
 
 class Gaussian(Policy):
-    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``: the row without a generative model.
+    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of Reweighting.
 
     Reference: Kostrikov et al. 2021 (arXiv 2110.06169), eq. 7.
     """
@@ -43,15 +40,15 @@ class Gaussian(Policy):
         return self.advantages(acting, key, samples, indices)
 
     def prepare(self, rows: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
-        return rows, summarize_advantages(rows, axis_name)
+        log_weights = advantage_log_weights(rows, self.config.beta, axis_name)
+        return log_weights, summarize_advantages(rows, log_weights, axis_name)
 
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
         mean, std = self.actor.apply(params, batch.samples.observations)
         z = (batch.samples.actions - mean) / std
         log_prob = -0.5 * jnp.sum(z**2 + 2 * jnp.log(std) + jnp.log(2 * jnp.pi), axis=-1)
-        weights = jnp.minimum(jnp.exp(self.config.beta * batch.rows), _MAX_WEIGHT)
-        aux = {"weight_mean": global_mean(weights, axis_name), "std": global_mean(std, axis_name)}
-        return share_of_mean(-weights * log_prob, axis_name), aux
+        aux = {"std": global_mean(std, axis_name)}
+        return share_of_mean(-jnp.exp(batch.rows) * log_prob, axis_name), aux
 
     def sample(self, acting: Acting, observations: Array, noise: Array) -> Array:
         mean, std = self.actor.apply(acting.policy, observations)
