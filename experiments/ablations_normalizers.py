@@ -1,19 +1,21 @@
-"""Other normalisers of the energy weights, for :mod:`experiments.ablations`; importing it registers them.
+"""Other normalisers of the energy weights, for :mod:`experiments.ablations`; call ``register`` to use them.
 
 QIPO divides ``exp(beta Q)`` by its sum over a state's support set.  What divides by a sum over other states too
 has the same optimum, since a factor of a state's own moves no conditional distribution; but it trains mostly
 the states whose values are high, with few effective samples.
 """
 
-import jax
+import math
+
 import jax.numpy as jnp
+from jax import lax
 
 from efm_jax import losses
 from efm_jax.losses import Aux
 from efm_jax.rl.policies import POLICIES, Batch
 from efm_jax.rl.policies.qipo import QIPO
 from efm_jax.rl.policies.reweighting import Reweighting
-from efm_jax.rl.support import SupportSet, WeightedSupport, effective_actions
+from efm_jax.rl.support import SupportSet, WeightedSupport
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName, effective_sample_size, log_normalizer
 
@@ -26,15 +28,12 @@ class DatasetQIPO(QIPO):
 
     def prepare(self, rows: SupportSet, axis_name: AxisName) -> tuple[WeightedSupport, dict[str, Array]]:
         table, summary = super().prepare(rows, axis_name)
-        # The state's own weights times its share of the values; the mean weight over the table is then 1.
-        logits = self.config.beta * rows.q_values
-        logits = logits.at[..., 0].add(jnp.log(self.config.data_copies))
+        logits = summary["beta"] * rows.q_values
+        logits = logits.at[..., 0].add(math.log(self.config.data_copies))
         log_weights = logits - log_normalizer(-logits.ravel(), 1.0, axis_name=axis_name)
-        weights = jnp.exp(log_weights - log_weights.max())
-        share = effective_sample_size(weights.ravel()) / effective_actions(
-            jnp.ones(logits.shape[-1]).at[0].set(self.config.data_copies), self.config.data_copies
-        )
-        return WeightedSupport(table.actions, log_weights), summary | {"effective_states": share}
+        size = log_weights.size * (1 if axis_name is None else lax.axis_size(axis_name))
+        ess = effective_sample_size(jnp.exp(log_weights).ravel(), axis_name=axis_name)
+        return WeightedSupport(table.actions, log_weights), summary | {"ess_share": ess / size}
 
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
         return self._flat_loss(params, key, batch, axis_name, log_normalizer=0.0)
@@ -70,4 +69,6 @@ class BatchReweighting(Reweighting):
         )
 
 
-POLICIES |= {"qipo_dataset": DatasetQIPO, "qipo_batch": BatchQIPO, "reweight_batch": BatchReweighting}
+def register() -> None:
+    """Make them values of the configuration field ``policy``."""
+    POLICIES.update(qipo_dataset=DatasetQIPO, qipo_batch=BatchQIPO, reweight_batch=BatchReweighting)

@@ -3,16 +3,20 @@
 Reads the newest readable checkpoint, plays the same episodes with the behaviour model and the policy,
 adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is not needed.
 How actions are sampled and chosen may differ from training: --solver, --sample_steps, --action_selection,
---num_candidates.
+--num_candidates.  --video=FILE.mp4 also records the first training seed's policy on the first episode.
 Exit status: 0 done, 2 bad flags or no usable checkpoint.
 """
 
+import os
 import sys
 import time
 
+import jax
 from absl import flags
+from etils import epath
 
 from efm_jax.evaluation import evaluate
+from efm_jax.evaluation.video import record_video
 from efm_jax.rl.algorithm import Algorithm
 from efm_jax.rl.config import SOLVERS
 from efm_jax.rl.loading import acting_config
@@ -33,11 +37,14 @@ _SELECTION = flags.DEFINE_enum(
 _CANDIDATES = flags.DEFINE_integer(
     "num_candidates", None, "Actions that best and mean sample; by default as in training.", 1
 )
+_VIDEO = flags.DEFINE_string("video", None, "An .mp4 (needs the extra video) or .gif file to record.")
 
 
 def main(_: list[str]) -> int:
     """Restore, play, report."""
     start = time.perf_counter()
+    if _VIDEO.value:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when MuJoCo is imported
     with cli.usage_errors():
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
@@ -65,6 +72,11 @@ def main(_: list[str]) -> int:
         act = make_act(algorithm, name, restored.keys, state.acting(), restored.normalizer, seeds)
         rollouts[name] = evaluate(act, info.env_spec, num_policies=info.num_seeds, episode_seeds=seeds)
         write_returns(workdir, return_rows(total_step, name, *rollouts[name], seeds))
+    if _VIDEO.value:
+        first = jax.tree.map(lambda leaf: leaf[:1], (restored.keys, state.acting()))
+        act = make_act(algorithm, "policy", first[0], first[1], restored.normalizer, seeds[:1])
+        with cli.usage_errors():
+            record_video(act, info.env_spec, epath.Path(_VIDEO.value).expanduser(), seed=seeds[0])
     summary = evaluation.summarize(info, rollouts)
     line = {
         "dataset": info.dataset,

@@ -32,7 +32,7 @@ def find_spec(env: str) -> EnvSpec:
     """
     try:
         return copy.deepcopy(gymnasium.spec(env))
-    except gymnasium.error.NameNotFound as error:  # not for an old version: importing would register that anew
+    except gymnasium.error.NameNotFound as error:  # an old version of a name is not looked for there
         if importlib.util.find_spec(_ROBOTICS) is None:
             hint = "Environments of Gymnasium Robotics need pip install -e .[robotics]"
             raise type(error)(f"{error} {hint}") from error

@@ -17,8 +17,8 @@ def export_policy(
     """The policy of a work directory, lowered to StableHLO and serialised by ``jax.export``.
 
     What comes back is read with ``jax.export.deserialize(data).call(observations, seed)``: observations
-    ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of the actions' noise, and the
-    result ``[b, A]`` float32 in the environment's units.  Normalisation and sampler are inside.
+    ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of the actions' noise, and
+    the result ``[b, A]`` float32 in the environment's units.  Normalisation and sampler are inside.
 
     Args:
       workdir: of ``launch.train``, local or ``gs://``.
@@ -27,12 +27,12 @@ def export_policy(
 
     Raises:
       ValueError: as :func:`load_policy`; an unknown platform.
+      ImportError: flatbuffers is not installed (the extra ``export``).
     """
     unknown = [name for name in platforms if name not in PLATFORMS]
     if unknown or not platforms:
-        raise ValueError(
-            f"platforms: expected some of {', '.join(PLATFORMS)}; got {', '.join(platforms) or 'none'}"
-        )
+        known, given = ", ".join(PLATFORMS), ", ".join(platforms) or "none"
+        raise ValueError(f"platforms: expected some of {known}; got {given}")
     policy = load_policy(workdir, **options)
     info = RunInfo.load(epath.Path(workdir).expanduser())
 

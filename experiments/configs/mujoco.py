@@ -2,8 +2,8 @@
 
 Values must reach over an episode in few steps (n_step), be cautious about actions that the data does not
 have (ensemble), and tilt little where they differ little (a small beta); half of a support set's base measure
-is the data action; what is played is the mean of a few actions.  QIPO-Diff: --config.path=vp --config.solver=dpmpp
---config.sample_steps=10.
+is the data action; what is played is the mean of a few actions.  QIPO-Diff: --config.path=vp
+--config.solver=dpmpp --config.sample_steps=10.
 """
 
 from efm_jax.rl.config import QIPOConfig

@@ -1,0 +1,98 @@
+"""A trained policy as a function, and as a file that runs without this package."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from efm_jax.rl import load_policy
+from tests.integration.runs import train_flags
+
+# What a stranger runs: JAX and NumPy, none of our code.
+READER = """
+import sys
+import numpy as np
+import jax
+from jax import export
+
+policy = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+for count in (1, 5):
+    observations = np.linspace(-1, 1, 3 * count, dtype=np.float32).reshape(count, 3)
+    np.save(sys.argv[2] + f"/{count}.npy", policy.call(observations, np.uint32(7)))
+assert not [name for name in sys.modules if name.startswith(("efm_jax", "launch", "flax"))]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(launcher, dataset, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    result = launcher.run("train", *train_flags(dataset, workdir, "--num_seeds=2"))
+    assert result.status == 0, result.err
+    return workdir
+
+
+def observations(count):
+    return np.linspace(-1, 1, 3 * count, dtype=np.float32).reshape(count, 3)
+
+
+def test_loaded_policy(run):
+    policy = load_policy(str(run))
+    actions = policy(observations(5), jax.random.key(7))
+    assert actions.shape == (5, 1)
+    assert np.abs(actions).max() <= 2  # Pendulum's torque
+    np.testing.assert_array_equal(policy(observations(5), jax.random.key(7)), actions)
+    assert np.abs(policy(observations(5), jax.random.key(8)) - actions).max() > 1e-4
+    for other in (load_policy(str(run), seed_index=1), load_policy(str(run), name="behavior")):
+        assert np.abs(other(observations(5), jax.random.key(7)) - actions).max() > 1e-4
+    mean = load_policy(str(run), action_selection="mean", num_candidates=4)
+    assert np.abs(mean(observations(5), jax.random.key(7)) - actions).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed_index": 2}, r"seed_index: expected less than the run's 2 seeds; got 2"),
+        ({"name": "critic"}, r"name: expected one of policy, behavior; got 'critic'"),
+        ({"beta": 3.0}, r"option: expected one of action_selection, .*; got 'beta'"),
+        ({"action_selection": "greedy"}, r"action_selection: "),
+    ],
+)
+def test_wrong_arguments(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_policy(str(run), **options)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run"):
+        load_policy(str(tmp_path))
+
+
+def test_exported_file_runs_in_a_clean_interpreter(launcher, run, tmp_path):
+    result = launcher.run("export", f"--workdir={run}", f"--out={tmp_path}/policy.bin")
+    assert result.status == 0, result.err
+    assert result.line["platforms"] == ["cpu", "cuda", "tpu"]
+    reader = [sys.executable, "-c", READER, tmp_path / "policy.bin", tmp_path]
+    subprocess.run(reader, cwd=tmp_path, check=True, timeout=120)
+    policy = load_policy(str(run))
+    for count in (1, 5):
+        expected = policy(observations(count), jax.random.key(np.uint32(7)))
+        np.testing.assert_allclose(np.load(tmp_path / f"{count}.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir: expected the work directory"),
+        (["--workdir=/nowhere/at/all"], "holds no run"),
+        (["--workdir={run}", "--platforms=abacus"], "expected some of cpu, cuda, rocm, tpu; got abacus"),
+        (["--workdir={run}", "--seed_index=9"], "seed_index: expected less than the run's 2 seeds; got 9"),
+    ],
+)  # fmt: skip
+def test_bad_flags_write_nothing(launcher, run, flags, message):
+    result = launcher.run("export", *(flag.format(run=run) for flag in flags))
+    assert result.status == 2
+    assert len(result.complaints) == 1
+    assert message in result.complaints[0]
+    assert not (run / "policy.jax_export").exists()
