@@ -13,6 +13,24 @@ def requirements() -> list[str]:
     return [line for line in lines if line]
 
 
+MUJOCO = [
+    "mujoco>=3.2,<5",  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
+    "imageio>=2.14.1,<3",  # which gymnasium.envs.mujoco imports
+]
+ROBOTICS = [
+    "gymnasium-robotics>=1.4,<2",  # PointMaze, AntMaze, Adroit, kitchen
+    *MUJOCO,
+]
+VIDEO = [
+    "av>=14,<19",  # H.264 for launch.evaluate --video
+    "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
+]
+EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export
+STUDY = [
+    "rliable>=1.2,<2",  # aggregates of experiments.offline_rl: IQM, stratified bootstrap
+    "pandas>=2.2,<3",  # for arch, which rliable needs and which does not import with pandas 3
+]
+GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 TEST = [
     "pytest>=8,<10",  # test runner
     "pytest-xdist>=3.6,<4",  # tests on every core
@@ -21,12 +39,11 @@ TEST = [
     "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
     "ruff>=0.11,<0.18",  # lint
     "pyyaml>=6,<7",  # reads the job files of clusters
+    *ROBOTICS,
+    *VIDEO,
+    *EXPORT,
+    *STUDY,
 ]
-MUJOCO = [
-    "mujoco>=3.2,<5",  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
-    "imageio>=2.14.1,<3",  # which gymnasium.envs.mujoco imports
-]
-GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 
 setup(
     name="efm-jax",
@@ -39,5 +56,13 @@ setup(
         include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]
     ),
     install_requires=requirements(),
-    extras_require={"test": TEST, "mujoco": MUJOCO, "gcs": GCS},
+    extras_require={
+        "mujoco": MUJOCO,
+        "robotics": ROBOTICS,
+        "video": VIDEO,
+        "export": EXPORT,
+        "study": STUDY,
+        "gcs": GCS,
+        "test": TEST,
+    },
 )

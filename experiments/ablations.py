@@ -1,7 +1,7 @@
 """What every choice of QIPO's policy phase does to its returns, on the same behaviour models and critics.
 
     python -m experiments.ablations [--dataset=pendulum|NAME=ID_OR_FILE] [--only=m,renewals,...] [--seeds=3]
-                                    [--shard=I/N] [--out=runs/ablations] [--stages=FOLDER] [--smoke] [--report]
+                                    [--out=runs/ablations] [--stages=FOLDER] [--smoke] [--report]
 
 m           actions in a support set
 renewals    how often they are redrawn: at equal policy steps and beta, and at equal total (l + 1) beta
@@ -17,11 +17,13 @@ An arm is its family's preset with the fields of one choice changed; what equals
 ``base``.  All seeds train in one program and arms share seeds, behaviour model, critic and episodes, so an arm is
 compared with the base seed by seed.  ``--out`` gets returns.csv, renewals.csv and stages/ (see
 experiments/study.py; ``--stages`` takes those of a study with the same presets and seeds) and table.md,
-ablations.csv and ablations.png.  What is in returns.csv is not computed again.
+ablations.csv and ablations.png.  What is in returns.csv is not computed again; once the base is in it, processes
+with different ``--only`` may share the folder.
 """
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable
@@ -113,15 +115,22 @@ def _early_steps(config: QIPOConfig, share: float) -> int:
     return max(round(share * config.critic_steps), 1)
 
 
-def plan(base: QIPOConfig, names: list[str]) -> tuple[dict[str, QIPOConfig], list[tuple[str, str, str]]]:
+def plan(
+    base: QIPOConfig, names: list[str], limit: int | None = None
+) -> tuple[dict[str, QIPOConfig], list[tuple[str, str, str]]]:
     """Which configurations are run, and which of them is which arm.
+
+    Args:
+      base: the preset.
+      names: of the ablations.
+      limit: arms of each ablation, by default all.
 
     Returns:
       ``{method: configuration}``, the preset first, and ``(ablation, arm, method)`` of every arm.
     """
     configs, labels = {BASE: base.validate()}, []
     for name in names:
-        for arm, changed in ABLATIONS[name](base).items():
+        for arm, changed in itertools.islice(ABLATIONS[name](base).items(), limit):
             config = dataclasses.replace(base, **changed).validate()
             method = next((known for known, other in configs.items() if other == config), f"{name}={arm}")
             configs[method] = config
@@ -146,17 +155,16 @@ def run(study: Study, name: str, dataset: Dataset, configs: dict[str, QIPOConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing of this shard, then the report."""
+    """Run what is missing, then the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", default="pendulum", help="NAME=ID_OR_FILE; pendulum is the built-in one")
     parser.add_argument("--only", default=",".join(ABLATIONS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shard", default="0/1", help="I/N: this process takes every N-th arm")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
     parser.add_argument("--stages", type=pathlib.Path, help="trained behaviour models and critics")
-    parser.add_argument("--smoke", action="store_true", help="every part, in about a minute")
+    parser.add_argument("--smoke", action="store_true", help="two arms of each, in about a minute")
     parser.add_argument("--report", action="store_true", help="only make tables and figures")
     args = parser.parse_args(argv)
     names = args.only.split(",")
@@ -171,16 +179,11 @@ def main(argv: list[str] | None = None) -> int:
     study = Study(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
     try:
         dataset = load_dataset(source)
-        configs, labels = plan(study.config(dataset), names)
+        configs, labels = plan(study.config(dataset), names, 2 if args.smoke else None)
     except ValueError as error:
         parser.error(f"--dataset: {error}")
     if not args.report:
-        index, count = (int(part) for part in args.shard.split("/"))
-        # Early critics continue each other, and the base trains what all share: one process has them.
-        alone = [m for m, c in configs.items() if m == BASE or c.critic_steps != configs[BASE].critic_steps]
-        others = [method for method in configs if method not in alone]
-        mine = (alone if index == 0 else []) + others[index::count]
-        run(study, name, dataset, {BASE: configs[BASE]} | {method: configs[method] for method in mine})
+        run(study, name, dataset, configs)
     ablations_report.write(study.rows(), name, labels, args.out)
     return 0
 

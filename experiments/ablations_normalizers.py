@@ -64,9 +64,7 @@ class BatchReweighting(Reweighting):
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
         loss = losses.ced if self.model.predicts_score else losses.cefm
         field = self.model.field(params, batch.samples.observations)
-        return loss(
-            field, self.model.path, key, batch.samples.actions, -batch.rows, 1.0, axis_name=axis_name
-        )
+        return loss(field, self.model.path, key, batch.samples.actions, -batch.rows, 1.0, axis_name=axis_name)
 
 
 def register() -> None:

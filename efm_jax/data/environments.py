@@ -32,7 +32,7 @@ def find_spec(env: str) -> EnvSpec:
     """
     try:
         return copy.deepcopy(gymnasium.spec(env))
-    except gymnasium.error.NameNotFound as error:  # an old version of a name is not looked for there
+    except gymnasium.error.NameNotFound as error:
         if importlib.util.find_spec(_ROBOTICS) is None:
             hint = "Environments of Gymnasium Robotics need pip install -e .[robotics]"
             raise type(error)(f"{error} {hint}") from error
@@ -71,8 +71,14 @@ def _install_hint(spec: EnvSpec) -> str:
 
 def _import_robotics() -> None:
     """Register the environments; some versions print news of other environments when imported."""
+    before = set(gymnasium.registry)
+    names = {spec.name for spec in gymnasium.registry.values()}
     with contextlib.redirect_stderr(io.StringIO()):
         gymnasium.register_envs(importlib.import_module(_ROBOTICS))
+    # It also brings back retired versions of Gymnasium's own environments, which need mujoco-py.
+    for env in set(gymnasium.registry) - before:
+        if gymnasium.registry[env].name in names:
+            del gymnasium.registry[env]
 
 
 def registered_spec(source: str, env: str) -> EnvSpec:

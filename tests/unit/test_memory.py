@@ -22,7 +22,7 @@ def test_prediction_is_what_a_run_holds(parallel, devices, critic):
     trainer = Trainer(options, transitions(), range(4), layout)
     found = predict(options, layout, ROWS, S, A)
     state = layout.put_seeds(trainer.init_state())
-    assert found.dataset == bytes_of(trainer._data) / devices
+    assert found.dataset == bytes_of(trainer._samples) / devices
     assert found.state == bytes_of(state) / devices
     tables = [trainer._renew(state, 0, Recorder())]
     if critic == "softmax_q":

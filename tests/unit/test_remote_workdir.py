@@ -12,9 +12,10 @@ from tensorboardX import record_writer
 
 from efm_jax.data import load_dataset
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.workdir import RunInfo
 from efm_jax.training.metrics import MetricsWriter, read_table, return_rows, write_returns
 from efm_jax.training.plots import plot_learning_curve
-from launch.workdir import RESULT_FILE, RunInfo, resolve, write_json
+from launch.workdir import RESULT_FILE, resolve, write_json
 from tests.integration.helpers import fresh
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
 
