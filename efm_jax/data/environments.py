@@ -71,14 +71,11 @@ def _install_hint(spec: EnvSpec) -> str:
 
 def _import_robotics() -> None:
     """Register the environments; some versions print news of other environments when imported."""
-    before = set(gymnasium.registry)
-    names = {spec.name for spec in gymnasium.registry.values()}
+    before = dict(gymnasium.registry)
     with contextlib.redirect_stderr(io.StringIO()):
         gymnasium.register_envs(importlib.import_module(_ROBOTICS))
-    # It also brings back retired versions of Gymnasium's own environments, which need mujoco-py.
-    for env in set(gymnasium.registry) - before:
-        if gymnasium.registry[env].name in names:
-            del gymnasium.registry[env]
+    # It also replaces Gymnasium's own retired environments by some that need mujoco-py.
+    gymnasium.registry.update(before)
 
 
 def registered_spec(source: str, env: str) -> EnvSpec:

@@ -143,9 +143,7 @@ class QIPOConfig:
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
         if self.policy == "qgpo" and self.path != "vp":
-            raise ValueError(
-                f"path: expected 'vp' with policy 'qgpo', which guides a score; got {self.path!r}"
-            )
+            raise ValueError(f"path: expected 'vp' with policy=qgpo, which guides a score; got {self.path!r}")
         return self
 
     def to_dict(self) -> dict[str, typing.Any]:

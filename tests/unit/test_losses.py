@@ -529,3 +529,26 @@ def test_cep_does_not_hide_a_nan_energy():
     loss, aux = losses.cep(lambda x, t: x.sum(-1), paths.vp_linear(), jax.random.key(0), x0, energy, 1.0)
     assert jnp.isnan(loss)
     assert jnp.isnan(aux["ess"])
+
+
+def test_contrast_of_groups_over_devices():
+    """Groups split over devices: the shares of loss and gradient sum to those of one device."""
+    x0 = jax.random.normal(jax.random.key(0), (4, 5, 2))
+    energy = x0.sum(-1)
+
+    def loss(w, x0, energy, axis_name=None):
+        return losses.cep(
+            lambda x, t: w * (x**2).sum(-1), paths.vp_linear(), jax.random.key(1), x0, energy, 0.7,
+            axis_name=axis_name,
+        )  # fmt: skip
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (whole, aux), slope = grad(0.3, x0, energy)
+    split = jax.vmap(lambda x, e: grad(0.3, x, e, "i"), axis_name="i")
+    (shares, others), slopes = split(x0.reshape(2, 2, 5, 2), energy.reshape(2, 2, 5))
+    assert shares.sum() == pytest.approx(float(whole), rel=1e-5)
+    assert slopes.sum() == pytest.approx(float(slope), rel=1e-5)
+    for name, value in aux.items():
+        np.testing.assert_allclose(others[name], [value, value], rtol=1e-5)
+    with pytest.raises(ValueError, match="x0: "):
+        jax.vmap(lambda x, e: loss(0.3, x, e, "i"), axis_name="i")(x0, energy)

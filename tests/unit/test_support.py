@@ -65,9 +65,10 @@ def state(algorithm):
 
 @pytest.fixture(scope="module")
 def rows(algorithm):
+    whole = jax.tree.map(jnp.asarray, samples())
     return jax.jit(
         lambda state, key, renewal, indices: algorithm.policy_rows(
-            state, key, renewal, jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], samples()), indices
+            state, key, renewal, jax.tree.map(lambda leaf: leaf[indices], whole), indices
         )
     )
 
