@@ -10,15 +10,15 @@ estimator   the full weighted sum of a state's actions, or one of them drawn by 
 sampler     solver and steps that draw the support sets; every policy acts with the preset's
 critic      the critic after 1%, 10% and 30% of its steps: checkpoints of one run
 copies      as how many actions of a support set the data action counts
-normalizer  what divides exp(beta Q): the sum over the state's actions, the batch's, the dataset's mean; and the
-            same of the data's own actions alone (``reweight``)
+normalizer  what divides exp(beta Q): the sum over the state's actions, the batch's, the dataset's mean; and
+            the same of the data's own actions alone (``reweight``)
 
 An arm is its family's preset with the fields of one choice changed; what equals the preset is run once, as
-``base``.  All seeds train in one program and arms share seeds, behaviour model, critic and episodes, so an arm is
-compared with the base seed by seed.  ``--out`` gets returns.csv, renewals.csv and stages/ (see
+``base``.  All seeds train in one program and arms share seeds, behaviour model, critic and episodes, so an
+arm is compared with the base seed by seed.  ``--out`` gets returns.csv, renewals.csv and stages/ (see
 experiments/study.py; ``--stages`` takes those of a study with the same presets and seeds) and table.md,
-ablations.csv and ablations.png.  What is in returns.csv is not computed again; once the base is in it, processes
-with different ``--only`` may share the folder.
+ablations.csv and ablations.png.  What is in returns.csv is not computed again; once the base is in it,
+processes with different ``--only`` may share the folder.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def plan(
 
 
 def run(study: Study, name: str, dataset: Dataset, configs: dict[str, QIPOConfig]) -> None:
-    """Every configuration on the base's behaviour model and critic, or on an early checkpoint of the critic."""
+    """Every configuration, on the base's behaviour model and its critic or an early checkpoint of it."""
     base, normalizer = configs[BASE], fit_normalizer(dataset)
     data = preprocess(dataset, normalizer, base.reward_transform)
     hooks = Hooks(study, name, "stages", dataset, normalizer, base)

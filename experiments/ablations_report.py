@@ -123,7 +123,7 @@ def write(
         return
     seeds = len(found[0].last)
     lines = [
-        f"{dataset}: mean score of {seeds} seeds (± standard deviation) at the end; the preset's arm is bold.",
+        f"{dataset}: mean score of {seeds} seeds (± standard deviation) at the end; the preset is bold.",
         "",
         *table(found),
     ]

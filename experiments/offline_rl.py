@@ -8,11 +8,11 @@ with a few fields changed (``METHODS``).  For every dataset the behaviour model 
 are trained once, for all seeds in one program, and shared by the methods, which differ in their policy phase
 alone.  All are evaluated on the same episodes, during the policy phase and at its end.
 
-``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what every renewal logs), stages/
-(trained behaviour models and critics) and, from ``--report`` or at the end, table.md, summary.json and figures.
-What is in returns.csv is not computed again; N processes with --shard=0/N ... share one folder.  Aggregates are
-rliable's (``pip install -e .[study]``): interquartile mean with stratified bootstrap intervals, performance
-profiles, probability of improvement (Agarwal et al. 2021, arXiv 2108.13264).
+``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what every renewal logs),
+stages/ (trained behaviour models and critics) and, from ``--report`` or at the end, table.md, summary.json
+and figures.  What is in returns.csv is not computed again; N processes with --shard=0/N ... share one folder.
+Aggregates are rliable's (``pip install -e .[study]``): interquartile mean with stratified bootstrap
+intervals, performance profiles, probability of improvement (Agarwal et al. 2021, arXiv 2108.13264).
 """
 
 import argparse

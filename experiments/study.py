@@ -155,6 +155,8 @@ class Study:
     ) -> State:
         """A state whose behaviour model and critic are trained, read from the folder where they are there.
 
+        The rest of it is not to be used.
+
         Args:
           name: the dataset's.
           config: which behaviour model and critic, and for how many steps.
@@ -167,7 +169,7 @@ class Study:
         trainer = Trainer(
             dataclasses.replace(config, policy="bc", action_selection="sample"), data, range(self.num_seeds)
         )
-        state = trainer.init_state()
+        like = jax.eval_shape(trainer.init_state)  # the structure: what is read needs no program
         critic = f"{name}-{config.critic}"
         if trainer.algorithm.critic.uses_next_actions:
             critic += f"-{config.path}"
@@ -176,17 +178,16 @@ class Study:
             for phase, stem in (("behavior", f"{name}-{config.path}"), ("critic", critic + part))
         }
         missing = [phase for phase, file in files.items() if not file.exists()]
-        for phase, file in files.items():
-            if phase not in missing:
-                state = state.replace(**{phase: _load(file, getattr(state, phase))})
+        found = {phase: _load(files[phase], getattr(like, phase)) for phase in files if phase not in missing}
+        if not missing:
+            return like.replace(**found)
         if "critic" in missing and after is not None:
             earlier = self.stages / f"{critic}{after}-x{self.num_seeds}.pkl"
             if earlier.exists():
-                state = state.replace(critic=_load(earlier, state.critic))
-        if missing:
-            state = trainer.run(state, hooks)
-            for phase in missing:
-                _save(files[phase], getattr(state, phase))
+                found["critic"] = _load(earlier, like.critic)
+        state = trainer.run(trainer.init_state().replace(**found), hooks)
+        for phase in missing:
+            _save(files[phase], getattr(state, phase))
         return state
 
 

@@ -37,7 +37,7 @@ def get_config() -> QIPOConfig:
         num_candidates=8,
         reward_transform="locomotion",
         behavior_steps=80_000,
-        critic_steps=20_000,
+        critic_steps=10_000,
         policy_steps=8_000,
         log_every=250,  # a chunk: what SIGTERM waits for
         checkpoint_every=10_000,

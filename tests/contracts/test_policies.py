@@ -15,7 +15,7 @@ from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
 
 ROWS, S, A = 48, 3, 2
-MEMBERS = [*((policy, "ensemble") for policy in POLICIES), *(("reweight", critic) for critic in CRITICS)]
+MEMBERS = [*((policy, "ensemble") for policy in POLICIES), ("reweight", "softmax_q"), ("reweight", "iql")]
 
 
 def config(policy, critic, **options):
@@ -156,7 +156,8 @@ def test_evaluation_may_sample_in_another_way():
     finer = config("bc", "iql", sample_steps=2, eval_solver="rk4", eval_sample_steps=9)
     direct = config("bc", "iql", solver="rk4", sample_steps=9)
     state = jax.jit(Algorithm(base, S, A).init)(jax.random.key(0))
-    args = (state.acting(), NORMALIZER, jax.random.key(1), np.full((1, S), 0.1, np.float32), 0, np.array([3]))
+    observations = np.random.default_rng(0).standard_normal((8, S)).astype(np.float32)
+    args = (state.acting(), NORMALIZER, jax.random.key(1), observations, 0, np.arange(8))
     coarse, fine, same = (Algorithm(c, S, A).act("policy", *args) for c in (base, finer, direct))
     np.testing.assert_allclose(fine, same, rtol=1e-6)
     assert np.abs(coarse - fine).max() > 1e-4

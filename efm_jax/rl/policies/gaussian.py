@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from efm_jax.losses import Aux
@@ -13,6 +15,9 @@ from efm_jax.rl.support import advantage_log_weights, summarize_advantages
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
 
+if TYPE_CHECKING:
+    from efm_jax.rl.config import QIPOConfig
+
 
 class Gaussian(Policy):
     """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of Reweighting.
@@ -21,7 +26,7 @@ class Gaussian(Policy):
     """
 
     @classmethod
-    def name(cls, config) -> str:
+    def name(cls, config: QIPOConfig) -> str:
         return "gaussian"
 
     @property

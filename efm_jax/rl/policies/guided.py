@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,9 @@ from efm_jax.rl.samples import Samples
 from efm_jax.rl.support import SupportSet
 from efm_jax.types import Array, Field, Params
 from efm_jax.weights import AxisName
+
+if TYPE_CHECKING:
+    from efm_jax.rl.config import QIPOConfig
 
 
 class QGPO(QIPO):
@@ -30,7 +35,7 @@ class QGPO(QIPO):
     renews = False
 
     @classmethod
-    def name(cls, config) -> str:
+    def name(cls, config: QIPOConfig) -> str:
         return "qgpo"
 
     @property

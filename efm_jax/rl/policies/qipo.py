@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,9 @@ from efm_jax.rl.samples import Samples
 from efm_jax.rl.support import SupportSet, WeightedSupport, draw_noise, summarize, support_beta, weigh
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
+
+if TYPE_CHECKING:
+    from efm_jax.rl.config import QIPOConfig
 
 
 class QIPO(Policy):
@@ -23,7 +28,7 @@ class QIPO(Policy):
     renews = True
 
     @classmethod
-    def name(cls, config) -> str:
+    def name(cls, config: QIPOConfig) -> str:
         return f"qipo_{config.path_name}"
 
     def rows(
