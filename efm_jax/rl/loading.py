@@ -1,27 +1,38 @@
 """A trained policy as a function, for code that is not ours."""
 
 import dataclasses
-import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
 
 from efm_jax import checks
 from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.workdir import RunInfo, restore
 from efm_jax.types import Array
 
+# Fields of a configuration that only concern acting.
+ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_sample_steps")
 
-def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **options) -> Callable:
+
+def acting_config(config: QIPOConfig, **options: Any) -> QIPOConfig:
+    """The configuration with other ``ACTING_FIELDS``; a ``ValueError`` for any other field."""
+    for name in options:
+        checks.check_choice("option", name, ACTING_FIELDS)
+    return dataclasses.replace(config, **options).validate()
+
+
+def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any) -> Callable:
     """The policy of a work directory of ``launch.train``.
 
     Args:
       workdir: local or ``gs://``.
       name: "policy" or "behavior".
       seed_index: which of the run's training seeds acts, from 0.
-      **options: fields of :class:`efm_jax.rl.config.QIPOConfig` that only concern acting, instead of the
-        run's: ``action_selection``, ``num_candidates``, ``eval_solver``, ``eval_sample_steps``.
+      **options: ``ACTING_FIELDS``, instead of the run's.
 
     Returns:
       A jitted ``policy(observations [B, S], key) -> actions [B, A]``, both in the environment's units; dict
@@ -43,7 +54,7 @@ def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **op
     if seed_index >= info.num_seeds:
         raise ValueError(f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}")
     algorithm = Algorithm(acting_config(info.config, **options), info.observation_size, info.action_size)
-    restored = restore(folder, info, algorithm, lambda text: print(text, file=sys.stderr))
+    restored = restore(folder, info, algorithm, lambda text: warnings.warn(text, stacklevel=3))
     acting = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.acting())
 
     @jax.jit
@@ -54,13 +65,3 @@ def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **op
         return algorithm.actions(name, acting, restored.normalizer, observations, noise)
 
     return policy
-
-
-ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_sample_steps")
-
-
-def acting_config(config, **options):
-    """The configuration with other ``ACTING_FIELDS``; a ``ValueError`` for any other field."""
-    for name in options:
-        checks.check_choice("option", name, ACTING_FIELDS)
-    return dataclasses.replace(config, **options).validate()
