@@ -4,20 +4,20 @@
                                          [--periods=6] [--out=runs/guidance_scale] [--stages=FOLDER]
                                          [--smoke] [--report]
 
-After l renewals the policy should be ``mu exp((l + 1) beta Q) / Z(s)`` (Zhang et al. 2025, eq. 5.4).  Flows have
-exact likelihoods, so at the end of every period ``log pi_l(a|s) - log mu(a|s)`` is regressed on ``Q(s, a)``
-within states; the slope stands beside (l + 1) beta.
+After l renewals the policy should be ``mu exp((l + 1) beta Q) / Z(s)`` (Zhang et al. 2025, eq. 5.4).  Flows
+have exact likelihoods, so at the end of every period ``log pi_l(a|s) - log mu(a|s)`` is regressed on
+``Q(s, a)`` within states; the slope stands beside (l + 1) beta.
 
 Actions are drawn from mu and from pi_l, half each: mu alone has few where pi_l has its mass and is judged by
 its tails, pi_l alone the reverse, and both together spread the Q-values most.  Slopes over each half are
-reported too; where the law holds all three agree.  The sampler clips to [-1, 1] and a flow's density is on all
-of R^A, but clipping leaves the density inside as it is: actions are drawn without clipping, by the solver of
-the likelihoods, and those outside, or within ``MARGIN`` of a bound, are left out (the next period is trained on
-clipped actions, and its flow smears what lies on the bound).
+reported too; where the law holds all three agree.  The sampler clips to [-1, 1] and a flow's density is on
+all of R^A, but clipping leaves the density inside as it is: actions are drawn without clipping, by the solver
+of the likelihoods, and those outside, or within ``MARGIN`` of a bound, are left out (the next period is
+trained on clipped actions, and its flow smears what lies on the bound).
 
-``reference``, for one-dimensional actions, is the slope of the algorithm itself with perfect models and the same
-support sets, at the same actions (see :func:`guidance_scale_regression.reference_log_ratios`): what it is below
-(l + 1) beta is due to M actions a set and to the data action, what the policy is beside it to learning.
+``reference``, for one-dimensional actions, is the slope of the algorithm itself with perfect models, at the
+same actions (see :func:`guidance_scale_regression.reference_log_ratios`): what it is below (l + 1) beta is
+due to M actions a set and to the data action; what the policy is beside it, to learning.
 
 bandit: the true Q and a Gaussian mu; any other problem is a dataset with its preset and trained critic.
 ``--out`` gets slopes.csv, table.md, guidance_scale.png; an arm that is in slopes.csv is not computed again.
@@ -254,8 +254,9 @@ def slopes_of(
                         for actions, values in zip(found.actions[..., 0], reference[period], strict=False)
                     ]
                 )
-                count = len(exact)
-                slopes["reference"] = within_regression(exact, found.q_values[:count], keep[:count])
+                q, used = found.q_values[: len(exact)], keep[: len(exact)]
+                slopes["reference"] = within_regression(exact, q, used)
+                slopes["reference pi"] = within_regression(exact, q, used & of_pi)
             rows += [
                 {
                     "seed": seed,

@@ -1,4 +1,4 @@
-"""The effective guidance scale: a regression within states, and what QIPO itself would give without networks."""
+"""The effective guidance scale: a regression within states, and QIPO's own with perfect models."""
 
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ def within_regression(
 ) -> Slope:
     """Regress ``log pi - log mu`` on Q with an intercept of its own for every state.
 
-    The law ``pi = mu exp(b Q) / Z(s)`` is ``log pi - log mu = b Q - log Z(s)``: a line with slope b whose level
-    is the state's.  Where it holds exactly, any choice of actions gives b; where it does not, the slope is the
-    best line's over the actions chosen.  Leaving out actions by where they are (``keep``) is such a choice and
-    no selection on the result.
+    The law ``pi = mu exp(b Q) / Z(s)`` is ``log pi - log mu = b Q - log Z(s)``: a line with slope b whose
+    level is the state's.  Where it holds exactly, any choice of actions gives b; where it does not, the slope
+    is the best line's over the actions chosen.  Leaving out actions by where they are (``keep``) is such a
+    choice and no selection on the result.
 
     Args:
       log_ratios: ``[n, m]``, of m actions at n states.
@@ -75,8 +75,8 @@ def reference_log_ratios(
     ``g_j ∝ c_j exp(beta Q_j)``: one data action ``a_0 ~ mu`` that counts c times, and M of the policy.  So
     ``pi'(a) = mu(a) E[c e(a) / (c e(a) + S_M)] + M pi(a) E[e(a) / (c e(a_0) + e(a) + S_{M-1})]``
     with ``e = exp(beta Q)`` and ``S_m`` its sum over m actions of the policy; expectations are averages over
-    ``draws`` support sets.  For M to infinity or small beta this is ``pi exp(beta Q) / Z`` (Zhang et al. 2025,
-    eq. 5.4); each weight is at most 1, so a period multiplies no density by more than about M + c.
+    ``draws`` support sets.  For M to infinity this is ``pi exp(beta Q) / Z`` (Zhang et al. 2025, eq. 5.4); as
+    a weight is at most 1, ``pi' <= mu + M pi``: with M actions a period cannot tilt further than that.
 
     Args:
       masses: ``[n, K]``, mu at n states; each row sums to 1.

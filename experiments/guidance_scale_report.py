@@ -32,9 +32,11 @@ def curve(rows: Rows, measure: str, column: str = "slope") -> tuple[np.ndarray, 
 
 def table(rows: Rows) -> list[str]:
     """A row per problem, arm and renewal: slopes of every measure, means over seeds."""
-    measures = ("both", "mu", "pi", "reference")
-    lines = ["| problem | arm | l | (l + 1) beta | slope | actions of mu | of pi | reference | R2 | kept |"]
-    lines.append("|---" * 10 + "|")
+    measures = ("both", "mu", "pi", "reference", "reference pi")
+    names = (
+        "problem | arm | l | (l + 1) beta | slope | over mu | over pi | reference | its over pi | R2 | kept"
+    )
+    lines = [f"| {names} |", "|---" * 11 + "|"]
     for problem, arm in _pairs(rows):
         here = _select(rows, problem, arm)
         betas, slopes = curve(here, "both")

@@ -254,6 +254,8 @@ class Hooks:
             act, self._env_spec, num_policies=self._study.num_seeds, episode_seeds=self._seeds
         )
         scores = normalized_score(returns, self._references)
+        if scores is None:  # of an environment without reference scores
+            scores = returns
         seconds = round(time.perf_counter() - self._started, 1)
         self._study.write(
             dict(

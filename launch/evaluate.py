@@ -43,8 +43,10 @@ _VIDEO = flags.DEFINE_string("video", None, "An .mp4 (needs the extra video) or 
 def main(_: list[str]) -> int:
     """Restore, play, report."""
     start = time.perf_counter()
-    if _VIDEO.value:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when MuJoCo is imported
+    if _VIDEO.value and not os.environ.get("DISPLAY"):
+        # MuJoCo and SDL (Pendulum) render without a display; both read this when they are imported.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     with cli.usage_errors():
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
@@ -66,17 +68,17 @@ def main(_: list[str]) -> int:
         restored = restore(workdir, info, algorithm, lambda text: print(text, file=sys.stderr))
     state = restored.state
     seeds = evaluation.episode_seeds(_EPISODES.value or config.eval_episodes)
+    if _VIDEO.value:
+        first = jax.tree.map(lambda leaf: leaf[:1], (restored.keys, state.acting()))
+        act = make_act(algorithm, "policy", first[0], first[1], restored.normalizer, seeds[:1])
+        with cli.usage_errors():
+            record_video(act, info.env_spec, epath.Path(_VIDEO.value).expanduser(), seed=seeds[0])
     rollouts = {}
     behavior_step = int(state.behavior.step[0])
     for name, total_step in (("behavior", behavior_step), ("policy", restored.step)):
         act = make_act(algorithm, name, restored.keys, state.acting(), restored.normalizer, seeds)
         rollouts[name] = evaluate(act, info.env_spec, num_policies=info.num_seeds, episode_seeds=seeds)
         write_returns(workdir, return_rows(total_step, name, *rollouts[name], seeds))
-    if _VIDEO.value:
-        first = jax.tree.map(lambda leaf: leaf[:1], (restored.keys, state.acting()))
-        act = make_act(algorithm, "policy", first[0], first[1], restored.normalizer, seeds[:1])
-        with cli.usage_errors():
-            record_video(act, info.env_spec, epath.Path(_VIDEO.value).expanduser(), seed=seeds[0])
     summary = evaluation.summarize(info, rollouts)
     line = {
         "dataset": info.dataset,

@@ -1,4 +1,4 @@
-"""A trained policy as a function, and as a file that runs without this package."""
+"""A trained policy as a function, as a file that runs without this package, and as a video."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from efm_jax.rl import load_policy
 from tests.integration.runs import train_flags
@@ -96,3 +97,25 @@ def test_bad_flags_write_nothing(launcher, run, flags, message):
     assert len(result.complaints) == 1
     assert message in result.complaints[0]
     assert not (run / "policy.jax_export").exists()
+
+
+def test_evaluation_samples_in_another_way_and_is_filmed(launcher, run, tmp_path):
+    flags = [f"--workdir={run}", "--episodes=2"]
+    plain = launcher.run("evaluate", *flags)
+    film = tmp_path / "film.gif"
+    other = launcher.run(
+        "evaluate", *flags, "--solver=rk4", "--sample_steps=3", "--action_selection=mean",
+        "--num_candidates=2", f"--video={film}",
+    )  # fmt: skip
+    assert (plain.status, other.status) == (0, 0), (plain.err, other.err)
+    assert plain.line["policy_return"] != other.line["policy_return"]
+    with Image.open(film) as frames:
+        assert frames.n_frames > 20
+        assert len(np.unique(np.asarray(frames.convert("L")))) > 1
+
+
+def test_a_video_of_another_kind_is_refused(launcher, run, tmp_path):
+    result = launcher.run("evaluate", f"--workdir={run}", "--episodes=1", f"--video={tmp_path}/film.txt")
+    assert result.status == 2
+    assert "film.txt" in result.complaints[-1]
+    assert not (tmp_path / "film.txt").exists()

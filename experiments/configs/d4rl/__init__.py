@@ -1,0 +1,1 @@
+"""QIPO's settings on D4RL, as far as they are published: the presets of ``launch.reproduce``."""

@@ -1,0 +1,163 @@
+"""`launch.reproduce` as a process, on tiny files: once to the end, once interrupted."""
+
+import csv
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from efm_jax.data.d4rl_files import D4RL_FILES
+from efm_jax.evaluation import mean_and_interval, reference_scores
+from tests.integration.runs import CONFIG, table
+
+TASK = "halfcheetah-medium-v2"
+# The settings of the paper, shrunken.
+FIELDS = CONFIG | {"reward_transform": "none", "time_features": 4}
+
+
+@pytest.fixture(scope="module")
+def files(dataset, tmp_path_factory):
+    """A folder with the files of three tasks, under D4RL's names and under the tasks'."""
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copy(dataset, folder / D4RL_FILES[TASK].split("/")[-1])
+    for task in ("hopper-medium-v2", "walker2d-medium-v2"):
+        shutil.copy(dataset, folder / f"{task}.hdf5")
+    return folder
+
+
+def flags(files, root, *more, **config):
+    fields = " ".join(f"--config.{name}='{value}'" for name, value in (FIELDS | config).items())
+    return [f"--files={files}", f"--root={root}", "--seeds=2", f"--train_flags={fields}", *more]
+
+
+def rows(root):
+    with open(root / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scores(workdir, task):
+    """Scores [evaluations, seeds] of the policy, counted from the raw returns."""
+    low, high = reference_scores(task)
+    found = [row for row in table(workdir / "returns.csv") if row["policy"] == "policy"]
+    steps = sorted({int(row["total_step"]) for row in found})
+    means = [
+        [
+            np.mean([float(r["return"]) for r in found if (int(r["total_step"]), r["seed"]) == (step, seed)])
+            for seed in "01"
+        ]
+        for step in steps
+    ]
+    return 100 * (np.array(means) - low) / (high - low)
+
+
+def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
+    root = tmp_path / "all"
+    asked = flags(files, root, f"--tasks={TASK},hopper-medium-v2", "--workers=2")
+    result = launcher.run("reproduce", *asked)
+    assert result.status == 0, result.err
+    assert result.complaints == []
+    assert result.line == {"jobs": 4, "done": 4, "failed": 0, "results": str(root / "results.csv")}
+    found = rows(root)
+    assert [(row["task"], row["algorithm"]) for row in found] == [
+        (task, name) for task in (TASK, "hopper-medium-v2") for name in ("qipo_ot", "qipo_diff")
+    ]
+    for row in found:
+        [workdir] = root.glob(f"{row['task']}-{row['algorithm']}-2seeds-*")
+        saved = json.loads((workdir / "config.json").read_text())
+        assert (saved["num_seeds"], saved["seed"], saved["config"]["network"]) == (2, 0, "unet")
+        assert saved["config"]["path"] == {"qipo_ot": "ot", "qipo_diff": "vp"}[row["algorithm"]]
+        by_seed = scores(workdir, row["task"])
+        assert len(by_seed) == 2
+        for name, values in (("last", by_seed[-1]), ("best", by_seed.max(axis=0))):
+            cells = [float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
+            np.testing.assert_allclose(cells, mean_and_interval(values), rtol=1e-9)
+            published = {TASK: 54.2}.get(row["task"])
+            if published is None:
+                assert row["published"] == row[f"{name}_difference"] == ""
+            else:
+                assert row["published"] == "54.2"
+                assert float(row[f"{name}_difference"]) == pytest.approx(values.mean() - 54.2)
+    text = (root / "results.md").read_text()
+    assert f"{float(found[0]['last_difference']):+.1f} | {float(found[0]['best_difference']):+.1f} |" in text
+    assert "qipo_ot: 2 of 2 tasks done, 1 of them published; mean difference " in text
+    # Again: nothing is left to do.  A task more, only collected: an empty row.
+    logs = {path: path.stat() for path in (root / "logs").iterdir()}
+    assert launcher.run("reproduce", *asked).out == result.out
+    assert {path: path.stat() for path in (root / "logs").iterdir()} == logs
+    more = flags(files, root, f"--tasks={TASK},walker2d-medium-v2", "--algorithms=qipo_ot", "--collect")
+    assert launcher.run("reproduce", *more).line["done"] == 1
+    empty = rows(root)[1]
+    assert (empty["task"], empty["last"], empty["seeds"], empty["published"]) == (
+        "walker2d-medium-v2", "", "", "87.6",
+    )  # fmt: skip
+
+
+def test_an_interrupted_job_continues(launcher, files, tmp_path):
+    root = tmp_path / "stopped"
+    steps = {"behavior_steps": 20_000, "log_every": 10, "checkpoint_every": 1000}
+    asked = flags(files, root, f"--tasks={TASK}", "--algorithms=qipo_ot", **steps)
+    process = launcher.start("reproduce", *asked)
+    end = time.monotonic() + 120
+    while not list(root.glob("*/metrics.csv")):
+        assert process.running
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send(signal.SIGTERM)
+    stopped = process.wait()
+    assert (stopped.status, stopped.line["done"]) == (143, 0), stopped.err
+    assert "the same command continues" in stopped.complaints[0]
+    again = launcher.run("reproduce", *asked)
+    assert (again.status, again.line["done"]) == (0, 1), again.err
+    [log] = (root / "logs").iterdir()
+    assert "continuing" in log.read_text()
+
+
+def test_job_list_of_everything(launcher, tmp_path):
+    path = tmp_path / "jobs.txt"
+    result = launcher.run("reproduce", f"--root={tmp_path / 'root'}", f"--jobs={path}")
+    assert result.line == {"jobs": 30, "done": 0, "list": str(path)}
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("python -m launch.train --dataset=halfcheetah-medium-expert-v2 ")
+    assert "--config=experiments/configs/d4rl/locomotion.py --seed=0 " in lines[0]
+    assert lines[0].endswith("halfcheetah-medium-expert-v2-qipo_ot-8seeds --num_seeds=8 --config.path=ot")
+    antmaze = [line for line in lines if "antmaze.py" in line]
+    assert len(antmaze) == 12
+    assert "--dataset=D4RL/antmaze/umaze-diverse-v1 " in antmaze[2]
+    assert antmaze[3].endswith("antmaze-umaze-diverse-v2-qipo_diff-8seeds --num_seeds=8 --config.path=vp")
+
+
+BAD_FLAGS = {
+    "task": (["--tasks=hopper-medium-v0"], ["--tasks", "hopper-medium-v2", "'hopper-medium-v0'"]),
+    "no task": (["--tasks="], ["--tasks", "none"]),
+    "twice": (["--tasks=locomotion,hopper-medium-v2"], ["hopper-medium-v2 is asked for twice"]),
+    "algorithm": (["--algorithms=qgpo"], ["--algorithms", "qipo_ot", "'qgpo'"]),
+    "seeds": (["--seeds=0"], ["seeds", "0"]),
+    "no file": (["--tasks=hopper-expert-v2", "--files=nosuch"], ["--tasks"]),
+    "file": (["--files=nosuch"], ["--files=nosuch", "halfcheetah_medium_expert-v2.hdf5"]),
+    "own flag": (["--train_flags=--config.path=vp"], ["--train_flags", "--config.path=vp"]),
+    "seeds twice": (["--train_flags=--num_seeds=2"], ["--train_flags", "--num_seeds=2"]),
+    "two modes": (["--jobs=jobs.txt", "--collect"], ["--jobs", "--collect"]),
+    "nothing to collect": (["--collect"], ["root", "no such folder"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(launcher, tmp_path, case):
+    bad, words = BAD_FLAGS[case]
+    result = launcher.run("reproduce", f"--root={tmp_path / 'root'}", *bad)
+    assert (result.status, result.out) == (2, "")
+    assert len(result.complaints) == 1, result.err
+    for word in words:
+        assert word in result.complaints[0]
+
+
+def test_what_cannot_be_evaluated_fails_with_a_line(launcher, tmp_path):
+    empty = {"MINARI_DATASETS_PATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    asked = [f"--root={tmp_path / 'root'}", "--tasks=antmaze-umaze-v2", "--algorithms=qipo_ot"]
+    result = launcher.run("reproduce", *asked, env=empty)
+    assert (result.status, result.line["failed"]) == (1, 1)
+    assert len(result.complaints) == 1, result.err
+    assert "D4RL/antmaze/umaze-v1: no such dataset at " in result.complaints[0]

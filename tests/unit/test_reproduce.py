@@ -1,0 +1,47 @@
+"""The presets of `experiments/configs/d4rl/` and what `launch.reproduce` counts as a score."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+
+from efm_jax.data.d4rl_files import D4RL_FILES
+from efm_jax.evaluation import reference_scores
+from launch.reproduce import ANTMAZE, LOCOMOTION, PUBLISHED, seed_scores
+
+
+def preset(name):
+    return importlib.import_module(f"experiments.configs.d4rl.{name}").get_config().validate()
+
+
+def test_tasks_are_d4rls():
+    assert (len(LOCOMOTION), len(ANTMAZE)) == (9, 6)
+    for task in (*LOCOMOTION, *ANTMAZE):
+        assert task in D4RL_FILES
+        assert reference_scores(task) is not None
+    assert PUBLISHED.keys() <= {*LOCOMOTION, *ANTMAZE}
+
+
+@pytest.mark.parametrize(("path", "algorithm"), [("ot", "qipo_ot"), ("vp", "qipo_diff")])
+@pytest.mark.parametrize("name", ["locomotion", "antmaze"])
+def test_presets_are_the_papers(name, path, algorithm):
+    config = dataclasses.replace(preset(name), path=path).validate()
+    assert config.algorithm == algorithm
+    assert list(config.phase_steps.values()) == [600_000, 500_000, 100_000]
+    assert (config.beta, config.support_size, config.sample_steps, config.batch_size) == (3.0, 64, 15, 4096)
+    assert (config.critic, config.num_critics, config.critic_hidden_dims) == ("softmax_q", 2, (256,) * 3)
+    assert (config.discount, config.polyak, config.beta_q) == (0.99, 0.005, 1.0)
+    assert (config.learning_rate, config.critic_learning_rate) == (1e-4, 3e-4)
+    assert config.reward_transform == name
+
+
+def test_locomotion_scores_are_of_the_mean_return():
+    low, high = reference_scores("hopper-medium-v2")
+    returns = {0: np.array([low, high]), 1: np.array([high, high])}
+    np.testing.assert_allclose(seed_scores("hopper-medium-v2", returns), [50.0, 100.0])
+
+
+def test_antmaze_scores_are_shares_of_successes():
+    returns = {0: np.array([0.0, 1.0, 0.0, 0.0]), 1: np.array([37.0, 0.0, 2.0, 1.0])}
+    np.testing.assert_allclose(seed_scores("antmaze-umaze-v2", returns), [25.0, 75.0])
