@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
     parser.add_argument("--stages", type=pathlib.Path, help="trained behaviour models and critics")
-    parser.add_argument("--smoke", action="store_true", help="two arms of each, in about a minute")
+    parser.add_argument("--smoke", action="store_true", help="two arms of each, in two minutes")
     parser.add_argument("--report", action="store_true", help="only make tables and figures")
     args = parser.parse_args(argv)
     names = args.only.split(",")

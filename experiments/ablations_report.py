@@ -71,7 +71,9 @@ def table(found: list[Arm]) -> list[str]:
     for arm in found:
         name = f"**{arm.name}**" if arm.is_base else arm.name
         mean, low, high = arm.difference
-        difference = "" if arm.is_base else f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+        # One seed has no interval.
+        interval = f" [{low:.1f}, {high:.1f}]" if len(arm.last) > 1 else ""
+        difference = "" if arm.is_base else f"{mean:+.1f}{interval}"
         spread = f" ± {arm.last.std(ddof=1):.1f}" if len(arm.last) > 1 else ""
         lines.append(
             f"| {arm.ablation if arm.ablation != previous else ''} | {name} | {arm.last.mean():.1f}{spread} "

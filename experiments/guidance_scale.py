@@ -6,7 +6,8 @@
 
 After l renewals the policy should be ``mu exp((l + 1) beta Q) / Z(s)`` (Zhang et al. 2025, eq. 5.4).  Flows
 have exact likelihoods, so at the end of every period ``log pi_l(a|s) - log mu(a|s)`` is regressed on
-``Q(s, a)`` within states; the slope stands beside (l + 1) beta.
+``Q(s, a)`` within states; the median of the states' slopes stands beside (l + 1) beta (one slope for all
+states, in the files too, is that of the few states whose Q-values have a cliff).
 
 Actions are drawn from mu and from pi_l, half each: mu alone has few where pi_l has its mass and is judged by
 its tails, pi_l alone the reverse, and both together spread the Q-values most.  Slopes over each half are
@@ -290,7 +291,7 @@ def run(study: Study, problem: Problem, arms: list[str], settings: Settings, tab
                 print(
                     f"{problem.name}, {arm}: l = {row['renewals']}, (l + 1) beta = {row['total_beta']:.3g}, "
                     f"{row['measure']}: slope {row['slope']:.3g} [{row['low']:.3g}, {row['high']:.3g}], "
-                    f"R2 {row['r2']:.2f}, kept {row['kept']:.2f}"
+                    f"R2 {row['r2']:.2f}, pooled {row['pooled']:.3g}, kept {row['kept']:.2f}"
                 )
         print(f"{problem.name}, {arm}: {time.perf_counter() - started:.0f} s", flush=True)
 

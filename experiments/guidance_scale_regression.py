@@ -4,15 +4,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+# A slope through fewer actions says little of its state.
+_MIN_ACTIONS = 4
+
 
 class Slope(NamedTuple):
-    """The slope of log-ratios on Q-values within states."""
+    """Slopes of log-ratios on Q-values within states."""
 
-    slope: float
-    low: float  # 95% bootstrap interval over states
+    slope: float  # median over states
+    low: float  # its 95% bootstrap interval over states
     high: float
-    r2: float  # share of the variance within states
-    median: float  # of the states' own slopes
+    r2: float  # share of a state's variance that its line explains, median over states
+    pooled: float  # one slope for all states, by least squares
+    pooled_low: float
+    pooled_high: float
+    pooled_r2: float
     kept: float  # share of the actions that were used
 
 
@@ -22,41 +28,46 @@ def within_regression(
     """Regress ``log pi - log mu`` on Q with an intercept of its own for every state.
 
     The law ``pi = mu exp(b Q) / Z(s)`` is ``log pi - log mu = b Q - log Z(s)``: a line with slope b whose
-    level is the state's.  Where it holds exactly, any choice of actions gives b; where it does not, the slope
-    is the best line's over the actions chosen.  Leaving out actions by where they are (``keep``) is such a
-    choice and no selection on the result.
+    level is the state's.  Where it holds exactly, any choice of actions and any weighting of states gives b;
+    where it does not, the pooled slope is that of the states with the widest Q-values (each counts with its
+    variance of Q), the median that of a typical state.  Leaving out actions by where they are (``keep``) is
+    such a choice and no selection on the result.
 
     Args:
       log_ratios: ``[n, m]``, of m actions at n states.
       q_values: ``[n, m]``.
-      keep: ``[n, m]``, which actions to use; a state needs two of them to count.
+      keep: ``[n, m]``, which actions to use; a state counts if it has four of them, not all of one Q-value.
       resamples: bootstrap samples; whole states are drawn, as the actions of one share its intercept.
       seed: of the bootstrap.
 
     Returns:
-      NaN slopes where no state has two actions with different Q-values.
+      NaN but for ``kept`` where no state counts.
     """
     keep = np.asarray(keep, bool)
-    usable = keep.sum(1) >= 2
-    weights = (keep & usable[:, None]).astype(np.float64)
+    used = keep & (keep.sum(1, keepdims=True) >= _MIN_ACTIONS)
 
     def centred(values: np.ndarray) -> np.ndarray:
-        values = np.where(weights > 0, np.asarray(values, np.float64), 0.0)
-        means = values.sum(1, keepdims=True) / np.maximum(weights.sum(1, keepdims=True), 1)
-        return (values - means) * weights
+        values = np.where(used, np.asarray(values, np.float64), 0.0)
+        return (values - values.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)) * used
 
     x, y = centred(q_values), centred(log_ratios)
-    xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
-    if not xx.sum() > 0:
-        return Slope(*[float("nan")] * 5, kept=float(keep.mean()))
-    # A state's sums are all that the pooled slope needs of it, so resampling states is cheap.
-    counts = np.random.default_rng(seed).multinomial(len(xx), np.full(len(xx), 1 / len(xx)), resamples)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = (counts @ xy) / (counts @ xx)
-        r2 = xy.sum() ** 2 / (xx.sum() * yy.sum())
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    median = np.median(xy[xx > 0] / xx[xx > 0])
-    numbers = xy.sum() / xx.sum(), low, high, r2, median, keep.mean()
+    # All that a state's own and the pooled regression need of it, so resampling states is cheap.
+    sums = np.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)])
+    sums = sums[:, sums[0] > 0]
+    if not sums.size:
+        return Slope(*[float("nan")] * 8, kept=float(keep.mean()))
+
+    def estimates(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray) -> list[np.ndarray]:
+        r2 = xy**2 / np.where(yy > 0, xx * yy, np.inf)
+        pooled, pooled_yy = xy.sum(-1) / xx.sum(-1), yy.sum(-1)
+        pooled_r2 = pooled * xy.sum(-1) / np.where(pooled_yy > 0, pooled_yy, np.inf)
+        return [np.median(xy / xx, axis=-1), np.median(r2, axis=-1), pooled, pooled_r2]
+
+    count = sums.shape[1]
+    drawn = estimates(*sums[:, np.random.default_rng(seed).integers(count, size=(resamples, count))])
+    (low, high), (pooled_low, pooled_high) = (np.quantile(drawn[i], [0.025, 0.975]) for i in (0, 2))
+    slope, r2, pooled, pooled_r2 = estimates(*sums)
+    numbers = slope, low, high, r2, pooled, pooled_low, pooled_high, pooled_r2, keep.mean()
     return Slope(*map(float, numbers))
 
 

@@ -33,14 +33,15 @@ def curve(rows: Rows, measure: str, column: str = "slope") -> tuple[np.ndarray, 
 def table(rows: Rows) -> list[str]:
     """A row per problem, arm and renewal: slopes of every measure, means over seeds."""
     measures = ("both", "mu", "pi", "reference", "reference pi")
-    names = (
-        "problem | arm | l | (l + 1) beta | slope | over mu | over pi | reference | its over pi | R2 | kept"
-    )
-    lines = [f"| {names} |", "|---" * 11 + "|"]
+    names = "problem | arm | l | (l + 1) beta | slope | over mu | over pi | reference | its over pi"
+    lines = [f"| {names} | R2 | pooled | kept |", "|---" * 12 + "|"]
     for problem, arm in _pairs(rows):
         here = _select(rows, problem, arm)
         betas, slopes = curve(here, "both")
-        lows, highs, r2, kept = (curve(here, "both", name)[1] for name in ("low", "high", "r2", "kept"))
+        lows, highs, *rest = (
+            curve(here, "both", name)[1] for name in ("low", "high", "r2", "pooled", "kept")
+        )
+        r2, pooled, kept = rest
         others = [curve(here, measure)[1] for measure in measures[1:]]
         for i, beta in enumerate(betas):
             # Over seeds where there are several; else the bootstrap over states.
@@ -50,7 +51,7 @@ def table(rows: Rows) -> list[str]:
             lines.append(
                 f"| {problem} | {arm} | {i} | {beta:.3g} | {slopes[i].mean():.3g} [{low:.3g}, {high:.3g}] | "
                 + " | ".join(cells)
-                + f" | {r2[i].mean():.2f} | {kept[i].mean():.2f} |"
+                + f" | {r2[i].mean():.2f} | {pooled[i].mean():.3g} | {kept[i].mean():.2f} |"
             )
     return lines
 
@@ -64,7 +65,7 @@ def _select(rows: Rows, problem: str, arm: str) -> Rows:
 
 
 def _plot_slopes(axis: Axes, rows: Rows, problem: str, arms: list[str]) -> None:
-    furthest = 0.0
+    furthest = highest = 0.0
     for color, arm in enumerate(arms):
         here = _select(rows, problem, arm)
         betas, slopes = curve(here, "both")
@@ -74,10 +75,12 @@ def _plot_slopes(axis: Axes, rows: Rows, problem: str, arms: list[str]) -> None:
         reference = curve(here, "reference")[1]
         if len(reference):
             axis.plot(betas, reference.mean(1), "--", color=f"C{color}", linewidth=1)
-        furthest = max(furthest, betas.max())
+            highest = max(highest, reference.max())
+        furthest, highest = max(furthest, betas.max()), max(highest, highs.max())
     axis.plot([0, furthest], [0, furthest], color="black", linewidth=0.8, label="(l + 1) beta")
     axis.plot([], [], "--", color="grey", linewidth=1, label="reference: perfect models")
-    axis.set(xlabel="(l + 1) beta", ylabel="slope of log pi - log mu on Q", title=problem)
+    axis.set_ylim(0, 1.1 * highest)  # the law may leave the figure
+    axis.set(xlabel="(l + 1) beta", ylabel="median slope of log pi - log mu on Q", title=problem)
     axis.legend(fontsize=7)
 
 
@@ -85,7 +88,9 @@ def _plot_r2(axis: Axes, rows: Rows, problem: str, arms: list[str]) -> None:
     for color, arm in enumerate(arms):
         betas, r2 = curve(_select(rows, problem, arm), "both", "r2")
         axis.plot(betas, r2.mean(1), "o-", color=f"C{color}", markersize=4)
-    axis.set(xlabel="(l + 1) beta", ylabel="R2 within states", ylim=(-0.02, 1.02), title=f"{problem}: fit")
+    axis.set(
+        xlabel="(l + 1) beta", ylabel="median R2 within states", ylim=(-0.02, 1.02), title=f"{problem}: fit"
+    )
 
 
 def _plot_points(axis: Axes, rows: Rows, problem: str, arm: str, out: pathlib.Path) -> None:
@@ -99,12 +104,12 @@ def _plot_points(axis: Axes, rows: Rows, problem: str, arm: str, out: pathlib.Pa
     for name, chosen, color in (("mu", keep & ~of_pi, "C7"), ("pi", keep & of_pi, "C0")):
         axis.plot(x[chosen], y[chosen], ".", markersize=2, alpha=0.4, color=color, label=f"actions of {name}")
     betas, slopes = curve(_select(rows, problem, arm), "both")
-    ends = np.array([x[keep].min(), x[keep].max()])
-    limits = np.quantile(y[keep], [0.001, 0.999])
-    axis.plot(ends, slopes[-1, 0] * ends, color="C1", label=f"slope {slopes[-1, 0]:.3g}")
+    ends = np.quantile(x[keep], [0.02, 0.98])  # a few states reach far beyond
+    limits = np.quantile(y[keep], [0.02, 0.98])
+    axis.plot(ends, slopes[-1, 0] * ends, color="C1", label=f"median slope {slopes[-1, 0]:.3g}")
     axis.plot(ends, betas[-1] * ends, color="black", linewidth=0.8, label=f"(l + 1) beta = {betas[-1]:.3g}")
     axis.set(xlabel="Q less its mean in the state", ylabel="log pi - log mu, likewise")
-    axis.set(title=f"{problem}: {arm}, seed 0, at the end", ylim=limits + np.array([-1, 1]))
+    axis.set(title=f"{problem}: {arm}, seed 0, at the end", xlim=ends, ylim=limits + np.array([-1, 1]))
     axis.legend(fontsize=7, markerscale=4)
 
 
@@ -113,7 +118,7 @@ def write(rows: Rows, out: pathlib.Path) -> None:
     if not rows:
         print("no arm is finished yet")
         return
-    lines = ["Slopes: means over seeds; brackets: range over seeds, of one seed 95% over states.", ""]
+    lines = ["Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%.", ""]
     lines += table(rows)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     problems = list(dict.fromkeys(row["problem"] for row in rows))

@@ -1,4 +1,4 @@
-"""Train QIPO on D4RL's tasks and compare with published scores: python -m launch.reproduce [--flags]
+"""Train QIPO on D4RL's tasks, and put its scores beside the published: python -m launch.reproduce [--flags]
 
 For every task and algorithm one process of launch.train trains all seeds in one program, with the settings of
 experiments/configs/d4rl/ and the work directory ROOT/NAME.  The same command again runs what is left, and a

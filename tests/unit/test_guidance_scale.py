@@ -29,8 +29,10 @@ def test_the_slope_of_tilted_gaussians_is_the_guidance_scale(b):
     ratios, q = gaussians(np.random.default_rng(0), b)
     keep = np.random.default_rng(1).random(q.shape) < 0.7
     found = within_regression(ratios, q, keep)
-    np.testing.assert_allclose([found.slope, found.low, found.high, found.median], b, rtol=1e-9)
+    np.testing.assert_allclose([found.slope, found.low, found.high], b, rtol=1e-9)
+    np.testing.assert_allclose([found.pooled, found.pooled_low, found.pooled_high], b, rtol=1e-9)
     assert found.r2 == pytest.approx(1)
+    assert found.pooled_r2 == pytest.approx(1)
     assert found.kept == pytest.approx(keep.mean())
 
 
@@ -38,7 +40,7 @@ def test_levels_of_states_and_left_out_actions_do_not_matter():
     ratios, q = gaussians(np.random.default_rng(0), 2.0)
     keep = np.random.default_rng(1).random(q.shape) < 0.5
     keep[:5] = False
-    keep[5:10] = np.arange(M) == 3  # one action says nothing of a slope
+    keep[5:10] = np.arange(M) < 3  # too few for a slope
     noise = np.random.default_rng(2).standard_normal(q.shape)
     expected = within_regression(ratios + noise, q, keep)
     spoiled = np.where(keep, ratios + noise, np.nan)
@@ -47,19 +49,30 @@ def test_levels_of_states_and_left_out_actions_do_not_matter():
     found = within_regression(spoiled + levels, q - levels, keep)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert found.low < 2.0 < found.high
+    assert found.pooled_low < 2.0 < found.pooled_high
     assert found.r2 < 1
 
 
 def test_the_interval_covers():
     """95% intervals of 200 noisy data sets, with noise that states share a scale of."""
-    hits = 0
+    hits, pooled = 0, 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
         ratios, q = gaussians(rng, 1.0)
         noise = 5 * rng.standard_normal((N, M)) * rng.exponential(size=(N, 1))
         found = within_regression(ratios + noise, q, np.ones_like(q), resamples=300, seed=seed)
         hits += found.low < 1.0 < found.high
+        pooled += found.pooled_low < 1.0 < found.pooled_high
     assert 0.88 < hits / 200 < 0.99
+    assert 0.88 < pooled / 200 < 0.99
+
+
+def test_a_few_states_of_wide_values_move_the_pooled_slope_alone():
+    ratios, q = gaussians(np.random.default_rng(0), 2.0)
+    q[:10] *= 100
+    found = within_regression(ratios, q, np.ones_like(q))
+    assert found.slope == pytest.approx(2.0)
+    assert found.pooled < 0.1
 
 
 def test_without_spread_there_is_no_slope():
