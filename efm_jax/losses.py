@@ -227,7 +227,7 @@ def cep(
     if x0.ndim == 2:
         t, noise = draw(key, x0)
     else:
-        t, noise = jax.vmap(draw)(_sample_keys(key, x0.shape[0], axis_name), x0)
+        t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name), x0)
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta))
@@ -301,7 +301,7 @@ def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 1 - jax.random.uniform(key, shape, dtype)
 
 
-def _sample_keys(key: Array, size: int, axis_name: AxisName) -> Array:
+def sample_keys(key: Array, size: int, axis_name: AxisName) -> Array:
     """Keys ``[size]`` of this device's samples, folded from their places in the global batch."""
     offset = 0 if axis_name is None else lax.axis_index(axis_name) * size
     return jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size, dtype=jnp.int32))
@@ -322,7 +322,7 @@ def _batch_errors(
         t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
         return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
 
-    t, noise = jax.vmap(draw)(_sample_keys(key, x0.shape[0], axis_name))
+    t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name))
     prediction = field(path.sample(x0, noise, t), t)
     checks.check_shape("field(x, t)", prediction, x0.shape)
 

@@ -241,6 +241,8 @@ class Hooks:
         self._env_spec, self._normalizer = dataset.env_spec, normalizer
         env_id = EnvSpec.from_json(dataset.env_spec).id
         self._references = dataset.reference_scores or reference_scores(env_id)
+        if self._references is None:
+            self.say(f"{env_id} has no reference scores: scores are raw returns")
         self._seeds = episode_seeds(config.eval_episodes)
         self._started = time.perf_counter()
 
@@ -254,7 +256,7 @@ class Hooks:
             act, self._env_spec, num_policies=self._study.num_seeds, episode_seeds=self._seeds
         )
         scores = normalized_score(returns, self._references)
-        if scores is None:  # of an environment without reference scores
+        if scores is None:
             scores = returns
         seconds = round(time.perf_counter() - self._started, 1)
         self._study.write(

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 from tqdm import tqdm
@@ -114,7 +114,46 @@ def check_preset(flag: str, config: str) -> None:
         raise ValueError(f"--{flag}={config}: {problem}")
 
 
-def write_commands(jobs: Sequence[Job], path: str) -> None:
+class Tables(NamedTuple):
+    """What is written of the jobs that are done."""
+
+    csv: str
+    markdown: str
+
+
+def run_and_collect(
+    program: str,
+    jobs: Sequence[Job],
+    tables: Callable[[Sequence[Any]], Tables],
+    *,
+    workers: int,
+    commands: str | None,
+    collect: bool,
+) -> int:
+    """What an entry point of many jobs does; its exit status.
+
+    Args:
+      program: its name.
+      jobs: all of them, with one root folder.
+      tables: made of what is done at the end, and written to results.csv and results.md.
+      workers: jobs at a time.
+      commands: a file; then the commands of jobs that are not done are written to it, and nothing is run.
+      collect: run nothing, only write the tables.
+    """
+    if commands is not None:
+        with cli.usage_errors():
+            _write_commands(jobs, commands)
+        return 0
+    left = [] if collect else [job for job in jobs if not job.done]
+    failed, stopped_by = _run(left, workers) if left else ({}, 0)
+    with cli.usage_errors():
+        written = tables(jobs)
+        write_whole(jobs[0].root / "results.csv", written.csv)
+        write_whole(jobs[0].root / "results.md", written.markdown)
+    return _finish(program, jobs, failed, stopped_by, written.markdown)
+
+
+def _write_commands(jobs: Sequence[Job], path: str) -> None:
     """Write the commands of the jobs that are not done, one a line; print how many there are."""
     left = [job for job in jobs if not job.done]
     lines = [shlex.join(job.command()) + "\n" for job in left]
@@ -122,7 +161,7 @@ def write_commands(jobs: Sequence[Job], path: str) -> None:
     print(json.dumps({"jobs": len(jobs), "done": len(jobs) - len(left), "list": path}))
 
 
-def run(jobs: Iterable[Job], workers: int) -> tuple[dict[Job, int], int]:
+def _run(jobs: Iterable[Job], workers: int) -> tuple[dict[Job, int], int]:
     """Run jobs, at most ``workers`` at a time, to the end or to a signal.
 
     Returns:
@@ -177,7 +216,7 @@ def _start(job: Job) -> subprocess.Popen:
         )
 
 
-def finish(program: str, jobs: Sequence[Job], failed: dict[Job, int], stopped_by: int, table: str) -> int:
+def _finish(program: str, jobs: Sequence[Job], failed: dict[Job, int], stopped_by: int, table: str) -> int:
     """Print the table, a line of JSON and what went wrong; the exit status of the program."""
 
     def say(text: str) -> None:

@@ -31,7 +31,6 @@ from absl import flags
 
 from efm_jax.data.d4rl_files import D4RL_FILES
 from efm_jax.evaluation import mean_and_interval, normalized_score, reference_scores
-from efm_jax.training.files import write_whole
 from launch import cli, jobs
 from launch.jobs import Job, head, join_name, row
 from launch.report_runs import load_runs
@@ -109,17 +108,19 @@ def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
     with cli.usage_errors():
         listed = _read_jobs()
-        if _JOBS.value is not None:
-            jobs.write_commands(listed, _JOBS.value)
-            return 0
-    left = [] if _COLLECT.value else [job for job in listed if not job.done]
-    failed, stopped_by = jobs.run(left, _WORKERS.value) if left else ({}, 0)
-    with cli.usage_errors():
-        rows = [_result(job) for job in listed]
-        table = _markdown(rows)
-        write_whole(listed[0].root / "results.csv", _csv(rows))
-        write_whole(listed[0].root / "results.md", table)
-    return jobs.finish("launch.reproduce", listed, failed, stopped_by, table)
+    return jobs.run_and_collect(
+        "launch.reproduce",
+        listed,
+        _tables,
+        workers=_WORKERS.value,
+        commands=_JOBS.value,
+        collect=_COLLECT.value,
+    )
+
+
+def _tables(listed: Sequence[TaskJob]) -> jobs.Tables:
+    rows = [_result(job) for job in listed]
+    return jobs.Tables(_csv(rows), _markdown(rows))
 
 
 def _read_jobs() -> list[TaskJob]:

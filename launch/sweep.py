@@ -26,7 +26,6 @@ from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.evaluation import mean_and_interval
-from efm_jax.training.files import write_whole
 from launch import cli, jobs
 from launch.jobs import Job, head, row
 
@@ -54,18 +53,19 @@ def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
     with cli.usage_errors():
         listed = _read_jobs()
-        if _JOBS.value is not None:
-            jobs.write_commands(listed, _JOBS.value)
-            return 0
-    left = [] if _COLLECT.value else [job for job in listed if not job.done]
-    failed, stopped_by = jobs.run(left, _WORKERS.value) if left else ({}, 0)
-    with cli.usage_errors():
-        results = {job: job.result((*_COLUMNS, *_INTERVALS)) for job in listed}
-        root = listed[0].root
-        table = _markdown(results)
-        write_whole(root / "results.csv", _csv(results))
-        write_whole(root / "results.md", table)
-    return jobs.finish("launch.sweep", listed, failed, stopped_by, table)
+    return jobs.run_and_collect(
+        "launch.sweep",
+        listed,
+        _tables,
+        workers=_WORKERS.value,
+        commands=_JOBS.value,
+        collect=_COLLECT.value,
+    )
+
+
+def _tables(listed: Sequence[Job]) -> jobs.Tables:
+    results = {job: job.result((*_COLUMNS, *_INTERVALS)) for job in listed}
+    return jobs.Tables(_csv(results), _markdown(results))
 
 
 def _read_jobs() -> list[Job]:

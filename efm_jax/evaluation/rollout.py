@@ -61,8 +61,8 @@ def evaluate(
         raise ValueError("episode_seeds: expected at least one seed; got none")
     for seed in episode_seeds:
         checks.check_integer("episode_seeds", seed, 0)
-    spec = _read_spec(env_spec)
-    limit = _step_limit(spec, max_steps)
+    spec = read_spec(env_spec)
+    limit = step_limit(spec, max_steps)
     seeds = [int(seed) for seed in episode_seeds]
     batch = (num_policies, len(seeds))
 
@@ -78,7 +78,7 @@ def evaluate(
             flat = flatten_observation(environments.single_observation_space, observations, 1)
             actions = np.asarray(act(np.asarray(flat, np.float32).reshape(*batch, -1), step))
             checks.check_shape("actions", actions, (*batch, *action_space.shape))
-            _check_finite(actions, running, step, seeds)
+            check_finite(actions, running, step, seeds)
             actions = np.clip(actions, action_space.low, action_space.high).astype(action_space.dtype)
             observations, rewards, terminated, truncated, _ = environments.step(
                 actions.reshape(-1, *action_space.shape)
@@ -120,26 +120,27 @@ class _OneEpisode(gymnasium.Wrapper):
         return observation, float(reward), bool(terminated), bool(truncated), {}
 
 
-def _read_spec(env_spec: str) -> EnvSpec:
+def read_spec(env_spec: str) -> EnvSpec:
     """The ``EnvSpec`` named by an id or written as JSON, without rendering."""
     if env_spec.lstrip().startswith("{"):
         try:
             spec = EnvSpec.from_json(env_spec)
         except (gymnasium.error.Error, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"env_spec: not the JSON of a gymnasium EnvSpec: {type(error).__name__}: {_one_line(error)}"
+                f"env_spec: not the JSON of a gymnasium EnvSpec: {type(error).__name__}: {one_line(error)}"
             ) from error
     else:
         try:
             spec = find_spec(env_spec)
         except (gymnasium.error.Error, ImportError) as error:
-            raise ValueError(f"environment {env_spec!r}: unknown to Gymnasium: {_one_line(error)}") from error
+            raise ValueError(f"environment {env_spec!r}: unknown to Gymnasium: {one_line(error)}") from error
     # A recorded spec may ask for windows or images; evaluation shows nothing.
     spec.kwargs.pop("render_mode", None)
     return spec
 
 
-def _step_limit(spec: EnvSpec, max_steps: int | None) -> int:
+def step_limit(spec: EnvSpec, max_steps: int | None) -> int:
+    """The smaller of the environment's limit and ``max_steps``; a ``ValueError`` where there is neither."""
     if max_steps is not None:
         checks.check_integer("max_steps", max_steps, 1)
     limits = [limit for limit in (spec.max_episode_steps, max_steps) if limit is not None]
@@ -168,7 +169,8 @@ def _vectorize(spec: EnvSpec, count: int) -> SyncVectorEnv:
         raise
 
 
-def _check_finite(actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]) -> None:
+def check_finite(actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]) -> None:
+    """No NaN and no infinity in the actions ``[K, E, A]`` of ``running [K, E]`` episodes."""
     bad = np.argwhere(running & ~np.isfinite(actions).all(axis=-1))
     if len(bad):
         policy, episode = bad[0]
@@ -178,5 +180,6 @@ def _check_finite(actions: np.ndarray, running: np.ndarray, step: int, seeds: Se
         )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
     return " ".join(str(error).split())

@@ -18,7 +18,7 @@ from PIL import Image
 from efm_jax import checks
 from efm_jax.data.environments import make
 from efm_jax.data.flatten import flatten_observation
-from efm_jax.evaluation.rollout import Rollouts, _check_finite, _one_line, _read_spec, _step_limit
+from efm_jax.evaluation.rollout import Rollouts, check_finite, one_line, read_spec, step_limit
 from efm_jax.training.files import write_whole
 from efm_jax.types import Array
 
@@ -58,8 +58,8 @@ def record_video(
     # Before the episode, whose simulation may take minutes.
     format_ = _format(path)
     checks.check_integer("seed", seed, 0)
-    spec = _read_spec(env_spec)
-    limit = _step_limit(spec, max_steps)
+    spec = read_spec(env_spec)
+    limit = step_limit(spec, max_steps)
     content = io.BytesIO()
     with contextlib.closing(_make(spec)) as environment:
         action_space = environment.action_space
@@ -76,7 +76,7 @@ def record_video(
                 flat = flatten_observation(environment.observation_space, observation, 0)
                 actions = np.asarray(act(np.asarray(flat, np.float32).reshape(1, 1, -1), step))
                 checks.check_shape("actions", actions, (1, 1, *action_space.shape))
-                _check_finite(actions, np.ones((1, 1), bool), step, [seed])
+                check_finite(actions, np.ones((1, 1), bool), step, [seed])
                 action = np.clip(actions[0, 0], action_space.low, action_space.high)
                 observation, reward, terminated, truncated, _ = environment.step(
                     action.astype(action_space.dtype)
@@ -96,7 +96,7 @@ def _make(spec: EnvSpec) -> gymnasium.Env:
     try:
         return make(spec, disable_env_checker=True)
     except AssertionError as error:  # Gymnasium's own template of an environment asserts its render modes
-        raise ValueError(f"environment {spec.id}: renders no images: {_one_line(error)}") from error
+        raise ValueError(f"environment {spec.id}: renders no images: {one_line(error)}") from error
 
 
 def _render(
@@ -108,7 +108,7 @@ def _render(
     # gymnasium's, MuJoCo's or OpenGL's errors, or an AttributeError.
     except Exception as error:
         raise ValueError(
-            f"environment {spec.id} cannot render here: {_one_line(error)}; {_hint(spec)}"
+            f"environment {spec.id} cannot render here: {one_line(error)}; {_hint(spec)}"
         ) from error
     fits = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
     if not fits or any(size not in (None, found) for size, found in zip(shape, frame.shape, strict=True)):

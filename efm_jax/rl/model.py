@@ -85,14 +85,13 @@ class GenerativeModel:
         key: Array,
         observations: Array,
         actions: Array,
-        q_values: Array,
-        beta: float,
+        log_weights: Array,
         axis_name: AxisName,
     ) -> tuple[Array, losses.Aux]:
-        """The energy-weighted loss on support actions ``[B, M, A]`` with ``q_values [B, M]``."""
+        """The energy-weighted loss on support actions ``[B, M, A]`` with ``log_weights [B, M]``."""
         loss = losses.support_ced if self.predicts_score else losses.support_cefm
         field = self.field(params, observations[:, None])
-        return loss(field, self.path, key, actions, q_values, beta, axis_name=axis_name)
+        return loss(field, self.path, key, actions, log_weights, 1.0, axis_name=axis_name)
 
     def sample(self, params: Params, observations: Array, noise: Array) -> Array:
         """Actions in [-1, 1] from standard normal ``noise [..., A]``, states ``[..., S]`` broadcast to it."""

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from efm_jax.types import Array
 
+ACTION_SELECTIONS = ("sample", "best", "mean")
+
 
 def best(actions: Array, q_values: Array) -> Array:
     """The action of the largest value: ``[E, n, A]``, ``[E, n] -> [E, A]``.
@@ -40,6 +42,3 @@ def select(
         actions = sample(states, noise)
         return best(actions, q_values(states, actions))
     return sample(states, noise[:, :1])[:, 0]
-
-
-ACTION_SELECTIONS = ("sample", "best", "mean")

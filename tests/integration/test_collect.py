@@ -1,7 +1,5 @@
 """`launch.collect` as a process: what it records, prints and refuses."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
@@ -100,10 +98,6 @@ def test_an_existing_dataset_is_kept(launcher, minari):
     assert load_dataset("efm/pendulum/random-v0").fingerprint() == before
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gymnasium_robotics") is None,
-    reason="needs gymnasium-robotics: pip install -e .[robotics]",
-)
 def test_point_maze(launcher, minari):
     flags = ("--env=PointMaze_UMaze-v3", "--policy=waypoints", "--steps=1000")
     result = launcher.run("collect", *flags, env=minari)

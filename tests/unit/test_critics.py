@@ -206,7 +206,7 @@ def test_critics_are_made_from_a_configuration():
     assert (critic.expectile, critic.q_network.num, critic.uses_next_actions) == (0.8, 3, False)
     critic = CRITICS["softmax_q"].from_config(QIPOConfig(beta_q=3.0))
     assert isinstance(critic, SoftmaxQ)
-    assert (critic.beta_q, critic.uses_next_actions, critic.has_values) == (3.0, True, False)
+    assert (critic.beta_q, critic.uses_next_actions, critic.values(None, None)) == (3.0, True, None)
     critic = CRITICS["ensemble"].from_config(QIPOConfig(num_critics=5, pessimism=2.0))
     assert (critic.q_network.num, critic.v_network.num, critic.pessimism) == (5, 5, 2.0)
 

@@ -57,7 +57,6 @@ def test_what_cannot_be_made_is_one_line():
 
 
 def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
-    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics: pip install -e .[robotics]")
     code = (
         "import numpy as np\n"
         "from efm_jax.evaluation import evaluate\n"

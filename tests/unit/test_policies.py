@@ -110,7 +110,7 @@ def test_without_a_value_network_the_behaviours_mean_is_the_value():
         policy="reweight", critic="softmax_q", hidden_dims=(8,), critic_hidden_dims=(8,), support_size=64
     )
     algorithm = Algorithm(config.validate(), 3, 2)
-    assert not algorithm.critic.has_values
+    assert algorithm.critic.values(None, None) is None
     state = jax.jit(algorithm.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     observations = rng.standard_normal((5, 3)).astype(np.float32)

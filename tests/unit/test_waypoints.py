@@ -179,13 +179,8 @@ def test_task_has_one_goal_and_continues():
     assert dense.kwargs["maze_map"][1][1] == "g"
 
 
-@pytest.fixture
-def robotics():
-    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics: pip install -e .[robotics]")
-
-
 @pytest.mark.parametrize("name", ["UMaze", "Open", "Medium", "Large"])
-def test_real_map_and_positions(robotics, name):
+def test_real_map_and_positions(name):
     env = environments.make(waypoints.task(environments.find_spec(f"PointMaze_{name}-v3")))
     maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.cells) > 5
@@ -197,7 +192,7 @@ def test_real_map_and_positions(robotics, name):
     env.close()
 
 
-def test_real_dataset_loads_and_its_expert_scores_100(robotics, tmp_path, monkeypatch):
+def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(recording, "REFERENCE_EPISODES", 10)
     env = environments.make(waypoints.task(environments.find_spec("PointMaze_UMaze-v3")))

@@ -37,7 +37,6 @@ class Critic(abc.ABC):
     q_network: QEnsemble
 
     uses_next_actions = False  # whether the loss needs behaviour actions at the next states
-    has_values = False  # whether there is a value network
 
     @classmethod
     @abc.abstractmethod
@@ -55,9 +54,9 @@ class Critic(abc.ABC):
         """
         return self.q_network.apply(params["q"], observations, actions).min(0)
 
-    def values(self, params: Params, observations: Array) -> Array:
-        """``V(s)`` of the value network, ``[..., S] -> [...]``; only where ``has_values``."""
-        raise NotImplementedError(f"{type(self).__name__} has no value network")
+    def values(self, params: Params, observations: Array) -> Array | None:
+        """``V(s)`` of the value network, ``[..., S] -> [...]``; None where there is none."""
+        return None
 
     @abc.abstractmethod
     def loss(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-
 from efm_jax.losses import Aux
 from efm_jax.networks import QEnsemble, ValueEnsemble
-from efm_jax.rl.critics.base import Critic, CriticBatch, expectile_loss, global_mean, share_of_mean
+from efm_jax.rl.critics.base import CriticBatch, expectile_loss, global_mean, share_of_mean
+from efm_jax.rl.critics.iql import IQL
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
 
@@ -19,22 +17,19 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleLCB(Critic):
+class EnsembleLCB(IQL):
     """Members that share nothing, each with an in-sample target of its own; their lower confidence bound.
 
-    Member k is implicit Q-learning (see :class:`efm_jax.rl.critics.iql.IQL`) with a Q-network, a target
-    network and a value network.  Where targets are shared, members agree about actions that none of them
-    has seen; independent ones do not, and their spread measures it (Ghasemipour et al. 2022, "Why so
-    pessimistic?", arXiv 2205.13703, Sec. 4).  Policies maximise the bound of the advantage,
-    ``mean_k A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the spread
-    of Q itself would also count what the members disagree about in the state, whatever the action.
+    Member k is implicit Q-learning with a Q-network, a target network and a value network of its own.  Where
+    targets are shared, members agree about actions that none of them has seen; independent ones do not, and
+    their spread measures it (Ghasemipour et al. 2022, "Why so pessimistic?", arXiv 2205.13703, Sec. 4).
+    Policies maximise the bound of the advantage, ``mean_k A_k - pessimism std_k A_k`` with
+    ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the spread of Q itself would also count what the
+    members disagree about in the state, whatever the action.
     """
 
     v_network: ValueEnsemble
-    expectile: float
     pessimism: float
-
-    has_values = True
 
     @classmethod
     def from_config(cls, config: QIPOConfig) -> EnsembleLCB:
@@ -45,11 +40,6 @@ class EnsembleLCB(Critic):
             config.expectile,
             config.pessimism,
         )
-
-    def init(self, key: Array, observation_size: int, action_size: int) -> Params:
-        q_key, v_key = jax.random.split(key)
-        params = super().init(q_key, observation_size, action_size)
-        return params | {"v": self.v_network.init(v_key, jnp.zeros((1, observation_size)))}
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """The lower confidence bound of ``Q(s, a)``; shapes as in :meth:`Critic.q_values`."""

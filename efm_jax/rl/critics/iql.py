@@ -28,8 +28,6 @@ class IQL(Critic):
     v_network: Value
     expectile: float
 
-    has_values = True
-
     @classmethod
     def from_config(cls, config: QIPOConfig) -> IQL:
         dims, layer_norm = config.critic_hidden_dims, config.critic_layer_norm

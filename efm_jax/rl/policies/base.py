@@ -7,7 +7,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from efm_jax.losses import Aux
 from efm_jax.rl.critics import Critic
@@ -106,14 +105,9 @@ class Policy(abc.ABC):
         """
         observations = samples.observations
         q = self.critic.q_values(acting.critic, observations, samples.actions)
-        if self.critic.has_values:
-            return q - self.critic.values(acting.critic, observations)
+        values = self.critic.values(acting.critic, observations)
+        if values is not None:
+            return q - values
         noise = draw_noise(key, indices, (self.config.support_size, self.action_size))
         actions = self.model.sample(acting.behavior, observations[:, None], noise)
         return q - self.critic.q_values(acting.critic, observations[:, None], actions).mean(-1)
-
-
-def per_sample_keys(key: Array, size: int, axis_name: AxisName) -> Array:
-    """Keys ``[size]`` of this device's samples, folded from their places in the global batch."""
-    offset = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size))

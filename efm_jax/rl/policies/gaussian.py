@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from efm_jax.losses import Aux
 from efm_jax.networks import GaussianActor
 from efm_jax.rl.critics.base import global_mean, share_of_mean
-from efm_jax.rl.policies.base import Acting, Batch, Policy
-from efm_jax.rl.samples import Samples
-from efm_jax.rl.support import advantage_log_weights, summarize_advantages
+from efm_jax.rl.policies.base import Acting, Batch
+from efm_jax.rl.policies.reweighting import Reweighting
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from efm_jax.rl.config import QIPOConfig
 
 
-class Gaussian(Policy):
-    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of Reweighting.
+class Gaussian(Reweighting):
+    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of reweighting.
 
     Reference: Kostrikov et al. 2021 (arXiv 2110.06169), eq. 7.
     """
@@ -40,13 +39,6 @@ class Gaussian(Policy):
 
     def start(self, behavior: Params, params: Params) -> Params:
         return params
-
-    def rows(self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array) -> Array:
-        return self.advantages(acting, key, samples, indices)
-
-    def prepare(self, rows: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
-        log_weights = advantage_log_weights(rows, self.config.beta, axis_name)
-        return log_weights, summarize_advantages(rows, log_weights, axis_name)
 
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
         mean, std = self.actor.apply(params, batch.samples.observations)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from efm_jax.losses import Aux
-from efm_jax.rl.policies.base import Acting, Batch, Policy, per_sample_keys
+from efm_jax.losses import Aux, sample_keys
+from efm_jax.rl.policies.base import Acting, Batch, Policy
 from efm_jax.rl.samples import Samples
 from efm_jax.rl.support import SupportSet, WeightedSupport, draw_noise, summarize, support_beta, weigh
 from efm_jax.types import Array, Params
@@ -52,7 +52,7 @@ class QIPO(Policy):
         if self.config.estimator == "full":
             return super().gather(key, table, indices, axis_name)
         # One action a state, drawn by its weight: the same expected gradient, M + 1 times cheaper.
-        keys = per_sample_keys(key, indices.shape[0], axis_name)
+        keys = sample_keys(key, indices.shape[0], axis_name)
         choice = jax.vmap(jax.random.categorical)(keys, table.log_weights[indices])
         return WeightedSupport(*(leaf[indices, choice] for leaf in table))
 
@@ -60,7 +60,7 @@ class QIPO(Policy):
         observations, support = batch.samples.observations, batch.rows
         if self.config.estimator == "full":
             return self.model.support_loss(
-                params, key, observations, support.actions, support.log_weights, 1.0, axis_name
+                params, key, observations, support.actions, support.log_weights, axis_name
             )
         return self.model.behavior_loss(params, key, observations, support.actions, axis_name)
 
