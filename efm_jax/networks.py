@@ -1,8 +1,8 @@
 """Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.  No losses.
 
-All work on any leading axes.  Inputs of different kinds (action, time, state) enter through separate
-first-layer products that are added, which equals one product with their concatenation; a state that
-is shared by M support actions is given as ``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
+All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer kernels of
+their own, whose products are added; a state that is shared by M support actions is given as
+``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,16 @@ from flax import linen as nn
 from efm_jax import checks
 from efm_jax.types import Array
 
+
+def silu(x: Array) -> Array:
+    """``x sigmoid(x)`` by the hyperbolic tangent, which on a CPU takes half the time of an exponential."""
+    return 0.5 * x * (1 + jnp.tanh(0.5 * x))
+
+
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
+    "silu": silu,
     "mish": jax.nn.mish,
     "tanh": jnp.tanh,
 }
@@ -46,7 +52,7 @@ def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
 
 
 class JointDense(nn.Module):
-    """A dense layer on the concatenation of its inputs, without concatenating (or broadcasting) them."""
+    """A dense layer on the concatenation of its inputs, without broadcasting their leading axes."""
 
     features: int
 
@@ -59,7 +65,14 @@ class JointDense(nn.Module):
         kernels = [
             self.param(f"kernel_{i}", init, (x.shape[-1], self.features)) for i, x in enumerate(inputs)
         ]
-        return sum(x @ kernel.astype(x.dtype) for x, kernel in zip(inputs, kernels, strict=True)) + bias
+        total = bias
+        # One product for all inputs with the same leading axes: few columns leave a processor waiting.
+        for lead in dict.fromkeys(x.shape[:-1] for x in inputs):
+            same = [(x, kernel) for x, kernel in zip(inputs, kernels, strict=True) if x.shape[:-1] == lead]
+            x = jnp.concatenate([x for x, _ in same], axis=-1)
+            kernel = jnp.concatenate([kernel for _, kernel in same]).astype(x.dtype)
+            total = total + (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*lead, self.features)
+        return total
 
 
 class MLP(nn.Module):
@@ -74,10 +87,13 @@ class MLP(nn.Module):
     def __call__(self, *inputs: Array) -> Array:
         _check_options(self.hidden_dims, self.activation)
         x = JointDense(self.hidden_dims[0])(*inputs)
+        lead = x.shape[:-1]
+        # One leading axis: a kernel's gradient over two of them copies what it multiplies.
+        x = x.reshape(-1, x.shape[-1])
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
             x = nn.LayerNorm()(x) if self.layer_norm else x
             x = nn.Dense(width, name=f"dense_{i}")(ACTIVATIONS[self.activation](x))
-        return x
+        return x.reshape(*lead, self.out_dim)
 
 
 class MLPField(nn.Module):

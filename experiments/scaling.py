@@ -160,7 +160,7 @@ def build(workload: Workload, phase: str, batch: int, rows: int, devices: int = 
     return step, draw, state, Tables(samples, next_actions, support)
 
 
-def _one_step(step: Callable, draw: Callable, state: Any, seed: Any, tables: Tables) -> tuple:
+def one_step(step: Callable, draw: Callable, state: Any, seed: Any, tables: Tables) -> tuple:
     """The body of the training scan: XLA's cost analysis counts a loop's body once, whatever its length."""
     batch_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     return step(state, loss_key, draw(batch_key, tables))
@@ -210,7 +210,7 @@ def collectives(workload: Workload, phase: str, devices: int = 2) -> tuple[list[
     step, draw, *shapes = build(workload, phase, 64 * devices, 64 * devices, devices)
     mesh = jax.make_mesh((devices,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     here, split = PartitionSpec(), PartitionSpec("devices")
-    body = functools.partial(_one_step, step, draw)
+    body = functools.partial(one_step, step, draw)
     run = jax.shard_map(body, mesh=mesh, in_specs=(here, here, split), out_specs=here, check_vma=False)
     lowered = jax.jit(run).lower(shapes[0], 0, shapes[1])
     found = []
@@ -227,7 +227,7 @@ def measure_sizes(name: str, workload: Workload, phase: str) -> Sizes:
     for batch in batches:
         # A table of as many rows as the batch: a gather inside a fusion counts as a read of the whole table.
         step, draw, state, tables = build(workload, phase, batch, batch)
-        compiled = jax.jit(functools.partial(_one_step, step, draw)).lower(state, 0, tables).compile()
+        compiled = jax.jit(functools.partial(one_step, step, draw)).lower(state, 0, tables).compile()
         cost, text = compiled.cost_analysis(), compiled.as_text()
         costs.append([cost["flops"], cost["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes])
     operations = re.findall(r"^ .*? = .*?([a-z][a-z\-]*)\(", text[text.index("\nENTRY") :], re.MULTILINE)

@@ -12,6 +12,7 @@ import pytest
 
 from efm_jax.rl.config import QIPOConfig
 from experiments import scaling
+from experiments.benchmarks.products import flops, products
 
 CONFIG = QIPOConfig(hidden_dims=(32, 24), critic_hidden_dims=(16, 20), support_size=4)
 SMALL = scaling.Workload(CONFIG, 3, 2, 512)
@@ -99,18 +100,6 @@ def test_what_fits():
     assert not scaling.fits(SIZE, tpu, 8, 120_000, "seeds", 9)
 
 
-def dot_flops(jaxpr) -> int:
-    """``2 m n k`` of every matrix product in a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * equation.outvars[0].aval.size
-        total += sum(dot_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
-    return total
-
-
 @pytest.mark.parametrize(
     ("phase", "changes"),
     [
@@ -125,8 +114,8 @@ def dot_flops(jaxpr) -> int:
 def test_dense_formula_is_every_product_of_the_step(phase, changes):
     workload = dataclasses.replace(SMALL, config=dataclasses.replace(CONFIG, **changes))
     step, draw, state, tables = scaling.build(workload, phase, 8, 64)
-    program = jax.make_jaxpr(functools.partial(scaling._one_step, step, draw))(state, 0, tables)
-    assert 8 * scaling.dense_of_step(workload, phase) == dot_flops(program.jaxpr)
+    counts = products(functools.partial(scaling.one_step, step, draw), state, 0, tables)
+    assert 8 * scaling.dense_of_step(workload, phase) == flops(counts)
 
 
 def test_xla_counts_the_dense_layers_and_little_else():

@@ -52,8 +52,11 @@ class QIPO(Policy):
         if self.config.estimator == "full":
             return super().gather(key, table, indices, axis_name)
         # One action a state, drawn by its weight: the same expected gradient, M + 1 times cheaper.
+        # One uniform number against the cumulative weights: jax.random.categorical would draw M + 1.
         keys = sample_keys(key, indices.shape[0], axis_name)
-        choice = jax.vmap(jax.random.categorical)(keys, table.log_weights[indices])
+        reached = jnp.cumsum(jnp.exp(table.log_weights[indices]), axis=-1)
+        drawn = jax.vmap(jax.random.uniform)(keys).astype(reached.dtype) * reached[:, -1]
+        choice = jnp.sum(reached <= drawn[:, None], axis=-1)
         return WeightedSupport(*(leaf[indices, choice] for leaf in table))
 
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:

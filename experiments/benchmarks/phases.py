@@ -1,0 +1,109 @@
+"""Steps per second of each phase, as a share of what its matrix products alone would take.
+
+Products are read from the traced step, so that nothing is left out, and compared with the formula of
+``experiments.scaling`` and with XLA's own count.  A share of 100% would mean that activations, noise,
+gathers, the optimiser and the loop cost nothing.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.training.step import make_chunk
+from experiments.benchmarks import timing
+from experiments.benchmarks.products import Product, flops, least_seconds, products, seconds
+from experiments.configs import mujoco
+from experiments.scaling import Workload, build, dense_of_renewal, dense_of_step, one_step
+
+PHASES = ("behavior", "critic", "policy full", "policy resample")
+_RENEWAL_STATES = 4096  # as the trainer's block
+
+
+def workload(width: int, path: str, rows: int) -> Workload:
+    """The MuJoCo preset with layers of another width, and 16 support actions."""
+    config: QIPOConfig = dataclasses.replace(
+        mujoco.get_config(), path=path, hidden_dims=(width,) * 3, critic_hidden_dims=(width,) * 2,
+        solver="dpmpp" if path == "vp" else "midpoint", sample_steps=10 if path == "vp" else 5,
+        support_size=16,
+    )  # fmt: skip
+    return Workload(config, 17, 6, rows)
+
+
+def fill(shapes: Any) -> Any:
+    """Numbers of the order of the real ones in arrays of these shapes."""
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
+
+
+class Program(NamedTuple):
+    """Something to time, and what it does in each of its ``steps``, to be traced."""
+
+    call: Callable[[], Any]
+    steps: int
+    function: Callable
+    inputs: tuple
+
+
+def step_program(work: Workload, phase: str, batch: int, steps: int) -> Program:
+    """``steps`` compiled steps in one scan."""
+    step, draw, state, tables = build(work, phase, batch, work.rows)
+    data = jax.tree.map(lambda leaf: jax.random.uniform(jax.random.key(1), leaf.shape), tables)
+    run = jax.jit(make_chunk(step, draw, steps))
+    call = functools.partial(run, fill(state), jax.random.key(0), data)
+    return Program(call, steps, functools.partial(one_step, step, draw), (state, 0, tables))
+
+
+def renewal_program(work: Workload) -> Program:
+    """Drawing the support sets of one block of states, with their Q-values."""
+    algorithm = Algorithm(work.config, work.observation_size, work.action_size)
+    _, _, _, tables = build(work, "policy full", 1, _RENEWAL_STATES)
+    state = jax.jit(algorithm.init)(jax.random.key(0))
+
+    def rows(samples: Any) -> Any:
+        return algorithm.policy_rows(state, jax.random.key(0), 0, samples, jnp.arange(_RENEWAL_STATES))
+
+    call = functools.partial(jax.jit(rows), fill(tables.samples))
+    return Program(call, 1, rows, (tables.samples,))
+
+
+def measure(program: Program, formula: float) -> dict[str, Any]:
+    """One row of the table; ``formula`` are the operations of the products that are expected."""
+    counts = products(program.function, *program.inputs)
+    time = timing.in_turns({"": program.call}, 1.5)[""].best / program.steps
+    counted = None
+    if program.steps > 1:  # XLA counts the loop of a sampler once
+        cost = jax.jit(program.function).lower(*program.inputs).compile().cost_analysis()
+        counted = cost["flops"]
+    total, least = flops(counts), least_seconds(counts)
+    return {
+        "ms": 1e3 * time, "per second": 1 / time, "GFLOP": total / 1e9, "by formula": f"{formula / total:.3f}",
+        "of XLA's count": None if counted is None else f"{100 * total / counted:.0f}%",
+        "GFLOP/s": total / time / 1e9, "products alone, GFLOP/s": total / least / 1e9,
+        "share of the limit": f"{100 * least / time:.0f}%",
+    }  # fmt: skip
+
+
+def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """The table of the phases, and the best product for comparison."""
+    rows: list[dict[str, Any]] = []
+    widths, batches = ((64,), (256,)) if quick else ((256, 512), (256, 1024, 4096))
+    cases = [(width, "ot") for width in widths] + [(widths[0], "vp")]
+    for width, path in cases:
+        work = workload(width, path, 20_000)
+        for phase, batch in itertools.product(PHASES, batches):
+            estimate = batch * dense_of_step(work, phase)
+            steps = max(2, min(200, round(2e10 / estimate)))
+            head = {"path": path, "width": width, "phase": phase, "batch": batch}
+            rows.append(head | measure(step_program(work, phase, batch, steps), estimate))
+        block = dataclasses.replace(work, rows=_RENEWAL_STATES)
+        head = {"path": path, "width": width, "phase": "renewal", "batch": _RENEWAL_STATES}
+        rows.append(head | measure(renewal_program(block), dense_of_renewal(block)))
+    square = Product(1, 2048, 2048, 2048)
+    best = {"product": "2048 x 2048 x 2048", "GFLOP/s": square.flops / seconds(square) / 1e9}
+    return {"Phases": rows, "The largest product": [best]}
