@@ -35,8 +35,10 @@ from matplotlib.figure import Figure
 from efm_jax import losses
 from efm_jax.rl.algorithm import Algorithm, Tables
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.model import GenerativeModel
 from efm_jax.rl.samples import Samples
 from efm_jax.rl.support import WeightedSupport
+from efm_jax.solvers import SOLVERS
 from efm_jax.training.step import make_chunk, make_step
 from experiments.configs import mujoco, qipo_ot, quick
 
@@ -198,11 +200,16 @@ def dense_of_step(workload: Workload, phase: str) -> float:
 
 
 def dense_of_renewal(workload: Workload) -> float:
-    """``dense_flops`` of drawing all support sets with the midpoint solver, and of their Q-values."""
+    """``dense_flops`` of drawing all support sets, and of the values that their weights need."""
     policy, critic = (build(workload, phase, 1, 1)[2].params for phase in ("policy full", "critic"))
-    m, evaluations = workload.config.support_size, 2 * workload.config.sample_steps
-    drawn = evaluations * dense_flops(workload, policy, m, train=False)
-    return workload.rows * (drawn + dense_flops(workload, critic["q"], m + 1, train=False))
+    config, flops = workload.config, functools.partial(dense_flops, workload, train=False)
+    solver = GenerativeModel.from_config(config).solver
+    stages = len(SOLVERS[solver].nodes) if solver in SOLVERS else 1
+    drawn = stages * config.sample_steps * flops(policy, config.support_size)
+    weighed = flops(critic["q"], config.support_size + 1)
+    if config.critic == "ensemble":  # its bound is of the advantage
+        weighed += flops(critic["v"])
+    return workload.rows * (drawn + weighed)
 
 
 def collectives(workload: Workload, phase: str, devices: int = 2) -> tuple[list[int], int]:

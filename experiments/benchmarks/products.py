@@ -37,7 +37,7 @@ def products(function: Callable, *inputs: Any) -> collections.Counter[Product]:
 
 
 def _collect(jaxpr: core.Jaxpr, times: int, found: collections.Counter[Product]) -> None:
-    for equation in jaxpr.eqns:
+    for equation in _used(jaxpr):
         if equation.primitive.name == "dot_general":
             (contracted, _), (shared, _) = equation.params["dimension_numbers"]
             a, b = (variable.aval.shape for variable in equation.invars)
@@ -48,6 +48,17 @@ def _collect(jaxpr: core.Jaxpr, times: int, found: collections.Counter[Product])
         turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for inside in core.jaxprs_in_params(equation.params):
             _collect(inside, times * turns, found)
+
+
+def _used(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """The equations that a result depends on; the compiler drops the others."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    used = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or needed.intersection(equation.outvars):
+            used.append(equation)
+            needed.update(v for v in equation.invars if not isinstance(v, core.Literal))
+    return used
 
 
 def flops(counts: collections.Counter[Product]) -> int:
