@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.programs import QUICK_TO_COMPILE, write_whole_entries
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Lines of libraries that a user may see, and that say nothing about the run.
 HARMLESS = ()
@@ -25,10 +27,7 @@ HARMLESS = ()
 
 def xla_flags(devices):
     """So many virtual devices, and programs that compile fast: each runs for a moment."""
-    return (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
+    return f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
 
 
 class Result(NamedTuple):
@@ -82,10 +81,6 @@ class Launcher:
             "MINARI_DATASETS_PATH": str(self._folder / "minari"),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(1),
-            # Every process compiles the same few programs.
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._zygote = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.helpers"],
@@ -125,6 +120,7 @@ def _zygote():
         "efm_jax.training.metrics", "efm_jax.training.plots", "launch.cli", "launch.evaluation",
     ):  # fmt: skip
         importlib.import_module(module)
+    write_whole_entries()  # of all its children, some of which are killed
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -17,6 +17,7 @@ from efm_jax.training.metrics import MetricsWriter, read_table, return_rows, wri
 from efm_jax.training.plots import plot_learning_curve
 from launch.workdir import RESULT_FILE, resolve, write_json
 from tests.integration.helpers import fresh
+from tests.integration.runs import arrays
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
 
 
@@ -91,7 +92,10 @@ def test_metrics_returns_and_curve(workdir):
 
 def test_without_a_client_of_the_bucket(tmp_path):
     """etils asks fsspec for the client of gs://, which the extra gcs brings."""
-    result = fresh("train", "--workdir=gs://bucket/run", env={"MINARI_DATASETS_PATH": str(tmp_path)})
+    # Small, for eight devices: the default dataset would be recorded before the work directory is opened.
+    dataset = write_d4rl(tmp_path / "a.hdf5", arrays(), env_id="Pendulum-v1")
+    flags = [f"--dataset={dataset}", "--config.max_transitions=256", "--workdir=gs://bucket/run"]
+    result = fresh("train", *flags)
     assert result.status == 2
     assert len(result.complaints) == 1
     assert "gcsfs" in result.err
