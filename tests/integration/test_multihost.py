@@ -1,5 +1,6 @@
 """Two processes on this machine as two hosts: the whole launcher, and what happens when one of them stops."""
 
+import re
 import signal
 import socket
 import time
@@ -69,8 +70,8 @@ def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, 
     for key, value in alone.line.items():
         if key.endswith("return"):
             assert results[0].line[key] == pytest.approx(value, rel=1e-3)
-    # Only the first host speaks.
-    assert [line for line in results[1].out.splitlines() if "Gloo" not in line] == []
+    # Only the first host speaks.  Threads of Gloo may tear its lines apart.
+    assert [line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)] == []
     assert "4 devices, 2 hosts" in results[0].out
 
 
