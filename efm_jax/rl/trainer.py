@@ -24,8 +24,8 @@ from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk
 from efm_jax.types import Array, Normalizer, Transitions
 
-# States of one device whose support actions are sampled at once.
-_TABLE_BLOCK = 4096
+# Support actions that one device samples at once: they bound its memory, whatever M is.
+_TABLE_ACTIONS = 65_536
 
 
 class Hooks(Protocol):
@@ -224,8 +224,7 @@ class Trainer:
         Raises:
           StoppedError: when a hook asked to stop.
         """
-        per_device = self._num_rows // self.layout.num_shards
-        block = min(_TABLE_BLOCK, per_device)
+        per_device, block = self._num_rows // self.layout.num_shards, self.table_block
         axis_name = self.layout.axis_name
 
         def compute(places: Array, state: State, key: Array, samples: Samples) -> Any:
@@ -253,6 +252,12 @@ class Trainer:
             if hooks.stop_requested():
                 raise StoppedError
         return table
+
+    @property
+    def table_block(self) -> int:
+        """Rows of a table that a device computes at once."""
+        per_device = self._num_rows // self.layout.num_shards
+        return min(max(_TABLE_ACTIONS // self.config.support_size, 1), per_device)
 
     def act_fn(
         self, name: str, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]

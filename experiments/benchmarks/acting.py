@@ -23,7 +23,7 @@ from efm_jax.solvers import SOLVERS
 from efm_jax.types import Normalizer
 from experiments.benchmarks import timing
 
-# The fewest evaluations that keep quality (the row "sampling"), and what the library does unasked.
+# The fewest evaluations that keep quality (the row "sampling"), as in the presets of MuJoCo.
 DEFAULT_STEPS = ("midpoint", 5)
 STEPS = 15
 OBSERVATION_SIZE, ACTION_SIZE = 17, 6

@@ -1,10 +1,13 @@
 """The trainer: devices, seeds, resumption."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
 
 from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.rl.support import write_rows
 from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import Layout
@@ -148,8 +151,10 @@ def test_seeds_on_eight_devices_in_float64(x64, one_device):
 
 
 def test_blocks_of_a_table_that_do_not_divide(monkeypatch, whole_run):
-    monkeypatch.setattr("efm_jax.rl.trainer._TABLE_BLOCK", 33)
+    monkeypatch.setattr("efm_jax.rl.trainer._TABLE_ACTIONS", 33 * config().support_size + 1)
+    monkeypatch.setattr("efm_jax.rl.trainer.write_rows", seen := mock.Mock(wraps=write_rows))
     assert_same_run(train(config()), whole_run, 1e-4)
+    assert {call.args[3] for call in seen.call_args_list} == {33}
 
 
 def test_a_seed_of_two_equals_itself_alone():
