@@ -86,8 +86,7 @@ def measure(steps: int, folder: pathlib.Path, cache: pathlib.Path | None, name: 
         }  # fmt: skip
     changes = {f"{phase}_steps": steps for phase in ("behavior", "critic", "policy")}
     # All chunks are of one length: a second one would compile while the first runs, and count twice.
-    changes |= {"log_every": steps // 10, "checkpoint_every": steps // 5}
-    changes |= {"renew_every": steps // 2, "eval_every": steps // 2}
+    changes |= {"log_every": steps // 10, "renew_every": steps // 2, "eval_every": steps // 2}
     command = [sys.executable, "-m", "experiments.benchmarks.overhead", f"--workdir={folder / name}"]
     command += [f"--config.{field}={value}" for field, value in changes.items()]
     start = time.perf_counter()
