@@ -3,13 +3,20 @@
 All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer kernels of
 their own, whose products are added; a state that is shared by M support actions is given as
 ``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
+
+Fields have ``dtype``, the type that their layers compute in, by default that of inputs and parameters
+promoted; parameters and the output keep their types, and time features are float32 at least.  Q and value
+networks have none: actions of a state differ in Q by less than bfloat16 resolves at the level of Q.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 
 from efm_jax import checks
 from efm_jax.types import Array
@@ -55,6 +62,7 @@ class JointDense(nn.Module):
     """A dense layer on the concatenation of its inputs, without broadcasting their leading axes."""
 
     features: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
@@ -65,12 +73,14 @@ class JointDense(nn.Module):
         kernels = [
             self.param(f"kernel_{i}", init, (x.shape[-1], self.features)) for i, x in enumerate(inputs)
         ]
+        bias, *rest = promote_dtype(bias, *inputs, *kernels, dtype=self.dtype)
+        inputs, kernels = rest[: len(inputs)], rest[len(inputs) :]
         total = bias
         # One product for all inputs with the same leading axes: few columns leave a processor waiting.
         for lead in dict.fromkeys(x.shape[:-1] for x in inputs):
             same = [(x, kernel) for x, kernel in zip(inputs, kernels, strict=True) if x.shape[:-1] == lead]
             x = jnp.concatenate([x for x, _ in same], axis=-1)
-            kernel = jnp.concatenate([kernel for _, kernel in same]).astype(x.dtype)
+            kernel = jnp.concatenate([kernel for _, kernel in same])
             total = total + (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*lead, self.features)
         return total
 
@@ -82,17 +92,18 @@ class MLP(nn.Module):
     out_dim: int
     activation: str = "silu"
     layer_norm: bool = False
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
         _check_options(self.hidden_dims, self.activation)
-        x = JointDense(self.hidden_dims[0])(*inputs)
+        x = JointDense(self.hidden_dims[0], self.dtype)(*inputs)
         lead = x.shape[:-1]
         # One leading axis: a kernel's gradient over two of them copies what it multiplies.
         x = x.reshape(-1, x.shape[-1])
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-            x = nn.Dense(width, name=f"dense_{i}")(ACTIVATIONS[self.activation](x))
+            x = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(ACTIVATIONS[self.activation](x))
         return x.reshape(*lead, self.out_dim)
 
 
@@ -108,12 +119,14 @@ class MLPField(nn.Module):
     layer_norm: bool = False
     time_features: int = 12
     input_skip: bool = False
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
         features = fourier_features(t, self.time_features)
         inputs = [x, features] + ([] if condition is None else [condition])
-        out = MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, name="mlp")(*inputs)
+        mlp = MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, self.dtype, name="mlp")
+        out = mlp(*inputs).astype(x.dtype)
         if self.input_skip:
             out += x * nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")(features)
         return out
@@ -125,13 +138,15 @@ class _ResidualBlock(nn.Module):
     features: int
     activation: Callable[[Array], Array]
     layer_norm: bool
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array) -> Array:
-        h = nn.LayerNorm()(x) if self.layer_norm else x
-        h = self.activation(nn.Dense(self.features)(h) + nn.Dense(self.features)(embedding))
-        h = nn.Dense(self.features)(h)
-        skip = x if x.shape[-1] == self.features else nn.Dense(self.features, use_bias=False)(x)
+        dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
+        h = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
+        h = self.activation(dense()(h) + dense()(embedding))
+        h = dense()(h)
+        skip = x if x.shape[-1] == self.features else dense(use_bias=False)(x)
         return self.activation(h) + skip
 
 
@@ -145,21 +160,22 @@ class UNetField(nn.Module):
     activation: str = "silu"
     layer_norm: bool = False
     time_features: int = 12
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
         _check_options(self.hidden_dims, self.activation)
         activation = ACTIVATIONS[self.activation]
         inputs = [fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
-        embedding = activation(JointDense(self.hidden_dims[-1], name="embedding")(*inputs))
+        embedding = activation(JointDense(self.hidden_dims[-1], self.dtype, name="embedding")(*inputs))
         h, skips = x, []
         for width in self.hidden_dims:
-            h = _ResidualBlock(width, activation, self.layer_norm)(h, embedding)
+            h = _ResidualBlock(width, activation, self.layer_norm, self.dtype)(h, embedding)
             skips.append(h)
         for width, skip in zip(self.hidden_dims[-2::-1], skips[-2::-1], strict=True):
-            h = nn.Dense(width)(h) + skip
-            h = _ResidualBlock(width, activation, self.layer_norm)(h, embedding)
-        return nn.Dense(x.shape[-1], name="out")(h)
+            h = nn.Dense(width, dtype=self.dtype)(h) + skip
+            h = _ResidualBlock(width, activation, self.layer_norm, self.dtype)(h, embedding)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out")(h).astype(x.dtype)
 
 
 class QEnsemble(nn.Module):

@@ -39,6 +39,7 @@ class Training:
     batch_size: int = 512
     num_steps: int = 6000
     learning_rate: float = 3e-3  # of Adam, falling to 0 along a cosine
+    dtype: str | None = None  # what the fields of EFM and ED compute in
 
 
 class Guided(NamedTuple):
@@ -70,7 +71,7 @@ def _energy_weighted(
     key: Array,
 ) -> list[Guided]:
     """Energy-weighted flow matching (velocity) or, on the linear VP path, diffusion (noise prediction)."""
-    network = networks.MLPField(training.hidden_dims, input_skip=True)
+    network = networks.MLPField(training.hidden_dims, input_skip=True, dtype=training.dtype)
     diffusion = path is VP
 
     def score_fn(params: Params, beta: Array) -> Field:

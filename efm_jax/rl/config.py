@@ -14,6 +14,7 @@ from efm_jax.sampling import SAMPLE_SOLVERS
 
 ESTIMATORS = ("full", "resample")
 SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16")
 SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
 PHASES = ("behavior", "critic", "policy")
 
@@ -30,6 +31,7 @@ class QIPOConfig:
     activation: str = "silu"
     layer_norm: bool = False
     time_features: int = 12
+    dtype: str = "float32"  # what the model's layers compute in; parameters, losses and critics stay float32
     learning_rate: float = 1e-3
     # cosine: from learning_rate to 0 over each of the behaviour and policy phases.
     learning_rate_schedule: str = "constant"
@@ -107,6 +109,7 @@ class QIPOConfig:
             ("network", FIELDS),
             ("activation", ACTIVATIONS),
             ("solver", SOLVERS),
+            ("dtype", DTYPES),
             ("critic", CRITICS),
             ("estimator", ESTIMATORS),
             ("learning_rate_schedule", SCHEDULES),

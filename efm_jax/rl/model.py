@@ -45,7 +45,12 @@ class GenerativeModel:
     def from_config(cls, config: QIPOConfig) -> GenerativeModel:
         """The model that a validated configuration describes."""
         network = FIELDS[config.network](
-            config.hidden_dims, config.activation, config.layer_norm, config.time_features
+            config.hidden_dims,
+            config.activation,
+            config.layer_norm,
+            config.time_features,
+            # Not by name where it is the default: 64-bit inputs stay 64-bit.
+            dtype=None if config.dtype == "float32" else config.dtype,
         )
         predicts_score = config.path == "vp"
         solver = _solver(config.solver, predicts_score)

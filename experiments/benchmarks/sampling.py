@@ -3,7 +3,8 @@
 Problems are smooth, so that fields are finite at both ends of time: two of the plane's sets, of which a
 finite sample is blurred by a kernel, and a Gaussian mixture in 8 dimensions, all guided at one beta.  Fields:
 the exact guided one, on the OT and the linear VP path, where only the solver's error is seen; and a network
-that was trained by energy-weighted flow matching, where a smaller error of the solver may not pay.
+that was trained by energy-weighted flow matching, where a smaller error of the solver may not pay, and the
+same trained and evaluated in bfloat16.
 
 Quality is the sliced Wasserstein-2 distance to exact samples as a ratio to its noise floor, the distance
 between two independent exact samples of that size.  All solvers begin at the same noise and are compared with
@@ -134,7 +135,8 @@ def make_case(name: str, components: int) -> Case:
 def train(case: Case, training: Training) -> tuple[Kind, Any]:
     """The EFM network of the OT path, and its parameters."""
     model = train_family("ot", case.problem, (BETA,), training, jax.random.key(1))[0]
-    return Kind("network", "ot", MLPField(training.hidden_dims, input_skip=True)), model.params
+    network = MLPField(training.hidden_dims, input_skip=True, dtype=training.dtype)
+    return Kind(f"network, {training.dtype or 'float32'}", "ot", network), model.params
 
 
 def stages(solver: str) -> int:
@@ -306,7 +308,9 @@ def run(quick: bool) -> dict[str, Rows]:
         case = make_case(name, sizes.components)
         fields = [(Kind("exact", path_name), case.guided) for path_name in PATHS]
         floor = noise_floor(case, sizes)
-        for kind, params in (*fields, train(case, sizes.training)):
+        for dtype in (None, "bfloat16"):
+            fields.append(train(case, dataclasses.replace(sizes.training, dtype=dtype)))
+        for kind, params in fields:
             rows += measure(case, kind, params, floor, sizes)
             print(f"sampling: {name}, {kind.path_name}, {kind.name}", file=sys.stderr, flush=True)
     return {

@@ -19,6 +19,7 @@ WRONG_VALUES = {
     "path": ["linear", "", "OT"],
     "network": ["resnet"],
     "activation": ["swish"],
+    "dtype": ["float16", "bf16"],
     "solver": ["rk45"],
     "critic": ["sarsa"],
     "policy": ["sac"],

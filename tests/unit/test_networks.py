@@ -199,3 +199,26 @@ def test_float64(x64, name):
     x, t, s = jnp.ones((3, A)), jnp.ones(3), jnp.ones((3, S))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(network, x, t, s))
     assert apply(network, params, x, t, s).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_bfloat16_is_what_products_compute_in_and_nothing_else_is(name):
+    x, t, s = normal(0, 64, A), np.linspace(0, 1, 64, dtype=np.float32), normal(1, 64, S)
+    network = FIELDS[name]((32, 16), layer_norm=True, dtype="bfloat16")
+    params = randomized(init(network, x, t, s))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    products = [
+        operand.aval.dtype
+        for equation in jax.make_jaxpr(network.apply)(params, x, t, s).eqns
+        for operand in equation.invars
+        if equation.primitive.name == "dot_general"
+    ]
+    assert products
+    assert set(products) == {jnp.dtype(jnp.bfloat16)}
+    found, expected = (
+        apply(FIELDS[name]((32, 16), layer_norm=True, dtype=d), params, x, t, s) for d in ("bfloat16", None)
+    )
+    assert found.dtype == jnp.float32
+    # Eight bits, through four layers.
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.05

@@ -282,6 +282,19 @@ def test_policy_samples_in_bounds_with_every_path_and_solver(path, solver):
     np.testing.assert_allclose(actions[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["ot", "vp"])
+def test_a_model_in_bfloat16_has_about_the_same_field_in_float32(path):
+    exact, rounded = (
+        GenerativeModel.from_config(config(path=path, dtype=d)) for d in ("float32", "bfloat16")
+    )
+    params = jax.jit(exact.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
+    x = np.random.default_rng(0).standard_normal((ROWS, A)).astype(np.float32)
+    observations, t = transitions().observations, np.full(ROWS, 0.5, np.float32)
+    expected, found = (jax.jit(model.field(params, observations))(x, t) for model in (exact, rounded))
+    assert found.dtype == jnp.float32
+    assert 0 < np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
 def test_acting_in_the_environments_units(algorithm, state):
     normalizer = Normalizer(
         np.float32([1, 2, 3]), np.float32([2, 2, 2]), np.float32([-2, 0]), np.float32([2, 10])
