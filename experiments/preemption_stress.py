@@ -190,11 +190,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
-    parser.add_argument("--smoke", action="store_true", help="4 kills of a short run")
+    parser.add_argument("--smoke", action="store_true", help="2 kills of a short run")
     parser.add_argument("--workdir", type=pathlib.Path, help="new or empty; by default one that is removed")
     args = parser.parse_args()
     settings = SMOKE if args.smoke else Settings()
-    wanted, rng = 4 if args.smoke else args.kills, random.Random(args.seed)
+    wanted, rng = 2 if args.smoke else args.kills, random.Random(args.seed)
     numbers = [signal.SIGKILL, signal.SIGTERM] * (wanted // 2 + 1)
     rng.shuffle(numbers := numbers[:wanted])
     if args.workdir is not None and args.workdir.exists() and any(args.workdir.iterdir()):

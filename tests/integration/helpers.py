@@ -3,8 +3,8 @@
 A *zygote* process imports what the entry points import, without starting JAX's backend, and forks a
 child for each command; the child executes `python -m launch.NAME ARGS` from there. Run as a module
 (`python -m tests.integration.helpers`) this file is that zygote: it reads one JSON request a line from
-its standard input, `{"module", "args", "env", "out", "err"}`, and answers with the child's pid; the child
-writes its exit status into `err + ".status"`.
+its standard input, `{"module", "args", "cwd", "env", "out", "err"}`, and answers with the child's pid; the
+child writes its exit status into `err + ".status"`.
 """
 
 import importlib
@@ -87,29 +87,31 @@ class Launcher:
             cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def start(self, module, *args, env=None):
+    def start(self, module, *args, cwd=REPOSITORY, env=None):
         """Start `python -m launch.MODULE ARGS`."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
-        request = {"module": module, "args": [str(a) for a in args], "env": env or {}}
+        request = {"module": module, "args": [str(a) for a in args], "cwd": str(cwd), "env": env or {}}
         self._zygote.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
         self._zygote.stdin.flush()
         return Process(int(self._zygote.stdout.readline()), out, err)
 
-    def run(self, module, *args, env=None):
+    def run(self, module, *args, cwd=REPOSITORY, env=None):
         """Start it and wait for its end."""
-        return self.start(module, *args, env=env).wait()
+        return self.start(module, *args, cwd=cwd, env=env).wait()
 
     def close(self):
         self._zygote.stdin.close()
         self._zygote.wait(30)
 
 
-def fresh(module, *args, cwd=REPOSITORY, env=None):
+def fresh(module, *args, env=None):
     """Run `python -m launch.MODULE ARGS` in a process of its own, which has imported nothing before."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | (env or {})
     command = [sys.executable, "-m", f"launch.{module}", *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240
+    )
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -148,6 +150,7 @@ def _become(request):
     for descriptor, path in ((1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
     os.environ.update(request["env"])
     sys.argv = [f"launch.{request['module']}", *request["args"]]
     code = 1

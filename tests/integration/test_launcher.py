@@ -277,16 +277,21 @@ def test_preset_that_is_no_file(launcher, tmp_path, more):
     refused(launcher.run("train", "--config=nosuch.py", *more), "--config=nosuch.py: no such file")
 
 
-def test_installed_preset_from_another_folder(tmp_path):
+def test_without_a_client_of_the_bucket(launcher, dataset):
+    """etils asks fsspec for the client of gs://, which the extra gcs brings."""
+    refused(launcher.run("train", *train_flags(dataset, "gs://bucket/run")), "gcsfs")
+
+
+def test_installed_preset_from_another_folder(launcher, tmp_path):
     flags = ["--dataset=nosuch.hdf5", "--config.beta=1"]
     preset = "experiments/configs/quick.py"
     for given in ([f"--config={preset}"], ["--config", preset]):
         # It comes as far as the dataset.
-        refused(fresh("train", *given, *flags, cwd=tmp_path), "nosuch.hdf5: no such file")
+        refused(launcher.run("train", *given, *flags, cwd=tmp_path), "nosuch.hdf5: no such file")
     # One that is here comes first.
     (tmp_path / "experiments" / "configs").mkdir(parents=True)
     (tmp_path / preset).write_text("def get_config():\n    return 3\n")
-    refused(fresh("train", f"--config={preset}", cwd=tmp_path), f"--config={preset}", "got int")
+    refused(launcher.run("train", f"--config={preset}", cwd=tmp_path), f"--config={preset}", "got int")
 
 
 def test_batch_that_does_not_divide_over_devices(launcher, dataset, tmp_path):

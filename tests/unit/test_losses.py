@@ -543,8 +543,8 @@ def test_contrast_of_groups_over_devices():
         )  # fmt: skip
 
     grad = jax.value_and_grad(loss, has_aux=True)
-    (whole, aux), slope = grad(0.3, x0, energy)
-    split = jax.vmap(lambda x, e: grad(0.3, x, e, "i"), axis_name="i")
+    (whole, aux), slope = jax.jit(grad)(0.3, x0, energy)
+    split = jax.jit(jax.vmap(lambda x, e: grad(0.3, x, e, "i"), axis_name="i"))
     (shares, others), slopes = split(x0.reshape(2, 2, 5, 2), energy.reshape(2, 2, 5))
     assert shares.sum() == pytest.approx(float(whole), rel=1e-5)
     assert slopes.sum() == pytest.approx(float(slope), rel=1e-5)

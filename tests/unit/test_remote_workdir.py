@@ -16,8 +16,6 @@ from efm_jax.rl.workdir import RunInfo
 from efm_jax.training.metrics import MetricsWriter, read_table, return_rows, write_returns
 from efm_jax.training.plots import plot_learning_curve
 from launch.workdir import RESULT_FILE, resolve, write_json
-from tests.integration.helpers import fresh
-from tests.integration.runs import arrays
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
 
 
@@ -88,14 +86,3 @@ def test_metrics_returns_and_curve(workdir):
         workdir / "metrics.csv", workdir / "returns.csv", curve, dataset_return=0.5, title="in memory"
     )
     assert matplotlib.image.imread(io.BytesIO(curve.read_bytes())).std() > 0
-
-
-def test_without_a_client_of_the_bucket(tmp_path):
-    """etils asks fsspec for the client of gs://, which the extra gcs brings."""
-    # Small, for eight devices: the default dataset would be recorded before the work directory is opened.
-    dataset = write_d4rl(tmp_path / "a.hdf5", arrays(), env_id="Pendulum-v1")
-    flags = [f"--dataset={dataset}", "--config.max_transitions=256", "--workdir=gs://bucket/run"]
-    result = fresh("train", *flags)
-    assert result.status == 2
-    assert len(result.complaints) == 1
-    assert "gcsfs" in result.err
