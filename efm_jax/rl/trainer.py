@@ -6,7 +6,7 @@ run does what an uninterrupted one does, on any number of devices.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -103,7 +103,13 @@ class Trainer:
         self._keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self._keys)
         self._samples = self.layout.put_rows(n_step(data, config.n_step, config.discount))
-        self._chunks: dict[tuple[str, int], Callable] = {}
+        self._programs: dict[Hashable, Any] = {}
+
+    def _program(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned for this key at first: a program is traced and compiled once in a run."""
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
 
     def init_state(self) -> State:
         """Fresh states of all seeds, with a leading seed axis."""
@@ -160,11 +166,7 @@ class Trainer:
                 hooks.on_checkpoint(self.layout.get_seeds(state))
                 raise
             inputs = (getattr(state, phase), self._device_keys, self._samples, tables)
-            if (phase, end - begin) not in self._chunks:
-                self._chunks[phase, end - begin] = compile_ahead(
-                    self._make_chunk(phase, end - begin), *inputs
-                )
-            chunk = functools.partial(self._chunks[phase, end - begin], *inputs)
+            chunk = functools.partial(self._chunk(phase, end - begin, inputs), *inputs)
             state = state.replace(**{phase: pipe.run(phase, begin, end, chunk)})
             stop = hooks.stop_requested()
             if stop or end % config.checkpoint_every == 0 or end == total:
@@ -173,6 +175,11 @@ class Trainer:
             if stop:
                 raise StoppedError
         return state
+
+    def _chunk(self, phase: str, num_steps: int, inputs: tuple) -> Callable:
+        return self._program(
+            (phase, num_steps), lambda: compile_ahead(self._make_chunk(phase, num_steps), *inputs)
+        )
 
     def _make_chunk(self, phase: str, num_steps: int) -> Callable:
         axis_name = self.layout.axis_name
@@ -193,54 +200,40 @@ class Trainer:
         """Compute the policy's table by ``state.renewed_params``; after a resume, the current one again."""
         policy = self.algorithm.policy
         renewal = step // self.config.renew_every if policy.renews else 0
-
-        def rows(state: State, key: Array, samples: Samples, indices: Array) -> Any:
-            return self.algorithm.policy_rows(state, key, jnp.asarray(renewal), samples, indices)
-
-        table = self._fill(f"support set {renewal + 1}", rows, state, hooks)
+        rows = self.algorithm.policy_rows
+        table = self._fill(f"support set {renewal + 1}", "policy", rows, state, renewal, hooks)
         prepare = functools.partial(policy.prepare, axis_name=self.layout.axis_name)
-        table, summary = self.layout.map(prepare, donate=(0,))(table)
+        table, summary = self._program("prepare", lambda: self.layout.map(prepare, donate=(0,)))(table)
         first = renewal * self.config.renew_every
         hooks.on_renewal(first, jax.tree.map(np.asarray, self.layout.get_seeds(summary)))
         return table
 
     def _next_actions(self, state: State, hooks: Hooks) -> Array:
-        def rows(state: State, key: Array, samples: Samples, indices: Array) -> Array:
+        def rows(state: State, key: Array, _: Array, samples: Samples, indices: Array) -> Array:
             return self.algorithm.next_actions(
                 state.behavior.average, key, samples.next_observations, indices
             )
 
-        return self._fill("next actions", rows, state, hooks)
+        return self._fill("next actions", "next actions", rows, state, 0, hooks)
 
-    def _fill(self, name: str, rows: Callable, state: State, hooks: Hooks) -> Any:
+    def _fill(self, title: str, name: str, rows: Callable, state: State, renewal: int, hooks: Hooks) -> Any:
         """Compute a table with a row for every sample, block by block: each device its own rows.
 
         Args:
-          name: shown while it goes on.
-          rows: ``(state, key, samples [b, ...], indices [b]) -> rows``, pure, of one seed.
+          title: shown while it goes on.
+          name: of the table; its programs are compiled once.
+          rows: ``(state, key, renewal, samples [b, ...], indices [b]) -> rows``, pure, of one seed.
           state: on the devices.
+          renewal: number of the renewal.
           hooks: told after every block.
 
         Raises:
           StoppedError: when a hook asked to stop.
         """
         per_device, block = self._num_rows // self.layout.num_shards, self.table_block
-        axis_name = self.layout.axis_name
-
-        def compute(places: Array, state: State, key: Array, samples: Samples) -> Any:
-            first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * per_device
-            return rows(state, key, jax.tree.map(lambda leaf: leaf[places], samples), first + places)
-
-        def empty(state: State, key: Array, samples: Samples) -> Any:
-            shapes = jax.eval_shape(compute, jnp.arange(per_device), state, key, samples)
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-        def fill(table: Any, start: Array, state: State, key: Array, samples: Samples) -> Any:
-            return write_rows(table, lambda places: compute(places, state, key, samples), start, block)
-
-        inputs = (state, self._device_keys, self._samples)
-        table = self.layout.map(empty, shared=(2,))(*inputs)
-        fill = self.layout.map(fill, shared=(1, 4), donate=(0,))
+        empty, fill = self._program(name, lambda: self._table_programs(rows, per_device, block))
+        inputs = (state, self._device_keys, self.layout.replicate(jnp.asarray(renewal)), self._samples)
+        table = empty(*inputs)
         for start in range(0, per_device, block):
             # The last block overlaps the one before it and writes the same values again.
             first = self.layout.replicate(jnp.asarray(min(start, per_device - block)))
@@ -248,10 +241,31 @@ class Trainer:
             # Dispatch runs ahead of the devices: without waiting, progress and a stop would come too early.
             jax.block_until_ready(table)
             done = min(start + block, per_device) * self.layout.num_shards
-            hooks.on_table(name, done, self._num_rows)
+            hooks.on_table(title, done, self._num_rows)
             if hooks.stop_requested():
                 raise StoppedError
         return table
+
+    def _table_programs(self, rows: Callable, per_device: int, block: int) -> tuple[Callable, Callable]:
+        """``(inputs) -> table`` of zeros, and ``(table, start, inputs) -> table`` with a block computed."""
+        axis_name = self.layout.axis_name
+
+        def compute(places: Array, state: State, key: Array, renewal: Array, samples: Samples) -> Any:
+            first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * per_device
+            part = jax.tree.map(lambda leaf: leaf[places], samples)
+            return rows(state, key, renewal, part, first + places)
+
+        def empty(*inputs: Any) -> Any:
+            shapes = jax.eval_shape(compute, jnp.arange(per_device), *inputs)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def fill(table: Any, start: Array, *inputs: Any) -> Any:
+            return write_rows(table, lambda places: compute(places, *inputs), start, block)
+
+        return (
+            self.layout.map(empty, shared=(2, 3)),
+            self.layout.map(fill, shared=(1, 4, 5), donate=(0,)),
+        )
 
     @property
     def table_block(self) -> int:
@@ -262,8 +276,9 @@ class Trainer:
     def act_fn(
         self, name: str, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]
     ) -> Callable:
-        """A policy as :func:`efm_jax.evaluation.evaluate` wants it; see :func:`make_act`."""
-        return make_act(self.algorithm, name, self._keys, acting, normalizer, episode_seeds)
+        """A policy as :func:`efm_jax.evaluation.evaluate` wants it; arguments as of :func:`make_act`."""
+        program = self._program(("act", name), lambda: _act_program(self.algorithm, name))
+        return _bind(program, self._keys, acting, normalizer, episode_seeds)
 
 
 def make_act(
@@ -287,10 +302,19 @@ def make_act(
     Returns:
       ``act(observations [K, E, S] float32, step) -> actions [K, E, A]`` in the environment's units.
     """
+    return _bind(_act_program(algorithm, name), keys, acting, normalizer, episode_seeds)
+
+
+def _act_program(algorithm: Algorithm, name: str) -> Callable:
+    return jax.jit(jax.vmap(functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None)))
+
+
+def _bind(
+    program: Callable, keys: Array, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]
+) -> Callable[[np.ndarray, int], np.ndarray]:
     episodes = jnp.asarray(episode_seeds)
-    mapped = jax.jit(jax.vmap(functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None)))
 
     def act(observations: np.ndarray, step: int) -> np.ndarray:
-        return np.asarray(mapped(acting, normalizer, keys, observations, jnp.asarray(step), episodes))
+        return np.asarray(program(acting, normalizer, keys, observations, jnp.asarray(step), episodes))
 
     return act

@@ -7,6 +7,7 @@ the part of it that belongs to its own devices.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class Layout:
         """Copy a tree to each of this host's devices: leaves gain a leading device axis."""
         # pmap wants at least one argument with a mapped axis.
         places = jnp.arange(len(self.local_devices))
-        return self._pmap(lambda _, leaves: leaves, in_axes=(0, None))(places, tree)
+        return self._copy(places, tree)
 
     def put_seeds(self, tree: Any) -> Any:
         """Spread a tree with a leading axis of all seeds: ``[S, ...] -> [devices, seeds, ...]``."""
@@ -131,7 +132,16 @@ class Layout:
     def _split(self, tree: Any, part: slice) -> Any:
         count = len(self.local_devices)
         tree = jax.tree.map(lambda leaf: leaf[part].reshape(count, -1, *leaf.shape[1:]), tree)
-        return self._pmap(lambda leaves: leaves)(tree)
+        return self._place(tree)
+
+    # Kept, because every new pmap is traced and compiled again.
+    @functools.cached_property
+    def _copy(self) -> Callable:
+        return self._pmap(lambda _, leaves: leaves, in_axes=(0, None))
+
+    @functools.cached_property
+    def _place(self) -> Callable:
+        return self._pmap(lambda leaves: leaves)
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
         return jax.pmap(function, devices=self.devices, **options)
