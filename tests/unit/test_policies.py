@@ -60,7 +60,7 @@ def test_reaches_the_tilted_behaviour(monkeypatch, policy, path, solver):
     monkeypatch.setattr(Algorithm, "critic", property(lambda self: known))
     config = QIPOConfig(
         policy=policy, path=path, solver=solver, sample_steps=10, hidden_dims=(32, 32), critic="iql",
-        critic_hidden_dims=(4,), beta=BETA, support_size=32, batch_size=128, learning_rate=3e-3,
+        critic_hidden_dims=(4,), beta=BETA, support_size=16, batch_size=128, learning_rate=3e-3,
         ema_decay=0.97, behavior_steps=600, critic_steps=1, policy_steps=1000, log_every=1000,
         checkpoint_every=10**6, eval_every=0,
     ).validate()  # fmt: skip

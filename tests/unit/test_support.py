@@ -365,8 +365,9 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     options = QIPOConfig(
         path=path, solver=solver, sample_steps=5 if solver == "midpoint" else 10, estimator=estimator,
         hidden_dims=(32, 32), critic="iql", critic_hidden_dims=(4,), beta=BETA, support_size=16,
-        batch_size=128, learning_rate=3e-3, ema_decay=0.97, behavior_steps=800, critic_steps=1,
-        policy_steps=1500, renew_every=500, log_every=500, checkpoint_every=10**6, eval_every=0,
+        batch_size=64 if estimator == "full" else 128, learning_rate=3e-3, ema_decay=0.97,
+        behavior_steps=800, critic_steps=1, policy_steps=1200, renew_every=400, log_every=400,
+        checkpoint_every=10**6, eval_every=0,
     ).validate()  # fmt: skip
     rng, rows = np.random.default_rng(0), 1024
     states = np.repeat([[1.0], [-1.0]], rows // 2, axis=0)
@@ -376,7 +377,7 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     trainer = Trainer(options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0], one_device)
     hooks = Quiet()
     state = trainer.run(trainer.init_state(), hooks)
-    assert hooks.renewals == [0, 500, 1000]
+    assert hooks.renewals == [0, 400, 800]
     noise = rng.standard_normal((2000, 1)).astype(np.float32)
     sample = jax.jit(trainer.algorithm.model.sample)
     for sign in (1.0, -1.0):
