@@ -2,8 +2,9 @@
 
 Values must reach over an episode in few steps (n_step), be cautious about actions that the data does not
 have (ensemble), and tilt little where they differ little (a small beta); half of a support set's base measure
-is the data action; what is played is the mean of a few actions.  QIPO-Diff: --config.path=vp
---config.solver=dpmpp --config.sample_steps=10.
+is the data action; the table is filled once, for a second one would hold the errors of the first; what is
+played is the mean of a few actions.  QIPO-Diff: --config.path=vp --config.solver=dpmpp
+--config.sample_steps=20.
 """
 
 from efm_jax.rl.config import QIPOConfig
@@ -38,9 +39,9 @@ def get_config() -> QIPOConfig:
         reward_transform="locomotion",
         behavior_steps=80_000,
         critic_steps=10_000,
-        policy_steps=8_000,
+        policy_steps=4_000,
         log_every=250,  # a chunk: what SIGTERM waits for
         checkpoint_every=10_000,
-        eval_every=4_000,
+        eval_every=2_000,
         eval_episodes=20,
     )

@@ -119,8 +119,8 @@ def test_preemption_of_one_host_stops_both_and_they_continue(launcher, dataset, 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_dies_stops_the_other(launcher, dataset, tmp_path, victim):
-    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", policy_steps=100_000, eval_every=0)
-    wait_for_phase(tmp_path / "run", "policy", hosts)
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", behavior_steps=100_000)
+    wait_for_phase(tmp_path / "run", "behavior", hosts)
     hosts[victim].send(signal.SIGKILL)
     assert hosts[victim].wait(30).status == -signal.SIGKILL
     survivor = hosts[1 - victim].wait(60)

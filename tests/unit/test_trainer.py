@@ -102,8 +102,8 @@ VARIANTS = {
     "iql resample": {"critic": "iql", "estimator": "resample", "ema_decay": 0.5},
 }
 LONG = {
-    **{f"{phase}_steps": 60 for phase in PHASES},
-    **{f"{period}_every": 30 for period in ("log", "checkpoint", "renew")},
+    **{f"{phase}_steps": 30 for phase in PHASES},
+    **{f"{period}_every": 15 for period in ("log", "checkpoint", "renew")},
 }
 
 
