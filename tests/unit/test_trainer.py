@@ -11,7 +11,7 @@ from efm_jax.rl.support import write_rows
 from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import Layout
-from efm_jax.types import Transitions
+from efm_jax.types import Normalizer, Transitions
 
 ROWS, S, A = 96, 3, 2
 
@@ -155,6 +155,24 @@ def test_blocks_of_a_table_that_do_not_divide(monkeypatch, whole_run):
     monkeypatch.setattr("efm_jax.rl.trainer.write_rows", seen := mock.Mock(wraps=write_rows))
     assert_same_run(train(config()), whole_run, 1e-4)
     assert {call.args[3] for call in seen.call_args_list} == {33}
+
+
+def test_renewals_and_evaluations_compile_nothing_again():
+    compiled, counts = [], []
+    event = "/jax/core/compile/backend_compile_duration"  # also where a program comes from a cache on disk
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    trainer = Trainer(config(renew_every=5, eval_every=5), transitions(), (0,), layout())
+    normalizer = Normalizer(np.zeros(S), np.ones(S), -np.ones(A), np.ones(A))
+
+    class Counting(Recorder):
+        def on_evaluate(self, step, acting):
+            trainer.act_fn("policy", acting, normalizer, [0, 1])(np.zeros((1, 2, S), np.float32), 0)
+            counts.append(compiled.count(event))
+
+    trainer.run(trainer.init_state(), hooks := Counting())
+    assert [step for step, _ in hooks.renewals] == [0, 5, 10, 15]
+    assert len(counts) == 3
+    assert 0 < counts[1] == counts[2]
 
 
 def test_a_seed_of_two_equals_itself_alone():
