@@ -151,7 +151,7 @@ class Trainer:
         ):
             renewal = policy and (begin == 0 or (renews and begin % config.renew_every == 0))
             if renewal:
-                state = state.replace(renewed_params=jax.tree.map(jnp.copy, state.policy.average))
+                state = state.replace(renewed_params=self._copy(state.policy.average))
             try:
                 if policy and begin > 0 and config.eval_every and begin % config.eval_every == 0:
                     pipe.drain()
@@ -175,6 +175,11 @@ class Trainer:
             if stop:
                 raise StoppedError
         return state
+
+    def _copy(self, tree: Any) -> Any:
+        """A copy on the devices: the chunks reuse the buffers of what they are given."""
+        copy = self._program("copy", lambda: self.layout.map(lambda tree: jax.tree.map(jnp.copy, tree)))
+        return copy(tree)
 
     def _chunk(self, phase: str, num_steps: int, inputs: tuple) -> Callable:
         return self._program(

@@ -104,7 +104,7 @@ class Layout:
     def get_seeds(self, tree: Any) -> Any:
         """The inverse of :meth:`put_seeds`, on every host; arrays ``[S, ...]``."""
         if self.mode == "data":
-            return jax.tree.map(lambda leaf: leaf[0], tree)
+            return _without_device_axis(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree))
         return jax.tree.map(
             lambda leaf: np.concatenate(hosts.gather(np.asarray(leaf).reshape(-1, *leaf.shape[2:]))), tree
         )
@@ -145,6 +145,12 @@ class Layout:
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
         return jax.pmap(function, devices=self.devices, **options)
+
+
+@jax.jit
+def _without_device_axis(tree: Any) -> Any:
+    """Of one device's part ``[1, ...]``; one program for all leaves."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 def compile_ahead(mapped: Callable, *inputs: Any) -> Callable:
