@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import Memory, predict
 from efm_jax.rl.trainer import Trainer
 from efm_jax.types import Transitions
@@ -156,8 +156,9 @@ def measure_parts(size: Size) -> Rows:
 def temporaries(trainer: Trainer) -> dict[str, int | None]:
     """Bytes that the compiled chunk of each phase, and the program that fills a policy's table, hold."""
     found = {}
-    for (phase, _), compiled in trainer._chunks.items():
-        found[f"{phase} step"] = _temporary_bytes(compiled)
+    for key, program in trainer._programs.items():
+        if isinstance(key, tuple) and key[0] in PHASES:  # a chunk's phase and length
+            found[f"{key[0]} step"] = _temporary_bytes(program)
     algorithm, block = trainer.algorithm, trainer.table_block
     state = jax.eval_shape(trainer.init_state)
     samples = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((block, *leaf.shape[2:]), leaf.dtype),

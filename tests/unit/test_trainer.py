@@ -12,6 +12,7 @@ from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
+from experiments.benchmarks.memory import temporaries
 
 ROWS, S, A = 96, 3, 2
 
@@ -173,6 +174,11 @@ def test_renewals_and_evaluations_compile_nothing_again():
     assert [step for step, _ in hooks.renewals] == [0, 5, 10, 15]
     assert len(counts) == 3
     assert 0 < counts[1] == counts[2]
+    # What the benchmark of memory asks of these programs.
+    assert list(temporaries(trainer)) == [
+        *(f"{phase} step" for phase in PHASES),
+        "96 rows of the policy's table",
+    ]
 
 
 def test_a_seed_of_two_equals_itself_alone():
