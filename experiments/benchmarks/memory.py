@@ -95,9 +95,14 @@ class Watch:
     def look(self, with_a_copy: str | None = None) -> None:
         """Count what is there now and was not at the start, the state under another name beside its copy."""
         found = dict.fromkeys(self.most, 0)
-        for array in jax.live_arrays():
-            if id(array) not in self._before:
-                found[self._part(array.shape)] += array.nbytes
+        # By address: an array keeps the views of its shards that were asked for, and they count as alive.
+        new = {
+            array.unsafe_buffer_pointer(): array
+            for array in jax.live_arrays()
+            if id(array) not in self._before
+        }
+        for array in new.values():
+            found[self._part(array.shape)] += array.nbytes
         found["all at once"] = sum(found.values())
         if with_a_copy is not None:
             found[with_a_copy] = found.pop("state")
