@@ -79,7 +79,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="small sizes, all rows in about a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes, all rows in about three minutes")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"))
     args = parser.parse_args()
     names = args.only.split(",")
