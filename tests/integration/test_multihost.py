@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.integration.helpers import xla_flags
-from tests.integration.runs import TOTAL, arrays_of, saved_steps, table, train_flags
+from tests.integration.runs import STEPS, TOTAL, arrays_of, saved_steps, table, train_flags
 
 
 def devices(count):
@@ -31,21 +31,23 @@ def start_hosts(launcher, datasets, workdir, *more, **config):
     ]  # fmt: skip
 
 
-EPISODES = {"eval_episodes": 3}  # which two hosts share unevenly
+# Episodes that two hosts share unevenly, and steps for seconds: so long takes a SIGTERM to reach both.
+RUN = {"eval_episodes": 3, "behavior_steps": 500}
+LAST = TOTAL - STEPS["behavior"] + RUN["behavior_steps"]
 
 
 @pytest.fixture(scope="module")
 def two_hosts(launcher, dataset, tmp_path_factory):
     """An uninterrupted run of two hosts: its workdir and what each printed."""
     workdir = tmp_path_factory.mktemp("hosts") / "run"
-    results = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)]
+    results = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
     assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
     return workdir, results
 
 
 def assert_same_run(workdir, other):
-    assert saved_steps(workdir)[-1] == saved_steps(other)[-1] == TOTAL
-    found, expected = arrays_of(workdir, TOTAL), arrays_of(other, TOTAL)
+    assert saved_steps(workdir)[-1] == saved_steps(other)[-1] == LAST
+    found, expected = arrays_of(workdir, LAST), arrays_of(other, LAST)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         error = np.linalg.norm(found[name] - array) / max(np.linalg.norm(array), 1e-3)
@@ -64,7 +66,7 @@ def assert_same_run(workdir, other):
 
 def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, tmp_path):
     workdir, results = two_hosts
-    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", **EPISODES), env=devices(4))
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", **RUN), env=devices(4))
     assert alone.status == 0, alone.err
     assert_same_run(workdir, tmp_path / "one")
     for key, value in alone.line.items():
@@ -77,8 +79,8 @@ def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, 
 
 def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
     flags = ("--num_seeds=4", "--seed=5")
-    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags, **EPISODES)
-    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags, **EPISODES))
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags, **RUN)
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags, **RUN))
     results = [host.wait() for host in hosts]
     assert [r.status for r in (*results, alone)] == [0, 0, 0], results[0].err + results[1].err + alone.err
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -99,8 +101,8 @@ def wait_for_phase(workdir, phase, hosts):
 def test_preemption_of_one_host_stops_both_and_they_continue(launcher, dataset, two_hosts, tmp_path):
     """The same bits in the end as without it."""
     workdir = tmp_path / "run"
-    hosts = start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)
-    # Early: hosts agree on a point some chunks ahead, and this run has few.
+    hosts = start_hosts(launcher, [dataset] * 2, workdir, **RUN)
+    # Early: JAX looks for a signal about once a second, and hosts agree on a point ahead of all of them.
     wait_for_phase(workdir, "behavior", hosts)
     hosts[1].send(signal.SIGTERM)
     start = time.monotonic()
@@ -108,11 +110,11 @@ def test_preemption_of_one_host_stops_both_and_they_continue(launcher, dataset, 
     assert [result.status for result in results] == [143, 143], results[0].err + results[1].err
     assert time.monotonic() - start < 30
     assert "stopped by SIGTERM, saved in" in results[0].err
-    assert saved_steps(workdir)[-1] < TOTAL
-    again = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **EPISODES)]
+    assert saved_steps(workdir)[-1] < LAST
+    again = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
     assert [result.status for result in again] == [0, 0], again[0].err + again[1].err
     assert f"continuing {workdir}" in again[0].err
-    found, expected = arrays_of(workdir, TOTAL), arrays_of(two_hosts[0], TOTAL)
+    found, expected = arrays_of(workdir, LAST), arrays_of(two_hosts[0], LAST)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
