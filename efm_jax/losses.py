@@ -3,8 +3,10 @@
 Each loss is made of a per-sample error by ``vmap``.  A *field* is any callable: parameters and
 conditions are closed over, so the losses never see a module.  Noise and times come from ``key``
 folded with each sample's index in the *global* batch, so a batch split over devices (same key on all
-of them, ``axis_name`` given) draws what one device would.  With ``axis_name`` the loss and its
-gradient are this device's share: sum them (``psum``) over devices, do not average.
+of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for each sample,
+``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one after the other, draw what
+it would at once.  With ``axis_name`` the loss and its gradient are this device's share: sum them (``psum``)
+over devices, do not average.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
@@ -66,7 +68,7 @@ def cfm(
     Args:
       field: velocity field, ``(x: [B, d], t: [B]) -> [B, d]``.
       path: probability path.
-      key: random key, the same on every device.
+      key: random key, the same on every device; or one for each sample, ``[B]``.
       x0: data, ``[B, d]``.
       axis_name: mapped axis over which the global batch is split.
 
@@ -201,7 +203,7 @@ def cep(
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
       path: probability path.
-      key: random key.
+      key: random key; with leading axes of ``x0`` also one for each group, ``[N]``.
       x0: data, ``[B, d]``; with leading axes (a state's support actions, ``[N, M, d]``) the
         softmaxes are within each group and the loss is the mean over groups.
       energy: energies of the data, ``[..., B]``.
@@ -212,7 +214,7 @@ def cep(
       ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over groups.
 
     Raises:
-      ValueError: if the shapes disagree, or ``axis_name`` is given for a single group.
+      ValueError: if the shapes disagree, or a single group gets ``axis_name`` or more than one key.
 
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
@@ -225,6 +227,8 @@ def cep(
         return t, jax.random.normal(noise_key, x0.shape, x0.dtype)
 
     if x0.ndim == 2:
+        if _is_typed(key):
+            checks.check_shape("key", key, ())
         t, noise = draw(key, x0)
     else:
         t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name), x0)
@@ -301,10 +305,27 @@ def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return 1 - jax.random.uniform(key, shape, dtype)
 
 
-def sample_keys(key: Array, size: int, axis_name: AxisName) -> Array:
-    """Keys ``[size]`` of this device's samples, folded from their places in the global batch."""
+def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
+    """Keys ``[size]`` of this device's samples, folded from their places in the global batch.
+
+    Args:
+      key: of the global batch, the same on every device; or already ``[size]`` keys, which are returned.
+      size: of this device's share of the batch.
+      axis_name: mapped axis over which the global batch is split.
+
+    Raises:
+      ValueError: if there are keys for another number of samples.
+    """
+    if _is_typed(key) and key.ndim:
+        checks.check_shape("key", key, (size,))
+        return key
     offset = 0 if axis_name is None else lax.axis_index(axis_name) * size
     return jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size, dtype=jnp.int32))
+
+
+def _is_typed(key: Array) -> bool:
+    """Whether an array of keys can be told from one key: an old-style key is an array itself."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _batch_errors(

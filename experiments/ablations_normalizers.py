@@ -26,6 +26,8 @@ class DatasetQIPO(QIPO):
     Reference: Zhang et al. 2025, Thm 4.3.
     """
 
+    separable = False
+
     def prepare(self, rows: SupportSet, axis_name: AxisName) -> tuple[WeightedSupport, dict[str, Array]]:
         table, summary = super().prepare(rows, axis_name)
         logits = summary["beta"] * rows.q_values

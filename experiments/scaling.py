@@ -132,15 +132,20 @@ class Sizes:
     rounds: int  # all-reduces left after compilation
 
 
-def build(workload: Workload, phase: str, batch: int, rows: int, devices: int = 1) -> tuple:
-    """``(step, draw_batch, state, tables)``: the code that trains, and the shapes of what it works on."""
+def build(
+    workload: Workload, phase: str, batch: int, rows: int, devices: int = 1, in_parts: bool = False
+) -> tuple:
+    """``(step, draw_batch, state, tables)``: the code that trains, and the shapes of what it works on.
+
+    ``in_parts`` splits large batches, as only a CPU does.
+    """
     axis = "devices" if devices > 1 else None
     estimator = "resample" if phase == "policy resample" else "full"
     config = dataclasses.replace(workload.config, batch_size=batch, estimator=estimator)
     name = {"critic": "critic", "behavior": "behavior", "cefm": "behavior"}.get(phase, "policy")
     algorithm = Algorithm(config, workload.observation_size, workload.action_size)
     state = getattr(jax.eval_shape(lambda: algorithm.init(jax.random.key(0))), name)
-    step = algorithm.step(name, axis)
+    step = algorithm.step(name, axis, in_parts=in_parts)
     if phase == "cefm":  # weights over the global batch, which QIPO itself does not use
 
         def loss(params: Any, _: Any, key: Any, batch: Tables) -> tuple:

@@ -23,7 +23,7 @@ from efm_jax.rl.samples import Samples
 from efm_jax.rl.selection import select
 from efm_jax.rl.support import draw_noise
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import StepFn, make_step, sample_rows
+from efm_jax.training.step import StepFn, cached_samples, make_step, sample_rows
 from efm_jax.types import Array, Normalizer, Params
 from efm_jax.weights import AxisName
 
@@ -121,14 +121,30 @@ class Algorithm:
         clip = config.max_grad_norm
         return optax.chain(optax.clip_by_global_norm(clip), adam) if clip > 0 else adam
 
-    def step(self, phase: str, axis_name: AxisName = None) -> StepFn:
-        """The training step of a phase: ``(TrainState, key, batch) -> (TrainState, metrics)``."""
+    def step(self, phase: str, axis_name: AxisName = None, *, in_parts: bool = True) -> StepFn:
+        """The training step of a phase: ``(TrainState, key, batch) -> (TrainState, metrics)``.
+
+        Args:
+          phase: one of ``PHASES``.
+          axis_name: mapped axis over which the batch is split.
+          in_parts: on a CPU, compute a large batch in parts (:func:`cached_samples`).
+        """
         losses = {
             "behavior": self._behavior_loss, "critic": self._critic_loss, "policy": self._policy_loss,
         }  # fmt: skip
         loss, optimizer = losses[phase](axis_name), self._optimizer(phase)
         rate = self.config.polyak if phase == "critic" else 1.0 - self.config.ema_decay
-        return make_step(loss, optimizer, average_rate=rate, axis_name=axis_name)
+        part_size = self._part_size(phase) if in_parts else None
+        return make_step(loss, optimizer, average_rate=rate, axis_name=axis_name, part_size=part_size)
+
+    def _part_size(self, phase: str) -> int | None:
+        config, policy = self.config, self.policy
+        if phase == "critic":
+            return cached_samples(max(config.critic_hidden_dims) * config.num_critics)
+        if phase == "policy" and not policy.separable:
+            return None
+        actions = policy.actions_per_state if phase == "policy" else 1
+        return cached_samples(max(config.hidden_dims) * actions)
 
     def _behavior_loss(self, axis_name: AxisName) -> Callable:
         def loss(params: Params, _: Params, key: Array, batch: Tables) -> tuple[Array, dict]:

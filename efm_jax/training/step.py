@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from efm_jax.losses import sample_keys
 from efm_jax.training.state import TrainState
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName, psum_if
@@ -19,6 +20,9 @@ Metrics = dict[str, Array]
 LossFn = Callable[[Params, Params, Array, Batch], tuple[Array, Metrics]]
 StepFn = Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]
 
+# 1.5 MiB of float32; the best of powers of two times 1 and 1.5 (docs/performance.md).
+_CACHED_NUMBERS = 3 << 17
+
 
 def make_step(
     loss_fn: LossFn,
@@ -26,6 +30,7 @@ def make_step(
     *,
     average_rate: float = 1.0,
     axis_name: AxisName = None,
+    part_size: int | None = None,
 ) -> StepFn:
     """A pure step ``(state, key, batch) -> (state, metrics)``.
 
@@ -34,13 +39,21 @@ def make_step(
       optimizer: optax transformation.
       average_rate: the Polyak rate of ``state.average``; 1 keeps it equal to the parameters.
       axis_name: mapped axis over which the batch is split.
+      part_size: samples that a device computes at once.  Its share of the batch is split into equal parts
+        of at most that size, one after the other, and their gradients are averaged; None: all at once.
+        Loss and metrics must be means over samples, and a loss that draws must take a key for each sample,
+        as :mod:`efm_jax.losses` do: then only rounding differs.  A share without a suitable divisor is
+        computed at once.
 
     Returns:
       The step; its metrics are ``loss``, ``grad_norm`` and what the loss reports.
     """
 
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if part_size is not None:
+        grad_fn = _in_parts(grad_fn, part_size, axis_name)
+
     def step(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, aux), grads = grad_fn(state.params, state.average, key, batch)
         loss, grads = psum_if((loss, grads), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -50,6 +63,39 @@ def make_step(
         return TrainState(state.step + 1, params, average, opt_state), metrics
 
     return step
+
+
+def cached_samples(numbers: int) -> int | None:
+    """Samples of which a CPU's caches hold a layer; None, all that there are, on an accelerator.
+
+    On a CPU, passes over activations that its caches do not hold cost a good part of the matrix products'
+    time, so :func:`make_step` is faster in parts of this size.
+
+    Args:
+      numbers: activations of the widest layer for one sample, of all actions and of a whole ensemble.
+    """
+    return max(_CACHED_NUMBERS // numbers, 1) if jax.default_backend() == "cpu" else None
+
+
+def _in_parts(grad_fn: Callable, part_size: int, axis_name: AxisName) -> Callable:
+    def mean_of_parts(params: Params, average: Params, key: Array, batch: Batch) -> Any:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        least = -(-size // part_size)
+        num = next((n for n in range(least, 2 * least) if size % n == 0), 1)
+        if num == 1:
+            return grad_fn(params, average, key, batch)
+        parts = sample_keys(key, size, axis_name), batch
+        parts = jax.tree.map(lambda x: x.reshape(num, size // num, *x.shape[1:]), parts)
+
+        def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(params, average, *part)), None
+
+        shapes = jax.eval_shape(grad_fn, params, average, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / num, total)
+
+    return mean_of_parts
 
 
 def sample_rows(

@@ -20,7 +20,7 @@ import optax
 from efm_jax import losses, paths, sampling
 from efm_jax.networks import UNetField
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import make_chunk, make_step, sample_rows
+from efm_jax.training.step import cached_samples, make_chunk, make_step, sample_rows
 from efm_jax.types import Array, Params
 from experiments.benchmarks import timing
 
@@ -82,7 +82,8 @@ def train_scan(problem: Problem, batch: int) -> tuple[Callable[[], Any], int]:
         indices = sample_rows(key, batch, problem.sizes.rows)
         return tables[0][indices], tables[1][indices]
 
-    chunk = jax.jit(make_chunk(make_step(problem.loss, optimizer), draw, steps), donate_argnums=0)
+    step = make_step(problem.loss, optimizer, part_size=cached_samples(max(problem.sizes.hidden_dims)))
+    chunk = jax.jit(make_chunk(step, draw, steps), donate_argnums=0)
     state = _fresh(problem, optimizer)
 
     def call() -> Array:

@@ -42,7 +42,7 @@ def fill(shapes: Any) -> Any:
 
 
 class Program(NamedTuple):
-    """Something to time, and what it does in each of its ``steps``, to be traced."""
+    """Something to time, and what it does in each of its ``steps``, to be traced: whole batches."""
 
     call: Callable[[], Any]
     steps: int
@@ -52,11 +52,12 @@ class Program(NamedTuple):
 
 def step_program(work: Workload, phase: str, batch: int, steps: int) -> Program:
     """``steps`` compiled steps in one scan."""
-    step, draw, state, tables = build(work, phase, batch, work.rows)
+    step, draw, state, tables = build(work, phase, batch, work.rows, in_parts=True)
+    whole, *_ = build(work, phase, batch, work.rows)
     data = jax.tree.map(lambda leaf: jax.random.uniform(jax.random.key(1), leaf.shape), tables)
     run = jax.jit(make_chunk(step, draw, steps))
     call = functools.partial(run, fill(state), jax.random.key(0), data)
-    return Program(call, steps, functools.partial(one_step, step, draw), (state, 0, tables))
+    return Program(call, steps, functools.partial(one_step, whole, draw), (state, 0, tables))
 
 
 def renewal_program(work: Workload) -> Program:

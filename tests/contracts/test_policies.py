@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.algorithm import Algorithm, Tables
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import CRITICS
 from efm_jax.rl.policies import POLICIES
+from efm_jax.rl.samples import n_step
 from efm_jax.rl.selection import ACTION_SELECTIONS
 from efm_jax.rl.trainer import Trainer
+from efm_jax.training import step
 from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
 
@@ -99,20 +101,49 @@ def assert_close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.fixture
+def small_caches(monkeypatch):
+    """Every device computes its 6 samples of a batch in parts: at most 4 of the behaviour model."""
+    monkeypatch.setattr(step, "_CACHED_NUMBERS", 4 * 8)
+
+
 @pytest.mark.parametrize("critic", CRITICS)
-def test_a_critic_on_two_devices_equals_one(critic, run):
+def test_a_critic_on_two_devices_in_parts_equals_one(critic, run, small_caches):
     one, hooks = run(("reweight", critic))
     two, others = train(config("reweight", critic), devices=2)
     assert_close((two, others.renewals), (one, hooks.renewals))
 
 
 @pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.trains])
-def test_a_policy_continues_on_two_devices(policy, run):
+def test_a_policy_continues_on_two_devices_in_parts(policy, run, small_caches):
     """From step 4 of 8 on one device, where those that renew do; the others compute the same table again."""
     whole, hooks = run((policy, "ensemble"))
     (middle,) = [state for state in hooks.saved if int(state.policy.step[0]) == 4]
     continued, _ = train(config(policy, "ensemble"), 2, jax.tree.map(jnp.asarray, middle))
     assert_close(continued, whole)
+
+
+@pytest.mark.parametrize(
+    ("member", "phase", "parts"),
+    [
+        (("qipo", "iql"), "behavior", 3),
+        (("qipo", "iql"), "critic", 12),
+        (("qipo", "iql"), "policy", 12),
+        (("reweight", "iql"), "policy", 1),
+    ],
+)
+def test_parts_of_a_batch_by_what_a_layer_holds(member, phase, parts, small_caches, x64):
+    algorithm, samples = Algorithm(config(*member), S, A), n_step(data(), 1, 0.9)
+    state = jax.eval_shape(algorithm.init, jax.random.key(0))
+    tables = Tables(samples)
+    if phase == "policy":
+        table = jax.eval_shape(algorithm.policy_rows, state, jax.random.key(0), 0, samples, np.arange(ROWS))
+        prepared, _ = jax.eval_shape(lambda rows: algorithm.policy.prepare(rows, None), table)
+        tables = tables.replace(policy=jax.tree.map(lambda leaf: np.zeros(leaf.shape), prepared))
+    batch = algorithm.draw_batch(jax.random.key(0), tables)
+    jaxpr = jax.make_jaxpr(algorithm.step(phase))(getattr(state, phase), jax.random.key(0), batch)
+    loops = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert loops == ([parts] if parts > 1 else [])
 
 
 NORMALIZER = Normalizer(*(np.float32(x) for x in ([0, 1, 2], [1, 2, 3], [-2, 0], [2, 10])))

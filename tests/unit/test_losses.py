@@ -299,6 +299,32 @@ def test_keys_matter_and_repeat(x64):
     assert np.abs(np.corrcoef(np.c_[t, noise].T) - np.eye(D + 1)).max() < 0.5  # one key used once
 
 
+SEPARABLE = {
+    "cfm": lambda f, p, k, x: losses.cfm(f, p, k, x[:, 0])[0],
+    "dsm": lambda f, p, k, x: losses.dsm(f, p, k, x[:, 0])[0],
+    "support_cefm": lambda f, p, k, x: losses.support_cefm(f, p, k, x, x.sum(-1), 2.0)[0],
+    "support_ced": lambda f, p, k, x: losses.support_ced(f, p, k, x, x.sum(-1), 2.0)[0],
+    "cep": lambda f, p, k, x: losses.cep(lambda x, t: f(x, t).sum(-1), p, k, x, x.sum(-1), 2.0)[0],
+}
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_parts_of_a_batch_draw_what_it_draws_at_once(x64, name):
+    path, x0 = PATHS["vp_cosine"][0], jnp.asarray(normal(0, 6, 3, D))
+    keys = losses.sample_keys(jax.random.key(KEY), 6)
+    batches = [(jax.random.key(KEY), x0), *((keys[i : i + 2], x0[i : i + 2]) for i in (0, 2, 4))]
+    whole, *parts = (SEPARABLE[name](lambda x, t: x * t[..., None], path, *batch) for batch in batches)
+    np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"key: expected shape \(6,\)"):
+        SEPARABLE[name](lambda x, t: x, path, keys[:2], x0)
+
+
+def test_one_group_has_one_time_and_takes_one_key():
+    keys, x0 = jax.random.split(jax.random.key(0)), jnp.ones((2, D))
+    with pytest.raises(ValueError, match=r"key: expected shape \(\)"):
+        losses.cep(lambda x, t: x.sum(-1), PATHS["ot"][0], keys, x0, x0.sum(-1), 1.0)
+
+
 def test_times_are_uniform_and_noise_is_normal(x64):
     from scipy.stats import kstest
 

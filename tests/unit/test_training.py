@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from efm_jax import losses, paths
 from efm_jax.training.loop import MetricsPipe, NonFiniteLossError, segments
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, make_step, sample_rows
@@ -65,6 +66,35 @@ def test_step_sums_shares_of_the_loss_over_an_axis():
     np.testing.assert_allclose(state.params["x"], np.tile(0.1 * batches.mean(0), (4, 1)), rtol=1e-6)
     losses = 0.5 * (batches**2).sum(1).mean()
     np.testing.assert_allclose(metrics["loss"], np.full(4, losses), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "part_size", "seen"), [(8, 2, 2), (8, 3, 2), (8, 8, 8), (7, 3, 7)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen, devices):
+    """Its losses draw; (8, 3) has no two or three equal parts of at most 3, and 7 none at all."""
+    sizes = []
+
+    def loss(params, average, key, batch):
+        sizes.append(batch.shape[0])
+        axis = None if devices == 1 else "i"
+        value, aux = losses.cfm(lambda x, t: x * params["x"] + t[:, None], path, key, batch, axis_name=axis)
+        mean = batch.mean() if axis is None else jax.lax.pmean(batch.mean(), axis)
+        return value, aux | {"mean": mean, "average": average["x"].sum()}
+
+    path, optimizer = paths.conditional_ot(), optax.adam(0.1)
+    batch = np.random.default_rng(0).standard_normal((devices, size, 3))
+    results = []
+    for part in (None, part_size):
+        axis = None if devices == 1 else "i"
+        step = make_step(loss, optimizer, axis_name=axis, part_size=part)
+        if axis is None:
+            results.append(jax.jit(step)(start(optimizer), jax.random.key(1), batch[0]))
+        else:
+            mapped = jax.jit(jax.vmap(step, (None, None, 0), axis_name=axis))
+            results.append(mapped(start(optimizer), jax.random.key(1), batch))
+    assert set(sizes) == {size, seen}
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def noisy_chunk(length):

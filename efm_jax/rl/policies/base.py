@@ -51,11 +51,18 @@ class Policy(abc.ABC):
 
     trains = True
     renews = False
+    # Whether loss and metrics of a batch are the means of those of its parts.
+    separable = True
 
     @classmethod
     def name(cls, config: QIPOConfig) -> str:
         """What results call this configuration."""
         return f"{config.policy}_{config.path_name}"
+
+    @property
+    def actions_per_state(self) -> int:
+        """Actions for which a step evaluates the network in each state of its batch."""
+        return 1
 
     def init(self, key: Array) -> Params:
         """Parameters of the right shapes, from which :meth:`start` may begin."""

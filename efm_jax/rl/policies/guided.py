@@ -39,6 +39,10 @@ class QGPO(QIPO):
         return "qgpo"
 
     @property
+    def actions_per_state(self) -> int:
+        return self.config.support_size + 1
+
+    @property
     def log_ratio(self) -> LogRatio:
         """The network of the intermediate energy, as wide as the behaviour model's."""
         config = self.config

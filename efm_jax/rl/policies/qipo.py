@@ -31,6 +31,10 @@ class QIPO(Policy):
     def name(cls, config: QIPOConfig) -> str:
         return f"qipo_{config.path_name}"
 
+    @property
+    def actions_per_state(self) -> int:
+        return self.config.support_size + 1 if self.config.estimator == "full" else 1
+
     def rows(
         self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array
     ) -> SupportSet:
