@@ -88,7 +88,7 @@ class Layout:
         """Copy a tree to each of this host's devices: leaves gain a leading device axis."""
         # pmap wants at least one argument with a mapped axis.
         places = jnp.arange(len(self.local_devices))
-        return self._copy(places, tree)
+        return self._to_all(places, tree)
 
     def put_seeds(self, tree: Any) -> Any:
         """Spread a tree with a leading axis of all seeds: ``[S, ...] -> [devices, seeds, ...]``."""
@@ -132,15 +132,15 @@ class Layout:
     def _split(self, tree: Any, part: slice) -> Any:
         count = len(self.local_devices)
         tree = jax.tree.map(lambda leaf: leaf[part].reshape(count, -1, *leaf.shape[1:]), tree)
-        return self._place(tree)
+        return self._to_each(tree)
 
     # Kept, because every new pmap is traced and compiled again.
     @functools.cached_property
-    def _copy(self) -> Callable:
+    def _to_all(self) -> Callable:
         return self._pmap(lambda _, leaves: leaves, in_axes=(0, None))
 
     @functools.cached_property
-    def _place(self) -> Callable:
+    def _to_each(self) -> Callable:
         return self._pmap(lambda leaves: leaves)
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:

@@ -158,10 +158,22 @@ def test_blocks_of_a_table_that_do_not_divide(monkeypatch, whole_run):
     assert {call.args[3] for call in seen.call_args_list} == {33}
 
 
-def test_renewals_and_evaluations_compile_nothing_again():
-    compiled, counts = [], []
+@pytest.fixture
+def compiled():
+    """Names of JAX's timed events, one for each that ends."""
+    names = []
+
+    def listen(name, *_, **__):
+        names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_renewals_and_evaluations_compile_nothing_again(compiled):
+    counts = []
     event = "/jax/core/compile/backend_compile_duration"  # also where a program comes from a cache on disk
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     trainer = Trainer(config(renew_every=5, eval_every=5), transitions(), (0,), layout())
     normalizer = Normalizer(np.zeros(S), np.ones(S), -np.ones(A), np.ones(A))
 
