@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from efm_jax import checks
 from efm_jax.losses import sample_keys
 from efm_jax.training.state import TrainState
 from efm_jax.types import Array, Params
@@ -39,18 +40,30 @@ def make_step(
       optimizer: optax transformation.
       average_rate: the Polyak rate of ``state.average``; 1 keeps it equal to the parameters.
       axis_name: mapped axis over which the batch is split.
-      part_size: samples that a device computes at once.  Its share of the batch is split into equal parts
-        of at most that size, one after the other, and their gradients are averaged; None: all at once.
-        Loss and metrics must be means over samples, and a loss that draws must take a key for each sample,
-        as :mod:`efm_jax.losses` do: then only rounding differs.  A share without a suitable divisor is
-        computed at once.
+      part_size: samples that a device computes at once, at least 1.  Its share of the batch, the leading axis
+        of every leaf, is split into equal parts of at most that size, one after the other, and their
+        gradients are averaged; None: all at once.  Loss and metrics must be means over samples, and a loss
+        that draws must take a key for each sample, as :mod:`efm_jax.losses` do: then only rounding differs.
+        A share without a suitable divisor is computed at once.
 
     Returns:
       The step; its metrics are ``loss``, ``grad_norm`` and what the loss reports.
-    """
 
+    Raises:
+      ValueError, TypeError: if ``part_size`` is not a positive integer.
+
+    Example:
+      >>> def loss(params, average, key, batch):
+      ...     return ((params - batch) ** 2).mean(), {}
+      >>> step = make_step(loss, optax.sgd(0.5), part_size=2)
+      >>> state = TrainState.create(jnp.zeros(()), optax.sgd(0.5))
+      >>> state, metrics = step(state, jax.random.key(0), jnp.ones(4))
+      >>> float(state.params), float(metrics["loss"])
+      (1.0, 1.0)
+    """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if part_size is not None:
+        checks.check_integer("part_size", part_size, 1)
         grad_fn = _in_parts(grad_fn, part_size, axis_name)
 
     def step(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Metrics]:
