@@ -46,7 +46,7 @@ class Sizes:
 
 
 FULL = Sizes(HIDDEN_DIMS, ENERGY_DIMS, (1, 10, 256, 4096), 2.0, True)
-QUICK = Sizes((32, 16), (32, 32), (1, 256), 0.2, False)
+QUICK = Sizes((32, 16), (32, 32), (64,), 0.2, False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ sees it (on an accelerator, as the device's allocator does).  On the host that i
 and what the allocator keeps of freed temporaries, some hundreds of MB whatever the data.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -190,15 +189,14 @@ def _forget_peak() -> None:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure_peak(size: Size, first: Size | None) -> dict[str, float]:
+def measure_peak(size: Size, first: Size) -> dict[str, float]:
     """Growth of this process's peak while it runs ``size``, after a run of ``first`` that loads everything.
 
     On the host the data are there before: what grows is the trainer's.
     """
     data = size.data()
-    if first is not None:
-        trainer = first.trainer(first.data())
-        trainer.run(trainer.init_state(), Watch(first.rows))
+    trainer = first.trainer(first.data())
+    trainer.run(trainer.init_state(), Watch(first.rows))
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" not in stats:
         _forget_peak()
@@ -212,22 +210,19 @@ def measure_peak(size: Size, first: Size | None) -> dict[str, float]:
     return {"predicted": predicted, "measured": _resident("VmHWM") - before}
 
 
-def _sizes(quick: bool) -> tuple[list[Size], Size, Size | None]:
-    """Runs whose arrays are counted, the larger run whose peak is, and the one before it."""
-    if quick:
-        return [Size(2_000, 32)], Size(20_000, 32), None
-    return [Size(20_000, 64), Size(60_000, 256, 2)], Size(500_000, 64), Size(5_000, 64)
+# Runs whose arrays are counted; the larger run whose peak is, and the one before it.
+_COUNTED, _LARGE, _FIRST = (Size(20_000, 64), Size(60_000, 256, 2)), Size(500_000, 64), Size(5_000, 64)
 
 
-def peak_in_a_process(quick: bool) -> dict[str, float]:
+def peak_in_a_process() -> dict[str, float]:
     """:func:`measure_peak` in a process of its own, which other rows have not grown.
 
     Raises:
       RuntimeError: with the end of the process's messages, if it fails.
     """
-    command = [sys.executable, "-m", __spec__.name, *(["--quick"] if quick else [])]
     # This process may have reserved most of an accelerator's memory.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-m", __spec__.name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"memory of a process: {done.stderr[-2000:]}")
@@ -235,21 +230,13 @@ def peak_in_a_process(quick: bool) -> dict[str, float]:
 
 
 def run(quick: bool) -> dict[str, Rows]:
-    """The table."""
-    small, large, _ = _sizes(quick)
-    rows = [row for size in small for row in measure_parts(size)]
-    found = peak_in_a_process(quick)
-    rows.append(_row(large, "growth of the process", found["predicted"], found["measured"]))
+    """The table; a quick one is without the growth of a process."""
+    rows = [row for size in ([Size(2_000, 32)] if quick else _COUNTED) for row in measure_parts(size)]
+    if not quick:
+        found = peak_in_a_process()
+        rows.append(_row(_LARGE, "growth of the process", found["predicted"], found["measured"]))
     return {"Memory of one device: live arrays, temporaries, and the peak of a process": rows}
 
 
-def main() -> None:
-    """Of a process of its own: measure the larger run, and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    _, large, first = _sizes(parser.parse_args().quick)
-    print(json.dumps(measure_peak(large, first)))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure_peak(_LARGE, _FIRST)))

@@ -74,8 +74,13 @@ def child() -> None:
         pathlib.Path(os.environ[_OUTPUT]).write_text(json.dumps(clocks))
 
 
-def measure(steps: int, folder: pathlib.Path, cache: pathlib.Path | None, name: str) -> dict[str, Any]:
-    """One run of three phases of ``steps`` steps each, with evaluation during its policy phase."""
+def measure(
+    steps: int, folder: pathlib.Path, cache: pathlib.Path | None, name: str, **changes: int
+) -> dict[str, Any]:
+    """One run of three phases of ``steps`` steps each, with evaluation during its policy phase.
+
+    ``changes`` are of the configuration.
+    """
     output = folder / f"{name}.json"
     environment = {**os.environ, _START: repr(time.time()), _OUTPUT: str(output)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -84,7 +89,7 @@ def measure(steps: int, folder: pathlib.Path, cache: pathlib.Path | None, name: 
             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }  # fmt: skip
-    changes = {f"{phase}_steps": steps for phase in ("behavior", "critic", "policy")}
+    changes |= {f"{phase}_steps": steps for phase in ("behavior", "critic", "policy")}
     # All chunks are of one length: a second one would compile while the first runs, and count twice.
     changes |= {"log_every": steps // 10, "renew_every": steps // 2, "eval_every": steps // 2}
     command = [sys.executable, "-m", "experiments.benchmarks.overhead", f"--workdir={folder / name}"]
@@ -107,13 +112,13 @@ def measure(steps: int, folder: pathlib.Path, cache: pathlib.Path | None, name: 
 
 def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """The three runs."""
-    steps = 400 if quick else 5000
+    steps, changes = (100, {"max_transitions": 1000, "eval_episodes": 1}) if quick else (5000, {})
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         caches = {"none": None, "empty": folder / "cache", "filled": folder / "cache"}
         if quick:
             caches = {"none": None}
-        rows = [measure(steps, folder, cache, label) for label, cache in caches.items()]
+        rows = [measure(steps, folder, cache, label, **changes) for label, cache in caches.items()]
     return {"launch.train: where the time goes": rows}
 
 

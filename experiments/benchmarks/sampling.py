@@ -56,6 +56,7 @@ class Sizes:
     sample_size: int = 1000  # of each of the two samples that a distance compares
     repeats: int = 8  # pairs of samples
     floor_repeats: int = 64
+    dtypes: tuple[str | None, ...] = (None, "bfloat16")  # of the trained network
 
 
 QUICK = Sizes(
@@ -66,6 +67,7 @@ QUICK = Sizes(
     sample_size=200,
     repeats=2,
     floor_repeats=8,
+    dtypes=("bfloat16",),
 )
 
 
@@ -308,7 +310,7 @@ def run(quick: bool) -> dict[str, Rows]:
         case = make_case(name, sizes.components)
         fields = [(Kind("exact", path_name), case.guided) for path_name in PATHS]
         floor = noise_floor(case, sizes)
-        for dtype in (None, "bfloat16"):
+        for dtype in sizes.dtypes:
             fields.append(train(case, dataclasses.replace(sizes.training, dtype=dtype)))
         for kind, params in fields:
             rows += measure(case, kind, params, floor, sizes)

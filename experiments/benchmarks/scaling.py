@@ -51,10 +51,11 @@ class Sizes:
     weak_batch: int = 256  # of each device
     strong_batch: int = 1024  # of all devices together
     strong_seeds: int = 8  # of all devices together
+    kinds: tuple[str, ...] = ("weak, data", "strong, data", "strong, seeds")
     seconds: float = 0.5  # of the clock, for each alternative
 
 
-QUICK = Sizes(("policy",), (1, 2), (64,), 64, 1024, (2,), 64, 128, 2, 0.1)
+QUICK = Sizes(("behavior",), (1, 2), (64,), 64, 1024, (2,), 64, 128, 2, ("weak, data",), 0.1)
 
 
 def workload(width: int, rows: int) -> Workload:
@@ -129,11 +130,12 @@ def _cases(sizes: Sizes, devices: int) -> list[tuple[str, str, int, int, int, in
     The one device of weak scaling makes a step of its share, which D devices do D times.
     """
     weak, strong, seeds = sizes.weak_batch, sizes.strong_batch, sizes.strong_seeds
-    return [
+    cases = [
         ("weak, data", "data", weak * devices, 1, weak, 1),
         ("strong, data", "data", strong, 1, strong, 1),
         ("strong, seeds", "seeds", weak, seeds, weak, seeds),
     ]
+    return [case for case in cases if case[0] in sizes.kinds]
 
 
 def measure_devices(sizes: Sizes) -> Rows:
