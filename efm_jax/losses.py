@@ -4,9 +4,10 @@ Each loss is made of a per-sample error by ``vmap``.  A *field* is any callable:
 conditions are closed over, so the losses never see a module.  Noise and times come from ``key``
 folded with each sample's index in the *global* batch, so a batch split over devices (same key on all
 of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for each sample,
-``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one after the other, draw what
-it would at once.  With ``axis_name`` the loss and its gradient are this device's share: sum them (``psum``)
-over devices, do not average.
+``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one after the other, draw
+what it would at once, and where a loss is a mean over samples it is the mean over its parts.  With
+``axis_name`` the loss and its gradient are this device's share: sum them (``psum``) over devices, do not
+average.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
@@ -264,7 +265,7 @@ def support_cefm(
     Args:
       field: velocity field, ``(x: [B, M, d], t: [B, M]) -> [B, M, d]``; states are closed over.
       path: probability path.
-      key: random key, the same on every device.
+      key: random key, the same on every device; or one for each state, ``[B]``.
       actions: support actions, ``[B, M, d]``.
       q_values: their Q-values, ``[B, M]``; no gradient flows into them.
       beta: guidance scale >= 0, a scalar or ``[B, 1]``.
@@ -324,7 +325,7 @@ def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
 
 
 def _is_typed(key: Array) -> bool:
-    """Whether an array of keys can be told from one key: an old-style key is an array itself."""
+    """Whether it is of JAX's key type; an old-style key is an array of integers, ``[2]`` for one key."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 

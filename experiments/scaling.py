@@ -137,7 +137,7 @@ def build(
 ) -> tuple:
     """``(step, draw_batch, state, tables)``: the code that trains, and the shapes of what it works on.
 
-    ``in_parts`` splits large batches, as only a CPU does.
+    ``in_parts``: with large batches split, as they are on a CPU and not on an accelerator.
     """
     axis = "devices" if devices > 1 else None
     estimator = "resample" if phase == "policy resample" else "full"
@@ -342,7 +342,7 @@ def cpu_profile() -> Profile:
 
 
 def measure_step(workload: Workload, phase: str, batch: int, steps: int, seeds: int = 1) -> float:
-    """Seconds of a real step on this CPU, ``seeds`` of them in one program."""
+    """Seconds of a step on this CPU, whole as on an accelerator, ``seeds`` of them in one program."""
     step, draw, shapes, tables = build(workload, phase, batch, workload.rows)
     keys = jax.random.split(jax.random.key(0), seeds)
     data = jax.tree.map(lambda leaf: jax.random.uniform(keys[0], leaf.shape), tables)

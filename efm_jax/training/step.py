@@ -21,7 +21,7 @@ Metrics = dict[str, Array]
 LossFn = Callable[[Params, Params, Array, Batch], tuple[Array, Metrics]]
 StepFn = Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]
 
-# 1.5 MiB of float32; the best of powers of two times 1 and 1.5 (docs/performance.md).
+# 1.5 MiB of float32: about the best of several sizes at widths 256 and 512 (docs/performance.md).
 _CACHED_NUMBERS = 3 << 17
 
 
@@ -43,8 +43,9 @@ def make_step(
       part_size: samples that a device computes at once, at least 1.  Its share of the batch, the leading axis
         of every leaf, is split into equal parts of at most that size, one after the other, and their
         gradients are averaged; None: all at once.  Loss and metrics must be means over samples, and a loss
-        that draws must take a key for each sample, as :mod:`efm_jax.losses` do: then only rounding differs.
-        A share without a suitable divisor is computed at once.
+        that draws must take a (typed) key for each sample, as :mod:`efm_jax.losses` do: then only rounding
+        differs.  A share that does not divide into less than twice as many parts as needed is computed at
+        once.
 
     Returns:
       The step; its metrics are ``loss``, ``grad_norm`` and what the loss reports.
@@ -85,7 +86,8 @@ def cached_samples(numbers: int) -> int | None:
     time, so :func:`make_step` is faster in parts of this size.
 
     Args:
-      numbers: activations of the widest layer for one sample, of all actions and of a whole ensemble.
+      numbers: activations of the widest layer that is trained, for one sample of one seed: of all actions
+        and of a whole ensemble.
     """
     return max(_CACHED_NUMBERS // numbers, 1) if jax.default_backend() == "cpu" else None
 

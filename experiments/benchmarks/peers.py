@@ -20,7 +20,7 @@ import optax
 from efm_jax import losses, paths, sampling
 from efm_jax.networks import UNetField
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import cached_samples, make_chunk, make_step, sample_rows
+from efm_jax.training.step import StepFn, cached_samples, make_chunk, make_step, sample_rows
 from efm_jax.types import Array, Params
 from experiments.benchmarks import timing
 
@@ -82,8 +82,7 @@ def train_scan(problem: Problem, batch: int) -> tuple[Callable[[], Any], int]:
         indices = sample_rows(key, batch, problem.sizes.rows)
         return tables[0][indices], tables[1][indices]
 
-    step = make_step(problem.loss, optimizer, part_size=cached_samples(max(problem.sizes.hidden_dims)))
-    chunk = jax.jit(make_chunk(step, draw, steps), donate_argnums=0)
+    chunk = jax.jit(make_chunk(_step(problem, optimizer), draw, steps), donate_argnums=0)
     state = _fresh(problem, optimizer)
 
     def call() -> Array:
@@ -97,7 +96,7 @@ def train_scan(problem: Problem, batch: int) -> tuple[Callable[[], Any], int]:
 def train_host(problem: Problem, batch: int) -> tuple[Callable[[], Any], int]:
     """The usual JAX loop: NumPy draws a batch, one jitted step, its loss back to the host."""
     optimizer, rng = optax.adam(LEARNING_RATE), np.random.default_rng(0)
-    step = jax.jit(make_step(problem.loss, optimizer), donate_argnums=0)
+    step = jax.jit(_step(problem, optimizer), donate_argnums=0)
     state, key = _fresh(problem, optimizer), jax.random.key(0)
 
     def call() -> float:
@@ -108,6 +107,10 @@ def train_host(problem: Problem, batch: int) -> tuple[Callable[[], Any], int]:
         return float(metrics["loss"])
 
     return call, 1
+
+
+def _step(problem: Problem, optimizer: optax.GradientTransformation) -> StepFn:
+    return make_step(problem.loss, optimizer, part_size=cached_samples(max(problem.sizes.hidden_dims)))
 
 
 def _fresh(problem: Problem, optimizer: optax.GradientTransformation) -> TrainState:

@@ -77,7 +77,7 @@ def _chunk_steps(work: Workload, phase: str, batch: int, seeds: int) -> int:
 
 def seed_call(work: Workload, phase: str, batch: int, seeds: int) -> tuple[Callable[[], Any], int]:
     """A call that trains ``seeds`` seeds in one program on one device, and the steps that it makes."""
-    step, draw, shapes, tables = build(work, PHASES[phase], batch, work.rows)
+    step, draw, shapes, tables = build(work, PHASES[phase], batch, work.rows, in_parts=True)
     count = _chunk_steps(work, phase, batch, seeds)
     run = jax.jit(jax.vmap(make_chunk(step, draw, count), (0, 0, None)))
     inputs = (_filled(shapes, seeds), jax.random.split(jax.random.key(0), seeds), _filled(tables))
@@ -110,7 +110,9 @@ def device_call(
     work: Workload, phase: str, batch: int, layout: Layout, steps: int
 ) -> Callable[[], tuple[Any, Any]]:
     """A call of ``steps`` steps of all the layout's seeds, mapped over devices as the trainer maps them."""
-    step, draw, shapes, tables = build(work, PHASES[phase], batch, work.rows, layout.num_shards)
+    step, draw, shapes, tables = build(
+        work, PHASES[phase], batch, work.rows, layout.num_shards, in_parts=True
+    )
     run = make_chunk(step, draw, steps)
 
     def chunk(state: Any, key: Array, tables: Any) -> tuple:

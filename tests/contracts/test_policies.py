@@ -102,45 +102,55 @@ def assert_close(found, expected):
 
 
 @pytest.fixture
-def small_caches(monkeypatch):
-    """Every device computes its 6 samples of a batch in parts: at most 4 of the behaviour model."""
-    monkeypatch.setattr(step, "_CACHED_NUMBERS", 4 * 8)
+def hold(monkeypatch):
+    """From now on caches hold so many numbers of a layer."""
+    return lambda numbers: monkeypatch.setattr(step, "_CACHED_NUMBERS", numbers)
 
 
 @pytest.mark.parametrize("critic", CRITICS)
-def test_a_critic_on_two_devices_in_parts_equals_one(critic, run, small_caches):
+def test_a_critic_on_two_devices_in_parts_equals_one(critic, run, hold):
     one, hooks = run(("reweight", critic))
+    hold(40)
     two, others = train(config("reweight", critic), devices=2)
     assert_close((two, others.renewals), (one, hooks.renewals))
 
 
 @pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.trains])
-def test_a_policy_continues_on_two_devices_in_parts(policy, run, small_caches):
+def test_a_policy_continues_on_two_devices_in_parts(policy, run, hold):
     """From step 4 of 8 on one device, where those that renew do; the others compute the same table again."""
     whole, hooks = run((policy, "ensemble"))
+    hold(40)
     (middle,) = [state for state in hooks.saved if int(state.policy.step[0]) == 4]
     continued, _ = train(config(policy, "ensemble"), 2, jax.tree.map(jnp.asarray, middle))
     assert_close(continued, whole)
 
 
 @pytest.mark.parametrize(
-    ("member", "phase", "parts"),
+    ("options", "phase", "parts"),
     [
-        (("qipo", "iql"), "behavior", 3),
-        (("qipo", "iql"), "critic", 12),
-        (("qipo", "iql"), "policy", 12),
-        (("reweight", "iql"), "policy", 1),
+        ({}, "behavior", 2),  # 8 numbers for a sample: 9 fit, 6 are half of the batch
+        ({}, "critic", 4),  # 3 members: 24
+        ({"critic": "softmax_q"}, "critic", 4),  # its actions at the next state are not trained on
+        ({}, "policy", 6),  # 4 actions: 32
+        ({"estimator": "resample"}, "policy", 2),
+        ({"policy": "qgpo", "path": "vp", "estimator": "resample"}, "policy", 6),
+        ({"policy": "gaussian"}, "policy", 2),
+        ({"policy": "reweight"}, "policy", 1),  # reports its batch's effective sample size
     ],
 )
-def test_parts_of_a_batch_by_what_a_layer_holds(member, phase, parts, small_caches, x64):
-    algorithm, samples = Algorithm(config(*member), S, A), n_step(data(), 1, 0.9)
+def test_parts_of_a_batch_by_what_a_layer_holds(options, phase, parts, hold, x64):
+    hold(72)
+    algorithm, samples = (
+        Algorithm(config(**{"policy": "qipo", "critic": "iql"} | options), S, A),
+        n_step(data(), 1, 0.9),
+    )
     state = jax.eval_shape(algorithm.init, jax.random.key(0))
-    tables = Tables(samples)
+    tables = Tables(samples, np.zeros((ROWS, 3, A)) if algorithm.critic.uses_next_actions else None)
     if phase == "policy":
         table = jax.eval_shape(algorithm.policy_rows, state, jax.random.key(0), 0, samples, np.arange(ROWS))
         prepared, _ = jax.eval_shape(lambda rows: algorithm.policy.prepare(rows, None), table)
         tables = tables.replace(policy=jax.tree.map(lambda leaf: np.zeros(leaf.shape), prepared))
-    batch = algorithm.draw_batch(jax.random.key(0), tables)
+    batch = jax.eval_shape(algorithm.draw_batch, jax.random.key(0), tables)
     jaxpr = jax.make_jaxpr(algorithm.step(phase))(getattr(state, phase), jax.random.key(0), batch)
     loops = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert loops == ([parts] if parts > 1 else [])

@@ -62,7 +62,11 @@ class Critic(abc.ABC):
     def loss(
         self, params: Params, target: Params, key: Array, batch: CriticBatch, axis_name: AxisName = None
     ) -> tuple[Array, Aux]:
-        """This device's share of the mean loss over the global batch; ``aux`` has means over it."""
+        """This device's share of the mean loss over the global batch; ``aux`` has means over it.
+
+        A step may compute a large batch in parts, so ``key`` may hold a key for each sample
+        (:func:`efm_jax.losses.sample_keys`).
+        """
 
     def temporal_difference(self, params: Params, samples: Samples, next_value: Array) -> tuple[Array, Array]:
         """Squared errors ``[B]``, summed over the ensemble, and Q-values ``[num, B]``.

@@ -51,8 +51,9 @@ class Policy(abc.ABC):
 
     trains = True
     renews = False
-    # Whether loss and metrics of a batch are the means of those of its parts.
-    separable = True
+    # Whether loss and metrics of a batch are the means of those of its parts, and the loss takes a key for
+    # each sample: then a step may compute a large batch in parts (:func:`efm_jax.training.step.make_step`).
+    separable = False
 
     @classmethod
     def name(cls, config: QIPOConfig) -> str:

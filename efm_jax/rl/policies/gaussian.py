@@ -24,6 +24,8 @@ class Gaussian(Reweighting):
     Reference: Kostrikov et al. 2021 (arXiv 2110.06169), eq. 7.
     """
 
+    separable = True
+
     @classmethod
     def name(cls, config: QIPOConfig) -> str:
         return "gaussian"

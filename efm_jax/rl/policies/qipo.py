@@ -26,6 +26,7 @@ class QIPO(Policy):
     """
 
     renews = True
+    separable = True
 
     @classmethod
     def name(cls, config: QIPOConfig) -> str:

@@ -19,8 +19,6 @@ class Reweighting(Policy):
     1910.00177, eq. 11, for Gaussians).  It is the control for what QIPO's support sets and renewals add.
     """
 
-    separable = False  # its metrics are the whole batch's effective sample size and largest weight
-
     def rows(self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array) -> Array:
         return self.advantages(acting, key, samples, indices)
 
