@@ -48,16 +48,23 @@ class Program(NamedTuple):
     steps: int
     function: Callable
     inputs: tuple
+    whole: Callable[[], Any] | None = None  # the same at once, where ``call`` splits a batch
 
 
 def step_program(work: Workload, phase: str, batch: int, steps: int) -> Program:
-    """``steps`` compiled steps in one scan."""
+    """``steps`` compiled steps in one scan, as they are trained with."""
     step, draw, state, tables = build(work, phase, batch, work.rows, in_parts=True)
     whole, *_ = build(work, phase, batch, work.rows)
     data = jax.tree.map(lambda leaf: jax.random.uniform(jax.random.key(1), leaf.shape), tables)
-    run = jax.jit(make_chunk(step, draw, steps))
-    call = functools.partial(run, fill(state), jax.random.key(0), data)
-    return Program(call, steps, functools.partial(one_step, whole, draw), (state, 0, tables))
+    inputs = state, 0, tables
+    one, one_whole = (functools.partial(one_step, function, draw) for function in (step, whole))
+
+    def run(function: Callable) -> Callable[[], Any]:
+        chunk = jax.jit(make_chunk(function, draw, steps))
+        return functools.partial(chunk, fill(state), jax.random.key(0), data)
+
+    split = products(one, *inputs) != products(one_whole, *inputs)
+    return Program(run(step), steps, one_whole, inputs, run(whole) if split else None)
 
 
 def renewal_program(work: Workload) -> Program:
@@ -76,7 +83,9 @@ def renewal_program(work: Workload) -> Program:
 def measure(program: Program, formula: float) -> dict[str, Any]:
     """One row of the table; ``formula`` are the operations of the products that are expected."""
     counts = products(program.function, *program.inputs)
-    time = timing.in_turns({"": program.call}, 1.0)[""].best / program.steps
+    calls = {"": program.call} | ({"whole": program.whole} if program.whole else {})
+    times = timing.in_turns(calls, 1.0)
+    time, whole = times[""].best / program.steps, times.get("whole")
     counted = None
     if program.steps > 1:  # XLA counts the loop of a sampler once
         cost = jax.jit(program.function).lower(*program.inputs).compile().cost_analysis()
@@ -88,6 +97,7 @@ def measure(program: Program, formula: float) -> dict[str, Any]:
         "of XLA's count": None if counted is None else f"{100 * total / counted:.0f}%",
         "GFLOP/s": total / time / 1e9, "products alone, GFLOP/s": total / least / 1e9,
         "share of the limit": f"{100 * least / time:.0f}%",
+        "batch at once / in parts": whole and whole.best / times[""].best,
     }  # fmt: skip
 
 
