@@ -33,6 +33,7 @@ from efm_jax.training.files import write_whole
 
 ROWS = ("phases", "overhead", "acting", "sampling", "scaling", "memory", "peers")
 _LESS_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_APART = "EFM_JAX_BENCHMARKS_APART"  # set where rows already run beside others
 Tables = dict[str, list[dict[str, Any]]]
 
 
@@ -85,25 +86,26 @@ def measure(name: str, quick: bool) -> tuple[str, float, Tables]:
     return name, round(time.perf_counter() - start, 1), tables
 
 
-def measure_apart(name: str) -> tuple[str, float, Tables]:
-    """:func:`measure`, quick, in a process of its own."""
+def measure_apart(names: list[str]) -> list[tuple[str, float, Tables]]:
+    """:func:`measure` of some rows, quick, in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.benchmarks", "--quick", f"--only={name}"]
-        environment = os.environ | {
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_LESS_COMPILATION}".strip()
-        }
+        command = [sys.executable, "-m", "experiments.benchmarks", "--quick", f"--only={','.join(names)}"]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {_LESS_COMPILATION}".strip()
+        environment = os.environ | {"XLA_FLAGS": flags, _APART: "1"}
         subprocess.run([*command, f"--out={folder}"], env=environment, check=True, stdout=subprocess.DEVNULL)
         record = json.loads((pathlib.Path(folder) / "benchmarks.json").read_text())
-    return name, record["seconds"][name], record["tables"][name]
+    return [(name, record["seconds"][name], record["tables"][name]) for name in names]
 
 
 def run(names: list[str], quick: bool) -> Iterator[tuple[str, float, Tables]]:
     """One row after the other; quick ones, whose times mean nothing, on all cores of a CPU at once."""
     import jax
 
-    if quick and len(names) > 1 and jax.default_backend() == "cpu":
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            yield from pool.map(measure_apart, names)
+    if quick and len(names) > 1 and jax.default_backend() == "cpu" and _APART not in os.environ:
+        cores = min(len(os.sched_getaffinity(0)), len(names))
+        with ThreadPoolExecutor(cores) as pool:
+            for rows in pool.map(measure_apart, (names[i::cores] for i in range(cores))):
+                yield from rows
     else:
         yield from (measure(name, quick) for name in names)
 
