@@ -40,7 +40,7 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
       x: points at time t, ``[B, d]``.
       t: times, ``[B]``.
       data: ``[n, d]``.
-      log_weights: unnormalised log-weights of the data, ``[n]``; ``-inf`` leaves a point out, and points of
+      log_weights: unnormalized log-weights of the data, ``[n]``; ``-inf`` leaves a point out, and points of
         ``+inf`` share all the weight.
 
     Reference: Zhang et al. 2025, Thm 4.1.
@@ -180,7 +180,7 @@ class GaussianMixture(NamedTuple):
       (3, 1)
     """
 
-    log_weights: Array  # [K], unnormalised
+    log_weights: Array  # [K], unnormalized
     means: Array  # [K, d]
     variances: Array  # [K], >= 0
 
@@ -202,7 +202,7 @@ class GaussianMixture(NamedTuple):
         return jax.nn.logsumexp(log_weights + _log_normal(residual, variances), axis=-1)
 
     def guided(self, energy: QuadraticEnergy, beta: Array) -> "GaussianMixture":
-        """The mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalised.
+        """The mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalized.
 
         With curvature a and center c, ``v' = v / (1 + beta a v)``, ``m' = (m + beta a v c) / (1 + beta a v)``
         and ``w' ∝ w (1 + beta a v)^(-d/2) exp(-beta a ||m - c||^2 / (2 (1 + beta a v)))``.  Its
@@ -304,7 +304,7 @@ class GaussianMixture(NamedTuple):
         return plain + beta * (self.guided(energy, 1.0).score(path, x, t) - plain)
 
     def _parts(self) -> tuple[Array, Array, Array]:
-        """Checked: normalised log-weights, means, variances."""
+        """Checked: normalized log-weights, means, variances."""
         if jnp.ndim(self.means) != 2:
             raise ValueError(f"means: expected shape [K, d]; got {jnp.shape(self.means)}")
         for name in ("log_weights", "variances"):

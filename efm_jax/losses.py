@@ -103,7 +103,7 @@ def cefm(
 
     ``g = softmax(-beta E)`` over the global batch, or with ``log_normalizer`` Thm 4.3's own
     ``g_i = exp(-beta E_i - log Z) / B``.  Its gradient equals that of energy-weighted flow matching, whose
-    minimiser generates ``q_0 ∝ p_0 exp(-beta E)``: exactly, in expectation, with ``log_normalizer``; up to
+    minimizer generates ``q_0 ∝ p_0 exp(-beta E)``: exactly, in expectation, with ``log_normalizer``; up to
     a bias of the order of one over the effective sample size with the softmax.
 
     Args:
@@ -198,8 +198,8 @@ def cep(
 ) -> tuple[Array, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
-    One time for all samples that are contrasted.  With large groups the minimiser is ``f = -E_t`` up to a
-    function of t; in small ones the self-normalised weights are biased, as those of :func:`cefm` are.
+    One time for all samples that are contrasted.  With large groups the minimizer is ``f = -E_t`` up to a
+    function of t; in small ones the self-normalized weights are biased, as those of :func:`cefm` are.
 
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
@@ -259,7 +259,7 @@ def support_cefm(
 ) -> tuple[Array, Aux]:
     """QIPO-OT's policy loss: ``mean_i sum_j g_ij ||v(a_ij) - u_{t0}||^2`` over support action sets.
 
-    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalised per state, so devices share nothing but the
+    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized per state, so devices share nothing but the
     count of states.
 
     Args:
@@ -370,7 +370,7 @@ def _weighted_sum(
     checks.check_shape("energy", energy, errors.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta, axis_name=axis_name))
     top = weights.max() if axis_name is None else lax.pmax(weights.max(), axis_name)
-    # Both are ratios of weights, so the softmax's hold for any normaliser, and no overflow reaches them.
+    # Both are ratios of weights, so the softmax's hold for any normalizer, and no overflow reaches them.
     aux = {"ess": effective_sample_size(weights, axis_name=axis_name), "top_weight": top}
     if log_normalizer is not None:
         weights = energy_weights(energy, beta, axis_name=axis_name, log_normalizer=log_normalizer)

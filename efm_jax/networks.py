@@ -66,7 +66,7 @@ class JointDense(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
-        # LeCun initialisation for the joint fan-in.
+        # LeCun initialization for the joint fan-in.
         fan_in = sum(x.shape[-1] for x in inputs)
         init = nn.initializers.normal(fan_in**-0.5)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))

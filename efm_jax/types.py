@@ -97,7 +97,7 @@ class Dataset(NamedTuple):
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every bit of a uint64 spreads over all."""
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014): every bit of a uint64 spreads over all."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,6 +1,6 @@
 """From energies to weights: over a batch, a state's support set, or every device together.
 
-``g = softmax(-beta E)`` is self-normalised importance sampling of ``q_0 ∝ p_0 exp(-beta E)`` with
+``g = softmax(-beta E)`` is self-normalized importance sampling of ``q_0 ∝ p_0 exp(-beta E)`` with
 samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).  Thm 4.3 divides by the data's
 ``Z = E_{p_0}[exp(-beta E)]`` instead: :func:`log_normalizer` measures it, :func:`energy_weights` takes it.
 """
@@ -49,8 +49,8 @@ def energy_weights(
       energy: ``[...]``, low is good.
       beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy`` and is the same
         along ``axis``.
-      axis: the axis that is normalised.
-      axis_name: if given, the normalisation is also over this mapped axis of ``pmap``,
+      axis: the axis that is normalized.
+      axis_name: if given, the normalization is also over this mapped axis of ``pmap``,
         ``shard_map`` or ``vmap``: the weights of all devices together sum to 1.
       log_normalizer: ``log E_{p_0}[exp(-beta E)]``, usually :func:`log_normalizer` of the whole dataset at
         the same ``beta``; a scalar, or of the shape of ``energy`` without ``axis``.  None: the softmax.
@@ -78,8 +78,8 @@ def energy_weights(
         logits = boltzmann_logits(energy, beta) - log_normalizer
         return (jnp.exp(logits) / _global_size(energy, axis, axis_name)).astype(energy.dtype)
     logits = _shifted_logits(energy, _least(energy, axis, axis_name), beta)
-    unnormalised = jnp.exp(logits)
-    return unnormalised / psum_if(unnormalised.sum(axis, keepdims=True), axis_name)
+    unnormalized = jnp.exp(logits)
+    return unnormalized / psum_if(unnormalized.sum(axis, keepdims=True), axis_name)
 
 
 def log_normalizer(energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:

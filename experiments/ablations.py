@@ -1,4 +1,4 @@
-"""What every choice of QIPO's policy phase does to its returns, on the same behaviour models and critics.
+"""What every choice of QIPO's policy phase does to its returns, on the same behavior models and critics.
 
     python -m experiments.ablations [--dataset=pendulum|NAME=ID_OR_FILE] [--only=m,renewals,...] [--seeds=3]
                                     [--out=runs/ablations] [--stages=FOLDER] [--smoke] [--report]
@@ -14,7 +14,7 @@ normalizer  what divides exp(beta Q): the sum over the state's actions, the batc
             the same of the data's own actions alone (``reweight``)
 
 An arm is its family's preset with the fields of one choice changed; what equals the preset is run once, as
-``base``.  All seeds train in one program and arms share seeds, behaviour model, critic and episodes, so an
+``base``.  All seeds train in one program and arms share seeds, behavior model, critic and episodes, so an
 arm is compared with the base seed by seed.  ``--out`` gets returns.csv, renewals.csv and stages/ (see
 experiments/study.py; ``--stages`` takes those of a study with the same presets and seeds) and table.md,
 ablations.csv and ablations.png.  What is in returns.csv is not computed again; once the base is in it,
@@ -139,7 +139,7 @@ def plan(
 
 
 def run(study: Study, name: str, dataset: Dataset, configs: dict[str, QIPOConfig]) -> None:
-    """Every configuration, on the base's behaviour model and its critic or an early checkpoint of it."""
+    """Every configuration, on the base's behavior model and its critic or an early checkpoint of it."""
     base, normalizer = configs[BASE], fit_normalizer(dataset)
     data = preprocess(dataset, normalizer, base.reward_transform)
     hooks = Hooks(study, name, "stages", dataset, normalizer, base)
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(ABLATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
-    parser.add_argument("--stages", type=pathlib.Path, help="trained behaviour models and critics")
+    parser.add_argument("--stages", type=pathlib.Path, help="trained behavior models and critics")
     parser.add_argument("--smoke", action="store_true", help="two arms of each, in two minutes")
     parser.add_argument("--report", action="store_true", help="only make tables and figures")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Other normalisers of the energy weights, for :mod:`experiments.ablations`; call ``register`` to use them.
+"""Other normalizers of the energy weights, for :mod:`experiments.ablations`; call ``register`` to use them.
 
 QIPO divides ``exp(beta Q)`` by its sum over a state's support set.  What divides by a sum over other states
 too has the same optimum, since a factor of a state's own moves no conditional distribution; but it trains

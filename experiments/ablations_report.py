@@ -110,7 +110,7 @@ def plot(found: list[Arm], path: pathlib.Path) -> None:
         axis.set_title(name, fontsize=11)
         axis.grid(axis="y", alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("normalised score")
+        axis.set_ylabel("normalized score")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

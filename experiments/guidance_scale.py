@@ -207,7 +207,7 @@ def grid_points() -> np.ndarray:
 
 
 def train(problem: Problem, config: QIPOConfig, study: Study, label: str) -> tuple[Trainer, Capture]:
-    """The policy phase on the problem's shared behaviour model and critic."""
+    """The policy phase on the problem's shared behavior model and critic."""
     trainer, hooks = Trainer(config, problem.data, range(study.num_seeds)), Capture(label)
     stages = study.trained(problem.name, problem.config, problem.data, hooks)
     state = trainer.init_state().replace(behavior=stages.behavior, critic=stages.critic)
@@ -219,7 +219,7 @@ def train(problem: Problem, config: QIPOConfig, study: Study, label: str) -> tup
 def slopes_of(
     problem: Problem, trainer: Trainer, hooks: Capture, settings: Settings
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Rows of slopes.csv (without problem and arm), and the centred points of seed 0 at the end."""
+    """Rows of slopes.csv (without problem and arm), and the centered points of seed 0 at the end."""
     algorithm, config = trainer.algorithm, trainer.config
     rng = np.random.default_rng(0)
     places = rng.choice(problem.data.size, min(settings.states, problem.data.size), replace=False)
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--periods", type=int, default=6, help="l + 1 of the last policy")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/guidance_scale"))
-    parser.add_argument("--stages", type=pathlib.Path, help="trained behaviour models and critics")
+    parser.add_argument("--stages", type=pathlib.Path, help="trained behavior models and critics")
     parser.add_argument("--smoke", action="store_true", help="every part, in about a minute")
     parser.add_argument("--report", action="store_true", help="only make the table and the figure")
     args = parser.parse_args(argv)

@@ -46,11 +46,11 @@ def within_regression(
     keep = np.asarray(keep, bool)
     used = keep & (keep.sum(1, keepdims=True) >= _MIN_ACTIONS)
 
-    def centred(values: np.ndarray) -> np.ndarray:
+    def centered(values: np.ndarray) -> np.ndarray:
         values = np.where(used, np.asarray(values, np.float64), 0.0)
         return (values - values.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)) * used
 
-    x, y = centred(q_values), centred(log_ratios)
+    x, y = centered(q_values), centered(log_ratios)
     # All that a state's own and the pooled regression need of it, so resampling states is cheap.
     sums = np.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)])
     sums = sums[:, sums[0] > 0]

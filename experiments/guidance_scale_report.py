@@ -78,7 +78,7 @@ def _plot_slopes(axis: Axes, rows: Rows, problem: str, arms: list[str]) -> None:
             highest = max(highest, reference.max())
         furthest, highest = max(furthest, betas.max()), max(highest, highs.max())
     axis.plot([0, furthest], [0, furthest], color="black", linewidth=0.8, label="(l + 1) beta")
-    axis.plot([], [], "--", color="grey", linewidth=1, label="reference: perfect models")
+    axis.plot([], [], "--", color="gray", linewidth=1, label="reference: perfect models")
     axis.set_ylim(0, 1.1 * highest)  # the law may leave the figure
     axis.set(xlabel="(l + 1) beta", ylabel="median slope of log pi - log mu on Q", title=problem)
     axis.legend(fontsize=7)

@@ -1,15 +1,15 @@
-"""QIPO beside the policies it will be compared with, on the same behaviour models and critics.
+"""QIPO beside the policies it will be compared with, on the same behavior models and critics.
 
     python -m experiments.offline_rl [--datasets=pendulum,hopper=ID_OR_FILE,...] [--methods=...] [--seeds=3]
                                      [--shard=I/N] [--out=runs/offline_rl] [--smoke] [--report]
 
 Every dataset is of a family (its environment's), and every family has one preset; a method is that preset
-with a few fields changed (``METHODS``).  For every dataset the behaviour model of each path and each critic
+with a few fields changed (``METHODS``).  For every dataset the behavior model of each path and each critic
 are trained once, for all seeds in one program, and shared by the methods, which differ in their policy phase
 alone.  All are evaluated on the same episodes, during the policy phase and at its end.
 
 ``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what every renewal logs),
-stages/ (trained behaviour models and critics) and, from ``--report`` or at the end, table.md, summary.json
+stages/ (trained behavior models and critics) and, from ``--report`` or at the end, table.md, summary.json
 and figures.  What is in returns.csv is not computed again; N processes with --shard=0/N ... share one folder.
 Aggregates are rliable's (``pip install -e .[study]``): interquartile mean with stratified bootstrap
 intervals, performance profiles, probability of improvement (Agarwal et al. 2021, arXiv 2108.13264).

@@ -150,7 +150,7 @@ def plot_profiles(scores: dict[str, dict[str, np.ndarray]], path: pathlib.Path) 
     for i, method in enumerate(runs):
         axis.plot(taus, profiles[method], label=method, color=f"C{i}", linestyle=("-", "--")[i >= 10])
         axis.fill_between(taus, *intervals[method], color=f"C{i}", alpha=0.08)
-    axis.set(xlabel="normalised score tau", ylabel="share of runs above tau", ylim=(-0.02, 1.02))
+    axis.set(xlabel="normalized score tau", ylabel="share of runs above tau", ylim=(-0.02, 1.02))
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -120,7 +120,7 @@ class Sizes:
     workload: str
     phase: str
     gradient_bytes: int
-    state_bytes: int  # parameters, average and optimiser state
+    state_bytes: int  # parameters, average and optimizer state
     flops_fixed: float
     flops_per_sample: float
     dense_per_sample: float  # by formula, dense layers alone
@@ -495,7 +495,7 @@ def main() -> None:
     output = arguments.output or Path("runs/scaling-smoke" if arguments.smoke else "docs")
     jobs, batches, steps = [], (32, 256, 2048), 10
     for (key, workload), phase in itertools.product(WORKLOADS.items(), PHASES):
-        # The U-shape has MuJoCo's critic; one batch-normalised loss shows the collectives of all.
+        # The U-shape has MuJoCo's critic; one batch-normalized loss shows the collectives of all.
         if (key, phase) not in (("unet", "critic"), ("unet", "cefm"), ("mujoco", "cefm")):
             jobs.append((key, workload, phase))
     if arguments.smoke:

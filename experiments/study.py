@@ -1,6 +1,6 @@
 """What studies of offline RL share: a folder of results, presets, trained stages, evaluation.
 
-A study runs methods, each a configuration with a name, on datasets.  Behaviour models and critics are trained
+A study runs methods, each a configuration with a name, on datasets.  Behavior models and critics are trained
 once for all methods that may share them, and kept under ``stages/``; what is finished in returns.csv is not
 computed again.
 """
@@ -84,7 +84,7 @@ class Study:
       out: the folder; gets returns.csv and renewals.csv (what every renewal logs).
       num_seeds: training seeds, all in one program.
       changes: fields changed in every preset.
-      stages: folder of trained behaviour models and critics, by default ``out / "stages"``; studies of the
+      stages: folder of trained behavior models and critics, by default ``out / "stages"``; studies of the
         same presets and seeds may share one.
     """
 
@@ -129,7 +129,7 @@ class Study:
           dataset: as read from its source.
           method: the method's name in results.
           config: its configuration, validated.
-          stages: the configuration that behaviour model and critic are trained with; by default ``config``.
+          stages: the configuration that behavior model and critic are trained with; by default ``config``.
           part: as in :meth:`trained`.
         """
         if (name, method) in self.done():
@@ -153,13 +153,13 @@ class Study:
         part: str = "",
         after: str | None = None,
     ) -> State:
-        """A state whose behaviour model and critic are trained, read from the folder where they are there.
+        """A state whose behavior model and critic are trained, read from the folder where they are there.
 
         The rest of it is not to be used.
 
         Args:
           name: the dataset's.
-          config: which behaviour model and critic, and for how many steps.
+          config: which behavior model and critic, and for how many steps.
           data: preprocessed.
           hooks: told of the training.
           part: names a critic that is trained for other than the usual steps.

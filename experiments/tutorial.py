@@ -62,7 +62,7 @@ That is what `problem.target` does.
 
 ## How large may beta be?
 
-The weights are normalised over the batch: `g = softmax(-beta E)`. As beta grows, fewer samples carry the sum.
+The weights are normalized over the batch: `g = softmax(-beta E)`. As beta grows, fewer samples carry the sum.
 The effective sample size `1 / sum g^2` counts them: at 20%, a batch of 512 is worth about 100 equal samples.
 `beta_for_ess` finds the beta for a chosen fraction. The fraction means the same on every problem; beta has
 the units of `1 / E`.
@@ -323,5 +323,5 @@ Where `q` has mass the flows follow the line to a few tenths of a nat. At high e
 - Diffusion: `losses.ced` with a score network on `paths.vp_linear()`, and `sampling.sample_dpmpp`.
 - Offline reinforcement learning: with `E = -Q(s, a)`, weights per state, and actions drawn anew from the
   improving policy, this is QIPO. `python -m launch.train` runs it on a dataset that it records itself.
-- Several devices: every loss takes `axis_name` and normalises its weights over the global batch.
+- Several devices: every loss takes `axis_name` and normalizes its weights over the global batch.
 """

@@ -19,7 +19,7 @@ _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#7
 _REFERENCE = {"color": "#999999", "linestyle": "--", "linewidth": 1, "zorder": 0}
 _HOLLOW = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": ""}
 _KINDS = {"independent": "independent noise", "smooth": "smooth error"}
-_WEIGHTS = {"softmax": "softmax of the batch", "dataset": "normaliser of the dataset"}
+_WEIGHTS = {"softmax": "softmax of the batch", "dataset": "normalizer of the dataset"}
 
 
 def write(path: Path, rows: Rows) -> None:

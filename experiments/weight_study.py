@@ -1,6 +1,6 @@
 """What reviewers asked about the energy weights, measured: a table and a figure per question.
 
-gradient: bias and variance of the CEFM gradient under the batch's softmax and the dataset's normaliser.
+gradient: bias and variance of the CEFM gradient under the batch's softmax and the dataset's normalizer.
 ess: effective sample size against beta, on every problem of ``experiments.toy2d``.
 fraction: the effective sample size that ``beta_for_ess`` aims at, on fresh data and from batch to batch.
 noise: energies with an error, as of an imperfect critic: independent noise and a smooth error.
@@ -8,7 +8,7 @@ data: the same on a finite dataset whose energies were computed once.
 
     python -m experiments.weight_study [--smoke] [--output=runs/weight_study] [--seed=0]
 
-Nothing is trained but the behaviour model of the first, the point at which gradients are taken.
+Nothing is trained but the behavior model of the first, the point at which gradients are taken.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _behavior_model(key: Array, num_steps: int = 500) -> Array:
 def gradient_study(key: Array, settings: Settings) -> Rows:
     """Relative bias and relative root-mean-square error of the CEFM gradient against batch size.
 
-    Two independent sets of samples.  The first gives ``log Z`` (the dataset's normaliser) and the gradient
+    Two independent sets of samples.  The first gives ``log Z`` (the dataset's normalizer) and the gradient
     g.  The second is cut into batches of every size, and into blocks whose spread is the error of the means.
 
     From the deviations the first-order term of their expansion, ``mean w (G - g) / Z`` of the same samples,
@@ -263,7 +263,7 @@ _distance = jax.jit(functools.partial(sliced_wasserstein, num_projections=50))
 def _error_rows(key: Array, name: str, settings: Settings, betas: tuple, sizes: tuple) -> Rows:
     """Distance to the true target of the target under noisy energies, over the noise floor.
 
-    No field is trained.  The minimiser of the loss on n points is the field of the weighted points
+    No field is trained.  The minimizer of the loss on n points is the field of the weighted points
     (``efm_jax.exact``), which ends at those points with their probabilities: resampling them samples from it.
     The floor is the distance between two exact samples of the target.
     """

@@ -1,6 +1,6 @@
 """Evaluate a trained run: python -m launch.evaluate --workdir=DIR [--episodes=N]
 
-Reads the newest readable checkpoint, plays the same episodes with the behaviour model and the policy,
+Reads the newest readable checkpoint, plays the same episodes with the behavior model and the policy,
 adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is not needed.
 How actions are sampled and chosen may differ from training: --solver, --sample_steps, --action_selection,
 --num_candidates.  --video=FILE.mp4 also records the first training seed's policy on the first episode.

@@ -1,4 +1,4 @@
-"""Evaluation as both entry points do it: the same episodes for behaviour model and policy."""
+"""Evaluation as both entry points do it: the same episodes for behavior model and policy."""
 
 import json
 from typing import Any
@@ -57,7 +57,7 @@ def summarize(info: RunInfo, rollouts: dict[str, Rollouts]) -> dict[str, Any]:
 
 
 def score(info: RunInfo, value: float) -> float | None:
-    """A return as a normalised score, None where no reference exists."""
+    """A return as a normalized score, None where no reference exists."""
     result = normalized_score(value, info.reference_scores)
     return None if result is None else float(result)
 

@@ -1,6 +1,6 @@
 """Write a trained policy to a file that runs without this package: python -m launch.export --workdir=DIR
 
-The file (DIR/policy.jax_export by default) holds normalisation, sampler and parameters.  With JAX alone:
+The file (DIR/policy.jax_export by default) holds normalization, sampler and parameters.  With JAX alone:
 
   policy = jax.export.deserialize(open("policy.jax_export", "rb").read())
   actions = policy.call(observations, jax.numpy.uint32(seed))  # [b, S] float32 -> [b, A], for any b

@@ -1,4 +1,4 @@
-"""Summarise a dataset: python -m launch.inspect --dataset=NAME_OR_FILE [--env=ID] [--plot=FILE.png]
+"""Summarize a dataset: python -m launch.inspect --dataset=NAME_OR_FILE [--env=ID] [--plot=FILE.png]
 
 Prints episodes, returns, scores, rewards, observations, the use of actions and what looks wrong, then a line
 of JSON with all of the numbers.  --plot saves a picture of the distributions.
@@ -31,7 +31,7 @@ _MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
 
 
 def main(_: list[str]) -> int:
-    """Read, summarise, draw."""
+    """Read, summarize, draw."""
     with cli.usage_errors():
         if _PLOT.value is not None and not _PLOT.value.lower().endswith(".png"):
             raise ValueError(f"--plot: expected a path ending in .png; got {_PLOT.value!r}")

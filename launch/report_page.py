@@ -40,7 +40,7 @@ def build_page(runs: Sequence[Run], date: str) -> str:
     """The document.
 
     Args:
-      runs: in the order of their colours.
+      runs: in the order of their colors.
       date: when it was made, as the reader is to see it.
     """
     sections = [
@@ -77,7 +77,7 @@ def build_page(runs: Sequence[Run], date: str) -> str:
             "main",
             [
                 tag("section", tag("h2", title, id=f"{anchor}-title"), body, id=anchor,
-                    aria_labelledby=f"{anchor}-title")
+                    aria_labeledby=f"{anchor}-title")
                 for anchor, title, body in shown
             ],
         ),
@@ -228,7 +228,7 @@ def _returns(runs: Sequence[Run]) -> Html:
                 report_plots.returns_over_steps(here, list(datasets)),
                 tag(
                     "figcaption",
-                    f"Mean return with its 95% interval at every evaluation; squares: behaviour.{dotted}",
+                    f"Mean return with its 95% interval at every evaluation; squares: behavior.{dotted}",
                 ),
                 class_="broad",
             )
@@ -461,7 +461,7 @@ def _took(run: Run) -> float | None:
 
 
 def _policy_name(policy: str) -> str:
-    return {"behavior": "Behaviour model", "policy": "Improved policy"}.get(policy, policy)
+    return {"behavior": "Behavior model", "policy": "Improved policy"}.get(policy, policy)
 
 
 def _data_key(run: Run) -> tuple:

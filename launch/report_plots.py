@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG elements that take their colours from the page: they follow dark mode."""
+"""Figures of a report, as SVG elements that take their colors from the page: they follow dark mode."""
 
 import io
 import math
@@ -16,11 +16,11 @@ from launch.report_html import Html, tag
 from launch.report_runs import Curve, Evaluation, Run
 
 COLORS = 8  # the page defines --run-0 to --run-7
-# With the colour, so that runs also differ in print and for who does not see colours: lengths of lines and
+# With the color, so that runs also differ in print and for who does not see colors: lengths of lines and
 # gaps, in points.
 _DASHES = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5, 1.5))
 _SEED_MARKERS = "o^sDvPX*"
-# matplotlib needs colours where the page has names; the SVG's text is searched for these.
+# matplotlib needs colors where the page has names; the SVG's text is searched for these.
 _INK, _GRID = "#010203", "#010204"
 _RUN_COLOR = "#0a0b{:02x}"
 # From this ratio of the largest value to the smallest a linear axis would show only the largest ones.
@@ -49,12 +49,12 @@ _STYLE = {
 
 
 def run_color(index: int) -> str:
-    """The page's name of a run's colour."""
+    """The page's name of a run's color."""
     return f"var(--run-{index % COLORS})"
 
 
 def _dashes(index: int) -> tuple[float, ...]:
-    # A run that repeats a colour has another pattern.
+    # A run that repeats a color has another pattern.
     return _DASHES[(index + index // COLORS) % len(_DASHES)]
 
 
@@ -206,7 +206,7 @@ def _draw_curve(axes: Axes, index: int, curve: Curve, drawstyle: str = "default"
     if seeds > 1:
         axes.plot(curve.steps, curve.values, color=color, linewidth=0.8, alpha=0.45, drawstyle=drawstyle)
     mean = _mean(curve)
-    # A line needs two neighbours: what stands alone gets a point.
+    # A line needs two neighbors: what stands alone gets a point.
     alone = points == 1 or not np.isfinite(mean[1:] + mean[:-1]).any()
     axes.plot(
         curve.steps, mean, color=color, linewidth=width, dashes=_dashes(index), drawstyle=drawstyle,

@@ -58,7 +58,7 @@ class Evaluation:
     total_step: int
     returns: dict[int, np.ndarray]  # by training seed: [E] raw returns
     mean_length: float
-    score: float | None  # of the mean, normalised to 0-100
+    score: float | None  # of the mean, normalized to 0-100
 
     @property
     def episodes(self) -> int:
@@ -260,7 +260,7 @@ def _evaluations(rows: list[dict[str, Any]], info: dict[str, Any], path: epath.P
             raise ValueError(f"{path}: an empty return at step {row['total_step']}")
         groups.setdefault(row["policy"], {}).setdefault(row["total_step"], []).append(row)
     evaluations = []
-    # The behaviour model first: what the others are compared with.
+    # The behavior model first: what the others are compared with.
     for policy in sorted(groups, key=lambda name: name != "behavior"):
         for step, episodes in sorted(groups[policy].items()):
             returns = {

@@ -63,7 +63,7 @@ _COLUMNS = (
     "best", "best_low", "best_high", "published", "last_difference", "best_difference", "seconds", "workdir",
 )  # fmt: skip
 _NOTES = """\
-Normalised scores: 0 random, 100 expert; mean over training seeds (95% interval over them).
+Normalized scores: 0 random, 100 expert; mean over training seeds (95% interval over them).
 
 - *last* is the policy at the end of training; *best* takes of every seed its best evaluation, and so gains
   from the luck of the episodes that it is chosen by, as published scores that are chosen so do.
@@ -214,7 +214,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row, and the mean differences of each algorithm."""
     lines = head(
-        "task", "algorithm", "seeds", "behaviour", "last", "best", "published", "last - published",
+        "task", "algorithm", "seeds", "behavior", "last", "best", "published", "last - published",
         "best - published",
     )  # fmt: skip
     for cells in rows:

@@ -1,6 +1,6 @@
 """Train QIPO offline and evaluate it: python -m launch.train [--flags]
 
-Without flags it records a Pendulum-v1 dataset (once), trains the behaviour model, the critic and the
+Without flags it records a Pendulum-v1 dataset (once), trains the behavior model, the critic and the
 improved policy, evaluates both policies on the same episodes, and prints a table and a line of JSON.
 
   --dataset=ID_OR_FILE  the built-in dataset, a Minari id, a name of D4RL or OGBench, an .hdf5 or .npz file
@@ -296,7 +296,7 @@ class _Run:
         return self._stop.requested()
 
     def evaluate_final(self, state: State) -> dict[str, Rollouts]:
-        """Returns of behaviour model and policy on the same episodes; draws the learning curve."""
+        """Returns of behavior model and policy on the same episodes; draws the learning curve."""
         config = self._info.config
         rollouts = {
             name: self._evaluate(name, self._total(name, config.phase_steps[name]), state.acting())

@@ -1,4 +1,4 @@
-"""Offline datasets: sources, validation, normalisation, to one ``Transitions`` record."""
+"""Offline datasets: sources, validation, normalization, to one ``Transitions`` record."""
 
 from efm_jax.data.builtin import BUILTIN_DATASET
 from efm_jax.data.errors import DataError

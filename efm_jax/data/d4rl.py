@@ -17,7 +17,7 @@ What differs for D4RL's own files, such as AntMaze's terminals inside episodes, 
 file is known by the name that D4RL gave it.
 
 Action bounds are the environment's.  Where its simulator is not installed (MuJoCo, for the four locomotion
-families below) or the file names no environment, they are [-1, 1], to which D4RL normalises every action.
+families below) or the file names no environment, they are [-1, 1], to which D4RL normalizes every action.
 """
 
 import contextlib

@@ -112,7 +112,7 @@ _FAMILIES = {
 }
 
 
-def misspelt(name: str) -> str | None:
+def misspelled(name: str) -> str | None:
     """What to say of a name that begins like one of D4RL's and is none; None for any other name."""
     if name in D4RL_FILES or "/" in name or first_word(name) not in (*_LOCOMOTION, *_FAMILIES, "maze2d"):
         return None

@@ -9,7 +9,7 @@ from efm_jax.data.errors import DataError
 from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
 
 # An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant up to
-# float32 rounding: it is centred only (std 1), for dividing by its std would amplify nothing but rounding.
+# float32 rounding: it is centered only (std 1), for dividing by its std would amplify nothing but rounding.
 CONSTANT_TOLERANCE = 1e-6
 
 
@@ -44,7 +44,7 @@ def gather_episodes(dataset: Dataset, gather: Gather) -> Dataset:
 def preprocess(dataset: Dataset, normalizer: Normalizer, reward_transform: str = "none") -> Transitions:
     """The dataset's transitions, all float32 on the host, ready for training.
 
-    Observations and next observations ``[N, S]`` are standardised, actions ``[N, A]`` scaled from their
+    Observations and next observations ``[N, S]`` are standardized, actions ``[N, A]`` scaled from their
     bounds to [-1, 1], rewards ``[N]`` transformed by ``REWARD_TRANSFORMS[reward_transform]``.
 
     Raises:

@@ -58,7 +58,7 @@ def load_dataset(
         return ogbench_source.load_ogbench_name(name, folder=folders.ogbench, env=env, rows=rows)
     if name == builtin.BUILTIN_DATASET:
         builtin.ensure_recorded()
-    problem = d4rl_files.misspelt(name)
+    problem = d4rl_files.misspelled(name)
     if problem is not None and not local_path(name).exists():
         raise DataError(problem)
     return load_minari(name, env=env, rows=rows)

@@ -11,7 +11,7 @@ step that is saved on the way, where a 0 or 1 for success would soon be 1 for ev
 its own goal or start cells (``..._Diverse_G-v3``) keeps them.  Data and evaluation use the same environment.
 
 *The data* (:func:`wanderer`).  The agent walks between goals of its own, drawn in all free cells, and never
-looks at the evaluated one: where D4RL relabels the rewards afterwards, here observations and rewards are the
+looks at the evaluated one: where D4RL relabels the rewards afterward, here observations and rewards are the
 task's from the start.  Episodes last as long as evaluated ones.  So the data covers the maze, pays now and
 then in passing, and shows nobody going to the goal and staying there: a policy has to put that together from
 pieces, and copying the data scores below 10.  Every episode has gains and a noise level of its own.
@@ -100,7 +100,7 @@ class Maze:
 def routes(maze: Maze, goal: Cell) -> Mapping[Cell, Cell]:
     """For every cell that ``goal`` can be reached from, the next cell of a shortest route; breadth first.
 
-    Steps are to the four neighbours.  ``goal`` itself is its own next cell; cells without a route are absent.
+    Steps are to the four neighbors.  ``goal`` itself is its own next cell; cells without a route are absent.
     """
     following = {goal: goal}
     queue = deque([goal])

@@ -1,4 +1,4 @@
-"""Rollouts in Gymnasium environments, normalised scores, distances between samples."""
+"""Rollouts in Gymnasium environments, normalized scores, distances between samples."""
 
 from efm_jax.evaluation.distances import mmd, sliced_wasserstein
 from efm_jax.evaluation.rollout import Rollouts, evaluate

@@ -1,4 +1,4 @@
-"""Normalised scores: 0 is a random policy, 100 the reference expert."""
+"""Normalized scores: 0 is a random policy, 100 the reference expert."""
 
 import re
 from collections.abc import Sequence

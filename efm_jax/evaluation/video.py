@@ -43,7 +43,7 @@ def record_video(
       act: ``(observations [1, 1, S] float32, step) -> actions [1, 1, A]`` in environment units.
       env_spec: a Gymnasium ``EnvSpec`` as JSON, or the id of a registered environment.
       path: the file, local or on ``gs://``; ``.mp4`` (H.264; needs the extra ``video``) or ``.gif`` (bigger,
-        256 colours, needs no extra). It is replaced in one rename, after the episode has ended.
+        256 colors, needs no extra). It is replaced in one rename, after the episode has ended.
       seed: of the environment's initial state and noise.
       max_steps: as for ``evaluate``.
 
@@ -157,7 +157,7 @@ class _Mp4:
         self._stream = self._container.add_stream("libx264", rate=fps)
         # x264's own default; PyAV's is a bit rate, which may differ by version.
         self._stream.options = {"crf": "23"}
-        # This pixel format, the only one that every player knows, has one colour for 2 x 2 pixels.
+        # This pixel format, the only one that every player knows, has one color for 2 x 2 pixels.
         self._stream.pix_fmt = "yuv420p"
         self._padding = [(0, size % 2) for size in shape[:2]] + [(0, 0)]
         self._stream.height, self._stream.width = (size + size % 2 for size in shape[:2])

@@ -1,4 +1,4 @@
-"""Other ways to guide a diffusion model towards low energy, to compare energy weighting with.
+"""Other ways to guide a diffusion model toward low energy, to compare energy weighting with.
 
 Each trains something and returns a guided score field from an unguided one:
 

@@ -23,14 +23,14 @@ def classifier_loss(
 ) -> tuple[Array, Aux]:
     """Cross-entropy of a time-dependent binary classifier with the data's class probabilities.
 
-    Its minimiser has ``sigmoid(logit(x, t)) = E_{p_{0t}(x_0 | x)}[p(c | x_0)]``.
+    Its minimizer has ``sigmoid(logit(x, t)) = E_{p_{0t}(x_0 | x)}[p(c | x_0)]``.
 
     Args:
       logit_fn: ``(x: [B, d], t: [B]) -> [B]``.
       path: probability path.
       key: random key.
       x0: data, ``[B, d]``.
-      class_prob: ``p(c | x0)``, ``[B]`` in [0, 1]; a drawn label, 0 or 1, has the same minimiser.  For an
+      class_prob: ``p(c | x0)``, ``[B]`` in [0, 1]; a drawn label, 0 or 1, has the same minimizer.  For an
         energy, ``exp(-E(x0))``.
 
     Returns:

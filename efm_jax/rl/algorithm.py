@@ -1,6 +1,6 @@
-"""Offline RL in three stages, for one seed: behaviour model, critic, policy.
+"""Offline RL in three stages, for one seed: behavior model, critic, policy.
 
-Behaviour model by plain flow (or score) matching; an offline critic; then a policy, which for QIPO is policy
+Behavior model by plain flow (or score) matching; an offline critic; then a policy, which for QIPO is policy
 improvement on support sets (Zhang et al. 2025, Sec. 5, Algorithm 2).  Pure functions: nothing here knows of
 other seeds, files or the clock; a device axis enters only as ``axis_name``.
 """
@@ -104,7 +104,7 @@ class Algorithm:
         )
 
     def start_policy(self, state: State) -> State:
-        """Before the policy's first step: its initial parameters, which may be the behaviour model's."""
+        """Before the policy's first step: its initial parameters, which may be the behavior model's."""
         params = self.policy.start(state.behavior.average, state.policy.params)
         params = jax.tree.map(jnp.copy, params)
         return state.replace(policy=TrainState.create(params, self._optimizer("policy")))
@@ -115,7 +115,7 @@ class Algorithm:
             return optax.adam(config.critic_learning_rate)
         rate = config.learning_rate
         if config.learning_rate_schedule == "cosine":
-            # A policy without a phase of its own has a state all the same, of an optimiser that never steps.
+            # A policy without a phase of its own has a state all the same, of an optimizer that never steps.
             rate = optax.cosine_decay_schedule(rate, max(config.phase_steps[phase], 1))
         adam = optax.adam(rate)
         clip = config.max_grad_norm
@@ -184,7 +184,7 @@ class Algorithm:
         return Tables(samples, next_actions, rows)
 
     def next_actions(self, params: Params, key: Array, next_observations: Array, indices: Array) -> Array:
-        """Behaviour actions ``[b, M, A]`` at ``next_observations [b, S]``, rows ``indices`` of the data."""
+        """Behavior actions ``[b, M, A]`` at ``next_observations [b, S]``, rows ``indices`` of the data."""
         key = jax.random.fold_in(key, Purpose.NEXT_ACTIONS)
         noise = draw_noise(key, indices, (self.config.support_size, self.action_size))
         return self.model.sample(params, next_observations[:, None], noise)
@@ -206,7 +206,7 @@ class Algorithm:
         """Actions ``[E, A]`` in the environment's units.
 
         Args:
-          name: "policy", or "behavior": one sampled action of the behaviour model.
+          name: "policy", or "behavior": one sampled action of the behavior model.
           acting: parameters of all stages.
           normalizer: statistics of the training data.
           observations: ``[E, S]`` in the environment's units.

@@ -23,8 +23,8 @@ PHASES = ("behavior", "critic", "policy")
 class QIPOConfig:
     """Hyper-parameters of the three stages; the defaults fit the built-in data."""
 
-    policy: str = "qipo"  # what follows behaviour model and critic; bc: nothing
-    # The generative model: of the behaviour, then of the improved policy.
+    policy: str = "qipo"  # what follows behavior model and critic; bc: nothing
+    # The generative model: of the behavior, then of the improved policy.
     path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp a score (QIPO-Diff)
     network: str = "mlp"
     hidden_dims: tuple[int, ...] = (64, 64, 64)
@@ -33,10 +33,10 @@ class QIPOConfig:
     time_features: int = 12
     dtype: str = "float32"  # what the model's layers compute in; parameters, losses and critics stay float32
     learning_rate: float = 1e-3
-    # cosine: from learning_rate to 0 over each of the behaviour and policy phases.
+    # cosine: from learning_rate to 0 over each of the behavior and policy phases.
     learning_rate_schedule: str = "constant"
     batch_size: int = 256  # states per step, over all devices
-    max_grad_norm: float = 1.0  # of the behaviour and policy gradients; 0 does not clip
+    max_grad_norm: float = 1.0  # of the behavior and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
     # auto: midpoint for velocities, DPM-Solver++ for scores.  Euler's few steps narrow every support set,
     # and renewals compound it.

@@ -14,11 +14,11 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def export_policy(
     workdir: str, *, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"), **options
 ) -> bytearray:
-    """The policy of a work directory, lowered to StableHLO and serialised by ``jax.export``.
+    """The policy of a work directory, lowered to StableHLO and serialized by ``jax.export``.
 
     What comes back is read with ``jax.export.deserialize(data).call(observations, seed)``: observations
     ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of the actions' noise, and
-    the result ``[b, A]`` float32 in the environment's units.  Normalisation and sampler are inside.
+    the result ``[b, A]`` float32 in the environment's units.  Normalization and sampler are inside.
 
     Args:
       workdir: of ``launch.train``, local or ``gs://``.

@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
     dataset: int
     tables: int  # the larger of next actions (critic phase) and the policy's table (policy phase)
-    state: int  # parameters, averages and optimisers of all three models, of every seed on the device
+    state: int  # parameters, averages and optimizers of all three models, of every seed on the device
 
     @property
     def total(self) -> int:

@@ -33,7 +33,7 @@ def _solver(name: str, predicts_score: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class GenerativeModel:
-    """Behaviour model and improved policies are parameter sets of one model."""
+    """Behavior model and improved policies are parameter sets of one model."""
 
     network: nn.Module
     path: GaussianPath

@@ -32,7 +32,7 @@ def select(
       sample: ``(observations [E, 1, S], noise [E, n, A]) -> actions [E, n, A]``.
       mean: the same arguments, to the mean action ``[E, A]``.
       q_values: ``(observations [E, 1, S], actions [E, n, A]) -> [E, n]``.
-      observations: normalised.
+      observations: normalized.
       noise: standard normal, ``[E, n, A]``.
     """
     states = observations[:, None]

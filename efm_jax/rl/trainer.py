@@ -62,7 +62,7 @@ class Trainer:
 
     Args:
       config: a validated configuration.
-      data: normalised transitions on the host, the rows ``layout.host_rows(num_rows)``.
+      data: normalized transitions on the host, the rows ``layout.host_rows(num_rows)``.
       seeds: one root seed for each training run; all run in one program.
       layout: how seeds and data lie on the devices; by default data-parallel over all there are.
       num_rows: transitions of the whole dataset, where ``data`` is this host's part of it.

@@ -34,7 +34,7 @@ def plot_learning_curve(
     """Draws what a run has logged so far; panels for which nothing is logged yet are left out.
 
     Panels: losses by phase; effective sample size and top weight of the policy phase; Q-values of data
-    and support actions; returns of behaviour, policy and dataset. Lines are means over training seeds, bands
+    and support actions; returns of behavior, policy and dataset. Lines are means over training seeds, bands
     reach from the smallest to the largest seed (each seed's return being its mean over episodes).
 
     Args:

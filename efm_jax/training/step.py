@@ -1,4 +1,4 @@
-"""One pure training step made from a loss and an optimiser, and many of them in one scan."""
+"""One pure training step made from a loss and an optimizer, and many of them in one scan."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The same network, batch and optimiser in PyTorch, and in a JAX loop that feeds every batch from the host.
+"""The same network, batch and optimizer in PyTorch, and in a JAX loop that feeds every batch from the host.
 
 Parameters are copied into PyTorch and both networks' outputs compared before anything is timed.  PyTorch
 is optional: its rows are left out where it is not installed.

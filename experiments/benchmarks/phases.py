@@ -2,7 +2,7 @@
 
 Products are read from the traced step, so that nothing is left out, and compared with the formula of
 ``experiments.scaling`` and with XLA's own count.  A share of 100% would mean that activations, noise,
-gathers, the optimiser and the loop cost nothing.
+gathers, the optimizer and the loop cost nothing.
 """
 
 import dataclasses

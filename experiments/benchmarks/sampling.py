@@ -127,7 +127,7 @@ def make_case(name: str, components: int) -> Case:
     log_weights, variances = -BETA * problem.energy(points), jnp.full(components, _BLUR**2)
     plain = exact.GaussianMixture(jnp.zeros(components), points, variances)
     guided = exact.GaussianMixture(log_weights, points, variances)
-    # Weights of a mixture are normalised: the mean of exp(-beta E) over the points takes that back.
+    # Weights of a mixture are normalized: the mean of exp(-beta E) over the points takes that back.
     log_mean = jax.nn.logsumexp(log_weights) - math.log(components)
 
     def energy(x: Array) -> Array:

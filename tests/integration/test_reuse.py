@@ -112,7 +112,7 @@ def test_the_tutorial_runs_and_draws(tmp_path, monkeypatch, capsys):
     assert [picture.stem[0] for picture in pictures] == list("12345")
     for picture in pictures:
         pixels = matplotlib.image.imread(picture)[..., :3]
-        # A blank canvas has one colour; text and axes alone leave far less than 1% of it drawn on.
+        # A blank canvas has one color; text and axes alone leave far less than 1% of it drawn on.
         assert (pixels < 0.9).any(-1).mean() > 0.02, picture.name
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, picture.name
     printed = capsys.readouterr().out

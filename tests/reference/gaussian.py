@@ -12,9 +12,9 @@ def score(path, x, t, mean, scale):
 
 
 def velocity(path, x, t, mean, scale):
-    centred = (x - path.mu(t)[:, None] * mean) / variance(path, t, scale)[:, None]
-    x0 = mean + path.mu(t)[:, None] * scale**2 * centred
-    return path.mu_dot(t)[:, None] * x0 + path.sigma_dot(t)[:, None] * path.sigma(t)[:, None] * centred
+    centered = (x - path.mu(t)[:, None] * mean) / variance(path, t, scale)[:, None]
+    x0 = mean + path.mu(t)[:, None] * scale**2 * centered
+    return path.mu_dot(t)[:, None] * x0 + path.sigma_dot(t)[:, None] * path.sigma(t)[:, None] * centered
 
 
 def flow_map(path, x, t_from, t_to, mean, scale):

@@ -92,7 +92,7 @@ def test_without_discount_what_follows_does_not_count(critic):
 
 
 def test_iql_is_semi_gradient_descent():
-    """The Q loss moves Q alone, towards a constant; V's loss moves V alone."""
+    """The Q loss moves Q alone, toward a constant; V's loss moves V alone."""
     critic, b = IQL(Q, V, 0.7), batch()
     data = b.samples
     params, target = parameters(critic)
@@ -177,7 +177,7 @@ def test_solution_by_hand():
 @pytest.mark.parametrize(
     ("options", "share_of_best"),
     [
-        ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),  # the value of the behaviour, uniform over both
+        ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),  # the value of the behavior, uniform over both
         ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),  # the value of the best policy in support
         ({"critic": "iql", "expectile": 0.5}, 0.5),
         ({"critic": "ensemble", "expectile": 0.9, "num_critics": 3, "pessimism": 0.0}, 0.9),

@@ -93,16 +93,16 @@ def test_the_default_folder_is_that_of_d4rl(tmp_path, monkeypatch):
     assert (dataset.name, dataset.transitions.size, dataset.env_spec) == ("pen-human-v1", 2, None)
 
 
-def test_misspelt_names(tmp_path, monkeypatch):
+def test_misspelled_names(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     for name in ("hopper-mediun-v2", "antmaze-umaze-v7", "kitchen-v0"):
         with pytest.raises(DataError, match="D4RL has no such name; the nearest are") as caught:
             load_dataset(name)
         assert str(caught.value).startswith(f"{name}: unknown dataset")
-    assert "hopper-medium-v2" in d4rl_files.misspelt("hopper-mediun-v2")
-    assert d4rl_files.misspelt("hopper-medium-v2") is None
-    assert d4rl_files.misspelt("mujoco/hopper/medium-v0") is None
-    assert d4rl_files.misspelt("cartpole-v0") is None
+    assert "hopper-medium-v2" in d4rl_files.misspelled("hopper-mediun-v2")
+    assert d4rl_files.misspelled("hopper-medium-v2") is None
+    assert d4rl_files.misspelled("mujoco/hopper/medium-v0") is None
+    assert d4rl_files.misspelled("cartpole-v0") is None
 
 
 def test_a_local_minari_dataset_whose_name_begins_like_one_of_d4rl(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def arrays(**more):
     }
 
 
-def labelled():
+def labeled():
     return arrays(rewards=REWARDS, masks=MASKS)
 
 
@@ -83,7 +83,7 @@ def without_ogbench(monkeypatch):
 
 
 def test_rows_are_states(tmp_path, without_ogbench):
-    content = labelled()
+    content = labeled()
     dataset = load_dataset(write(tmp_path / "a.npz", content))
     data = dataset.transitions
     np.testing.assert_array_equal(data.observations, content["observations"][STEPS])
@@ -101,7 +101,7 @@ def test_rows_are_states(tmp_path, without_ogbench):
 
 
 def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
-    content = labelled()
+    content = labeled()
     states = load_dataset(write(tmp_path / "a.npz", content))
     # compact_dataset=True: the last step of a trajectory is marked too, and `valids` says what is a step.
     compact = content | {
@@ -121,7 +121,7 @@ def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
 
 
 def test_parts_are_the_whole(tmp_path):
-    path = write(tmp_path / "a.npz", labelled())
+    path = write(tmp_path / "a.npz", labeled())
     whole = load_dataset(path)
     parts = [load_dataset(path, rows=lambda n, i=i: slice(i, min(i + 2, n))) for i in (0, 2, 4)]
     for field in whole.transitions._fields:
@@ -198,7 +198,7 @@ def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench):
     np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
     np.testing.assert_array_equal(dataset.episode_returns, [-3, -1])
     # A file's own labels are not computed again.
-    path = write(tmp_path / "labelled.npz", labelled())
+    path = write(tmp_path / "labeled.npz", labeled())
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
     np.testing.assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
 
@@ -218,19 +218,19 @@ def test_task_needs_ogbench(tmp_path, without_ogbench):
 
 
 def test_environments_that_do_not_fit(tmp_path, ogbench):
-    path = write(tmp_path / "a.npz", labelled())
+    path = write(tmp_path / "a.npz", labeled())
     fails(path, "Nothing-v3", env="Nothing-v3")
     fails(path, "Pendulum-v1", "(1,)", "(2,)", env="Pendulum-v1")
 
 
 def test_unusable_data(tmp_path):
     def bad(*words, **changes):
-        fails(write(tmp_path / "a.npz", labelled() | changes), *words)
+        fails(write(tmp_path / "a.npz", labeled() | changes), *words)
 
-    broken = labelled()["observations"].copy()
+    broken = labeled()["observations"].copy()
     broken[4, 1] = np.nan
     bad("observations[4][1]", observations=broken)
-    outside = labelled()["actions"].copy()
+    outside = labeled()["actions"].copy()
     outside[5, 1] = 1.5
     bad("actions[5][1]", "1.5", "[-1.0, 1.0]", actions=outside)
     bad("discrete", actions=np.zeros((7, 2), np.int32))
@@ -240,19 +240,19 @@ def test_unusable_data(tmp_path):
     bad("last row, 6", terminals=np.array([0, 0, 0, 1, 0, 0, 0], np.float32))
     bad("empty", terminals=np.ones(7, np.float32))
     bad("(7, 3)", "(7, 2)", next_observations=np.zeros((7, 2), np.float32))
-    content = labelled()
+    content = labeled()
     del content["actions"]
     fails(write(tmp_path / "a.npz", content), "no array 'actions'")
 
 
 def test_action_of_a_last_state_is_not_looked_at(tmp_path):
-    content = labelled()
+    content = labeled()
     content["actions"][3] = np.nan
     assert load_dataset(write(tmp_path / "a.npz", content)).transitions.size == 5
 
 
 def test_files_that_are_not_npz(tmp_path):
-    whole = (tmp_path / "good.npz", labelled())
+    whole = (tmp_path / "good.npz", labeled())
     write(*whole)
     (tmp_path / "cut.npz").write_bytes(whole[0].read_bytes()[:300])
     (tmp_path / "text.npz").write_text("not npz")

@@ -27,7 +27,7 @@ def make_dataset(n=500, returns=(10.0, 30.0), **changes):
     )
 
 
-def test_standardised_and_scaled():
+def test_standardized_and_scaled():
     dataset = make_dataset()
     normalizer = fit_normalizer(dataset)
     data = preprocess(dataset, normalizer)
@@ -56,7 +56,7 @@ def test_bounds_become_exactly_one():
     np.testing.assert_array_equal(preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]])
 
 
-def test_constant_dimensions_are_only_centred():
+def test_constant_dimensions_are_only_centered():
     # 0, a value that float32 cannot hold, a large one; and small variations that are real.
     observations = np.tile(np.array([0, 0.1, 1e6], np.float32), (500, 1))
     dataset = make_dataset(observations=observations, next_observations=observations + np.float32(1))

@@ -26,7 +26,7 @@ def problem(x64):
 
 
 def exact_logit(path, data, energy):
-    """The classifier's minimiser: log p / (1 - p) with p = E[exp(-E(x0)) | x] = exp(-E_t) at beta = 1."""
+    """The classifier's minimizer: log p / (1 - p) with p = E[exp(-E(x0)) | x] = exp(-E_t) at beta = 1."""
 
     def logit(x, t):
         log_prob = -exact.intermediate_energy(path, x, t, data, energy, 1.0)
@@ -77,7 +77,7 @@ def test_classifier_free_guidance_commutes_with_conversions(problem):
 
 
 def test_classifier_loss_is_least_at_the_posterior_probability(x64):
-    # One time, two data points in one dimension, and a logit for each cell of x: the minimiser is known.
+    # One time, two data points in one dimension, and a logit for each cell of x: the minimizer is known.
     path, data = paths.conditional_ot(), jnp.array([[-1.0], [1.0]])
     prob = jnp.array([0.9, 0.2])
     x0 = jnp.tile(data, (40_000, 1))

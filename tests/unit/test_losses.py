@@ -144,7 +144,7 @@ def test_cefm_and_ced_match_numpy(x64, name, beta):
 
 
 @pytest.mark.parametrize("beta", [0.0, 3.0])
-def test_a_dataset_normaliser_matches_numpy(x64, beta):
+def test_a_dataset_normalizer_matches_numpy(x64, beta):
     """Weights ``exp(-beta E - log Z) / B``; the reference's softmax times what its weights should sum to."""
     path, ref = PATHS["vp_cosine"]
     x0, energy, key, log_z = normal(2, B, D), normal(3, B), jax.random.key(KEY), 0.4
@@ -433,7 +433,7 @@ def test_dsm_of_the_zero_score_is_the_dimension(x64, name):
 
 
 @pytest.mark.parametrize("name", ["ot", "vp_cosine"])
-def test_the_guided_field_minimises_cefm(x64, name):
+def test_the_guided_field_minimizes_cefm(x64, name):
     """Thm 4.3: at Thm 4.1's field the gradient vanishes in any direction; at the unguided one it does not."""
     path, _ = PATHS[name]
     data, energy, beta = jnp.asarray(1.5 * normal(7, 6, 2)), jnp.asarray(normal(8, 6)), 2.0
@@ -468,7 +468,7 @@ def linear_gradient(name, theta, data, weight):
 
 
 @pytest.mark.parametrize("name", ["cefm", "ced"])
-def test_a_dataset_normaliser_makes_the_gradient_of_a_batch_unbiased(x64, name):
+def test_a_dataset_normalizer_makes_the_gradient_of_a_batch_unbiased(x64, name):
     """Batches of 4 of a dataset of 50, at Thm 4.3's own gradient; the softmax over so few is far from it."""
     path = PATHS["ot" if name == "cefm" else "vp_cosine"][0]
     data, theta, beta = 1.5 * normal(7, 50, 2), normal(6, 2, 2), 2.0
@@ -497,7 +497,7 @@ def test_a_dataset_normaliser_makes_the_gradient_of_a_batch_unbiased(x64, name):
     assert np.abs((biased[:4] - expected) / error[:4]).max() > 20
 
 
-def test_the_guided_score_minimises_ced(x64):
+def test_the_guided_score_minimizes_ced(x64):
     path, _ = PATHS["vp_cosine"]
     data, energy, beta = jnp.asarray(1.5 * normal(7, 6, 2)), jnp.asarray(normal(8, 6)), 2.0
     x0, energies = jnp.tile(data, (32, 1)), jnp.tile(energy, 32)
@@ -532,7 +532,7 @@ def test_shapes_that_disagree_are_refused():
 
 
 @pytest.mark.parametrize("loss", [losses.cefm, losses.ced])
-def test_a_normaliser_of_another_shape_is_refused(loss):
+def test_a_normalizer_of_another_shape_is_refused(loss):
     arguments = (linear, PATHS["ot"][0], jax.random.key(0), jnp.ones((B, D)), jnp.ones(B), 1.0)
     for shape in ((1,), (B,)):
         with pytest.raises(ValueError, match="log_normalizer"):

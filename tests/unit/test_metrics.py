@@ -219,7 +219,7 @@ def test_learning_curve_shows_every_panel_it_has(tmp_path, phases, seeds, evalua
         for column in range(columns):
             top, left = int((row + 0.15) * height), int((column + 0.15) * width)
             panel = image[top : top + int(0.7 * height), left : left + int(0.7 * width)]
-            # Coloured curves, not only grey grid lines and text.
+            # Colored curves, not only gray grid lines and text.
             assert np.sum(panel.max(axis=-1) - panel.min(axis=-1) > 0.2) > 50
     assert not (tmp_path / "learning_curve.png.tmp").exists()
 

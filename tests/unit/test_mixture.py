@@ -75,7 +75,7 @@ def test_fields_match_numpy(x64, name, k):
 
 
 @pytest.mark.parametrize("d", [1, 5])
-def test_density_guided_mixture_and_normaliser_match_numpy(x64, d):
+def test_density_guided_mixture_and_normalizer_match_numpy(x64, d):
     mixture, energy, ref_mixture, ref_energy = problem(d)
     x = normal(1, B, d)
     np.testing.assert_allclose(energy(x), reference.energy_at(ref_energy, x), rtol=1e-12)
@@ -110,7 +110,7 @@ def in_one_dimension(mixture, energy):
     )
 
 
-def test_normaliser_and_guided_density_by_integration(x64):
+def test_normalizer_and_guided_density_by_integration(x64):
     mixture, energy, _, _ = problem(d=1)
     p, e = in_one_dimension(mixture, energy)
     z = integral(lambda x: p(x) * np.exp(-BETA * e(x)), mixture)
@@ -204,7 +204,7 @@ def test_guidance_composes(x64):
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
-def test_weights_need_not_be_normalised(x64):
+def test_weights_need_not_be_normalized(x64):
     path, _ = PATHS["ot"]
     mixture, energy, _, _ = problem()
     shifted = mixture._replace(log_weights=mixture.log_weights + 700.0)
@@ -355,7 +355,7 @@ def test_samples_have_the_moments_of_the_mixture():
     assert not np.array_equal(samples[:10], guided.sample(jax.random.key(4), 10))
 
 
-def test_the_mean_energy_of_samples_is_the_slope_of_the_normaliser():
+def test_the_mean_energy_of_samples_is_the_slope_of_the_normalizer():
     """``-d log Z / d beta = E_q[E]``, by samples of the guided mixture."""
     mixture, energy, _, _ = problem(dtype=np.float32)
     slope = jax.grad(lambda beta: mixture.log_normalizer(energy, beta))(0.8)

@@ -123,7 +123,7 @@ def test_mlp_equals_numpy():
     np.testing.assert_allclose(apply(network, params, x, s), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layer_norm_normalises_before_the_activation():
+def test_layer_norm_normalizes_before_the_activation():
     x = normal(0, 3, S)
     network = MLP((6,), 2, "relu", layer_norm=True)
     params = randomized(init(network, x))

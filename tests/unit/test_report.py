@@ -178,7 +178,7 @@ def test_one_seed_has_an_interval_over_episodes_and_one_episode_has_none(tmp_pat
     interval = f"-{margin - 20:.1f} to {margin + 20:.1f}"
     words = f"Improved policy: mean return 20.0, score 102.0 (95% interval {interval} over 3 episodes)"
     assert words in page.text
-    assert "Behaviour model: mean return 7.0, score 100.7 (one episode, no interval)" in page.text
+    assert "Behavior model: mean return 7.0, score 100.7 (one episode, no interval)" in page.text
     behavior, policy = page.rows("All evaluations")[1:]
     assert behavior == ["a", "behavior", "5", "7.0", "none", "none", "100.7", "1", "200.0"]
     assert policy[3:6] == ["20.0", interval, "over 3 episodes"]
@@ -211,7 +211,7 @@ def test_runs_are_compared(run, tmp_path):
     ]
     marked = [row for row in page.rows("All fields") if row[0].endswith("≠")]
     assert [row[0] for row in marked] == ["beta ≠", "new.deep ≠"]
-    # The better policy, and the first of two equal behaviour models or the second, but one of them.
+    # The better policy, and the first of two equal behavior models or the second, but one of them.
     assert "-52.5" in page.find("strong")
     assert "-180.0" not in page.find("strong")
     for index in (0, 1):
@@ -325,7 +325,7 @@ def test_the_page_needs_nothing_else(run, tmp_path):
     assert {value[1:] for value in page.attribute("xlink:href") + page.attribute("href")} <= set(ids)
 
 
-def test_figures_have_descriptions_and_the_colours_of_the_page(run):
+def test_figures_have_descriptions_and_the_colors_of_the_page(run):
     page = page_of(run)
     plots = [found for tag, found, _ in page.elements if tag == "svg" and found["class"] == "plot"]
     assert len(plots) == 2 + 1 + 8  # returns, weights, metrics

@@ -28,9 +28,9 @@ def velocity_of(path):
     def field(x, t):
         mu, sigma = path.mean_coef(t)[:, None], path.std(t)[:, None]
         mean = jnp.asarray(MEAN, x.dtype)
-        centred = (x - mu * mean) / (mu**2 * SCALE**2 + sigma**2)
-        x0 = mean + mu * SCALE**2 * centred
-        return path.mean_coef_dot(t)[:, None] * x0 + path.std_dot(t)[:, None] * sigma * centred
+        centered = (x - mu * mean) / (mu**2 * SCALE**2 + sigma**2)
+        x0 = mean + mu * SCALE**2 * centered
+        return path.mean_coef_dot(t)[:, None] * x0 + path.std_dot(t)[:, None] * sigma * centered
 
     return field
 

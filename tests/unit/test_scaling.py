@@ -132,7 +132,7 @@ def test_collectives_are_the_gradients_and_a_few_scalars(devices, phase):
     state = scaling.build(SMALL, phase, 8, 8)[2]
     leaves = [scaling.nbytes(leaf) for leaf in jax.tree.leaves(state.params)]
     # The loss; the critic's mean of Q; the support losses' two diagnostics, none of them for their weights.
-    # A batch-normalised loss: least energy, sum of weights; two sums and a maximum of its diagnostics.
+    # A batch-normalized loss: least energy, sum of weights; two sums and a maximum of its diagnostics.
     scalars = {"behavior": 1, "policy resample": 1, "critic": 2, "policy full": 3, "cefm": 6}[phase]
     found, left = scaling.collectives(SMALL, phase, 4 if phase == "policy full" else 2)
     assert sorted(found) == sorted([*leaves, *[4] * scalars])

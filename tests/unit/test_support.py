@@ -385,7 +385,7 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
         for name, (mean, std) in (("behavior", (MEAN, STD)), ("policy", reference(2))):
             params = jax.tree.map(lambda leaf: leaf[0], getattr(state, name).average)
             found = sign * np.asarray(sample(params, observations, noise))
-            # The means: behaviour 0.10, one renewal 0.22, two 0.27, three 0.30.
+            # The means: behavior 0.10, one renewal 0.22, two 0.27, three 0.30.
             assert found.mean() == pytest.approx(mean, abs=0.04), name
             assert found.std() == pytest.approx(std, rel=0.2), name
 

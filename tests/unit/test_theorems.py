@@ -285,7 +285,7 @@ def test_classifier_guidance_on_a_mixture(x64, name):
         assert relative(*both(beta)) > 0.02
 
 
-# --- CEP (Lu et al. 2023): the minimiser is -E_t up to a function of t -----------------------------------
+# --- CEP (Lu et al. 2023): the minimizer is -E_t up to a function of t -----------------------------------
 
 
 class QuadraturePath:
@@ -302,7 +302,7 @@ class QuadraturePath:
 
 @each_path
 @pytest.mark.parametrize("time", [0.15, 0.3, 0.6])
-def test_minus_the_intermediate_energy_minimises_cep(x64, name, time):
+def test_minus_the_intermediate_energy_minimizes_cep(x64, name, time):
     """The library's loss on its own population: quadrature weights go into both softmaxes as logarithms."""
     path, data, energy = PATHS[name], jnp.asarray(DATA), jnp.asarray(ENERGY)
     nodes = np.linspace(-9.0, 9.0, 400)

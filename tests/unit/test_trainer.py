@@ -212,7 +212,7 @@ def test_what_a_run_tells_its_hooks():
     steps = [tuple(int(getattr(s, phase).step[0]) for phase in PHASES) for s in hooks.saved]
     assert steps == [(10, 0, 0), (20, 0, 0), (20, 10, 0), (20, 20, 0), (20, 20, 10), (20, 20, 20)]
     assert_same_tree(jax.tree.map(np.asarray, state), hooks.saved[-1])
-    # The policy starts as the behaviour model, which stays as it was.
+    # The policy starts as the behavior model, which stays as it was.
     first = hooks.saved[4]
     assert_same_tree(first.behavior, hooks.saved[1].behavior)
     assert_same_tree(first.renewed_params, hooks.saved[1].behavior.average)
@@ -223,7 +223,7 @@ def step_of(hooks):
     return int(hooks.saved[-1].policy.step[0])
 
 
-# Seen one chunk later: these stop at behaviour step 10, critic step 20, and in the renewal at policy step 10.
+# Seen one chunk later: these stop at behavior step 10, critic step 20, and in the renewal at policy step 10.
 @pytest.mark.parametrize("stop_at", [("behavior", 5), ("critic", 15), ("policy", 10)])
 def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
     whole, logged = whole_run

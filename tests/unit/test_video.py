@@ -89,7 +89,7 @@ def spec_of():
 
 
 def mp4(path):
-    """Mean grey of the frames, their size and how many a second has."""
+    """Mean gray of the frames, their size and how many a second has."""
     with av.open(str(path)) as video:
         frames = [frame.to_ndarray(format="gray").astype(float) for frame in video.decode(video=0)]
         stream = video.streams.video[0]
@@ -100,11 +100,11 @@ def mp4(path):
 def test_mp4_shows_the_episode_in_its_own_time(tmp_path):
     path = tmp_path / "new" / "episode.mp4"
     played = record_video(act, "Clock-v0", path, seed=7)
-    grey, shape, rate = mp4(path)
+    gray, shape, rate = mp4(path)
     # 100 steps a second are more than the format shows: every second one of 20, and the start.
     assert rate == 50
     assert shape == (34, 48)
-    np.testing.assert_allclose(grey, np.arange(0, 201, 20), atol=3)
+    np.testing.assert_allclose(gray, np.arange(0, 201, 20), atol=3)
     expected = evaluate(act, "Clock-v0", episode_seeds=[7])
     np.testing.assert_array_equal(played.returns, expected.returns)
     np.testing.assert_array_equal(played.lengths, expected.lengths)
@@ -125,8 +125,8 @@ def test_last_step_is_shown_where_the_episode_ends(tmp_path, spec_of):
 def test_environment_without_a_rate(tmp_path):
     path = tmp_path / "episode.mp4"
     record_video(act, "Unhurried-v0", path, seed=7)
-    grey, _, rate = mp4(path)
-    assert (rate, len(grey)) == (30, 21)
+    gray, _, rate = mp4(path)
+    assert (rate, len(gray)) == (30, 21)
 
 
 def test_gif_needs_no_extra(tmp_path, monkeypatch):
@@ -135,13 +135,13 @@ def test_gif_needs_no_extra(tmp_path, monkeypatch):
     record_video(act, "Clock-v0", path, seed=7)
     with Image.open(path) as image:
         assert (image.n_frames, image.size, image.info["loop"]) == (6, (WIDTH, HEIGHT), 0)
-        durations, grey = [], []
+        durations, gray = [], []
         for index in range(image.n_frames):
             image.seek(index)
             durations.append(image.info["duration"])
-            grey.append(np.asarray(image.convert("L"), float).mean())
+            gray.append(np.asarray(image.convert("L"), float).mean())
     assert durations == [40] * 6  # 25 a second, every fourth step
-    np.testing.assert_allclose(grey, np.arange(0, 201, 40), atol=1)
+    np.testing.assert_allclose(gray, np.arange(0, 201, 40), atol=1)
 
 
 def diverged(observations, step):

@@ -262,7 +262,7 @@ def test_beta_for_ess_refuses_a_bad_fraction(fraction):
         beta_for_ess(jnp.arange(4.0), fraction)
 
 
-# --- a normaliser of the whole dataset --------------------------------------------------------------
+# --- a normalizer of the whole dataset --------------------------------------------------------------
 
 
 def log_mean_exp(energy, beta, axis=-1):
@@ -312,7 +312,7 @@ def test_what_no_number_holds_is_not_clipped():
     energy = jnp.array([inf, -inf, -1e6, 0.0, 1e6, nan])
     got = energy_weights(energy, 1.0, log_normalizer=0.0)
     np.testing.assert_allclose(got, [0, inf, inf, 1 / 6, 0, nan], rtol=1e-6)
-    # An infinite normaliser says that the dataset has an energy of -inf (or none that is finite).
+    # An infinite normalizer says that the dataset has an energy of -inf (or none that is finite).
     got = energy_weights(energy, 1.0, log_normalizer=inf)
     np.testing.assert_array_equal(got, [0, nan, 0, 0, 0, nan])
     got = energy_weights(energy, 1.0, log_normalizer=-inf)
@@ -360,7 +360,7 @@ def test_log_normalizer_gradients(x64):
 
 @pytest.mark.parametrize("how", ["vmap", "pmap", "shard_map"])
 @pytest.mark.parametrize("case", SPECIAL)
-def test_devices_together_normalise_as_one(devices, how, case):
+def test_devices_together_normalize_as_one(devices, how, case):
     energy = jnp.asarray(SPECIAL[case], jnp.float32)
     shards = energy.reshape(4, 4)
     log_z = on_devices(how, lambda e: log_normalizer(e, 1.5, axis_name="i"), devices, shards)
@@ -375,7 +375,7 @@ def test_devices_together_normalise_as_one(devices, how, case):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (3, 4), (3, 1)])
-def test_a_normaliser_of_another_shape_is_refused(shape):
+def test_a_normalizer_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="log_normalizer"):
         energy_weights(jnp.ones((2, 3, 4)), 1.0, axis=1, log_normalizer=jnp.zeros(shape))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the configuration imports the registry of critics
 
 
 class CriticBatch(NamedTuple):
-    """A batch of samples and, for critics that ask for them, behaviour actions at the next states."""
+    """A batch of samples and, for critics that ask for them, behavior actions at the next states."""
 
     samples: Samples
     next_actions: Array | None  # [B, M, A]
@@ -36,7 +36,7 @@ class Critic(abc.ABC):
 
     q_network: QEnsemble
 
-    uses_next_actions = False  # whether the loss needs behaviour actions at the next states
+    uses_next_actions = False  # whether the loss needs behavior actions at the next states
 
     @classmethod
     @abc.abstractmethod
@@ -48,7 +48,7 @@ class Critic(abc.ABC):
         return {"q": self.q_network.init(key, jnp.zeros((1, observation_size)), jnp.zeros((1, action_size)))}
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
-        """What policies maximise, by default ``min_k Q_k(s, a)``.
+        """What policies maximize, by default ``min_k Q_k(s, a)``.
 
         States ``[..., S]`` broadcast against actions ``[..., A]``; the result has their leading axes.
         """

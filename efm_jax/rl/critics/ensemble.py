@@ -23,7 +23,7 @@ class EnsembleLCB(IQL):
     Member k is implicit Q-learning with a Q-network, a target network and a value network of its own.  Where
     targets are shared, members agree about actions that none of them has seen; independent ones do not, and
     their spread measures it (Ghasemipour et al. 2022, "Why so pessimistic?", arXiv 2205.13703, Sec. 4).
-    Policies maximise the bound of the advantage, ``mean_k A_k - pessimism std_k A_k`` with
+    Policies maximize the bound of the advantage, ``mean_k A_k - pessimism std_k A_k`` with
     ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the spread of Q itself would also count what the
     members disagree about in the state, whatever the action.
     """

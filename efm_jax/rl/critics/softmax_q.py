@@ -23,7 +23,7 @@ class SoftmaxQ(Critic):
     """In-support softmax Q-learning (Lu et al. 2023, arXiv 2304.12824, eq. 18).
 
     ``y = r + discount (1 - terminated) sum_j softmax_j(beta_q Q'(s', a'_j)) Q'(s', a'_j)`` with actions
-    ``a'_j`` of the behaviour model at s' and Q' the minimum of the target networks.
+    ``a'_j`` of the behavior model at s' and Q' the minimum of the target networks.
     """
 
     beta_q: float

@@ -1,4 +1,4 @@
-"""What every policy is: something that may be trained after behaviour model and critic, and that acts."""
+"""What every policy is: something that may be trained after behavior model and critic, and that acts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
-    """A way from a behaviour model and a critic to actions.
+    """A way from a behavior model and a critic to actions.
 
     A policy that trains (``trains``) may keep a table with a row for every sample, computed before its first
     step and, if it ``renews``, again every ``renew_every`` steps from what it is by then.
@@ -70,7 +70,7 @@ class Policy(abc.ABC):
         return self.model.init(key, self.observation_size, self.action_size)
 
     def start(self, behavior: Params, params: Params) -> Params:
-        """The parameters before the first step: by default those of the behaviour model."""
+        """The parameters before the first step: by default those of the behavior model."""
         return behavior
 
     def rows(self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array) -> Any:
@@ -109,7 +109,7 @@ class Policy(abc.ABC):
         """``Q(s, a) - V(s)`` of data actions, ``[b]``.
 
         Where the critic has no value network, V is the mean of Q over ``support_size`` actions of the
-        behaviour model.
+        behavior model.
         """
         observations = samples.observations
         q = self.critic.q_values(acting.critic, observations, samples.actions)

@@ -1,4 +1,4 @@
-"""Behaviour cloning: the behaviour model itself."""
+"""Behavior cloning: the behavior model itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from efm_jax.weights import AxisName
 
 
 class BehaviorCloning(Policy):
-    """Acts as the behaviour model; with ``action_selection="best"`` this is IDQL's policy.
+    """Acts as the behavior model; with ``action_selection="best"`` this is IDQL's policy.
 
     Reference: Hansen-Estruch et al. 2023 (arXiv 2304.10573), Algorithm 2.
     """
@@ -17,7 +17,7 @@ class BehaviorCloning(Policy):
     trains = False
 
     def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
-        raise NotImplementedError("behaviour cloning has nothing to train after its behaviour phase")
+        raise NotImplementedError("behavior cloning has nothing to train after its behavior phase")
 
     def sample(self, acting: Acting, observations: Array, noise: Array) -> Array:
         return self.model.sample(acting.behavior, observations, noise)

@@ -32,7 +32,7 @@ class Gaussian(Reweighting):
 
     @property
     def actor(self) -> GaussianActor:
-        """The network of mean and standard deviation, as wide as the behaviour model's."""
+        """The network of mean and standard deviation, as wide as the behavior model's."""
         config = self.config
         return GaussianActor(config.hidden_dims, self.action_size, config.activation, config.layer_norm)
 

@@ -1,4 +1,4 @@
-"""QGPO: the behaviour model guided by a learned intermediate energy."""
+"""QGPO: the behavior model guided by a learned intermediate energy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class QGPO(QIPO):
-    """Contrastive energy prediction on support sets of the behaviour model, and its gradient at every step.
+    """Contrastive energy prediction on support sets of the behavior model, and its gradient at every step.
 
     The log-ratio network learns ``-E_t(a_t; s)`` of ``mu(a|s) exp(beta Q)`` on the support sets that QIPO
-    begins with; the policy's score is the behaviour model's plus the network's gradient.  The behaviour model
+    begins with; the policy's score is the behavior model's plus the network's gradient.  The behavior model
     is not trained again.
 
     Reference: Lu et al. 2023 (arXiv 2304.12824), Algorithm 1.
@@ -44,7 +44,7 @@ class QGPO(QIPO):
 
     @property
     def log_ratio(self) -> LogRatio:
-        """The network of the intermediate energy, as wide as the behaviour model's."""
+        """The network of the intermediate energy, as wide as the behavior model's."""
         config = self.config
         return LogRatio(config.hidden_dims, config.activation, config.layer_norm, config.time_features)
 

@@ -1,4 +1,4 @@
-"""QIPO: Q-weighted iterative policy optimisation."""
+"""QIPO: Q-weighted iterative policy optimization."""
 
 from __future__ import annotations
 

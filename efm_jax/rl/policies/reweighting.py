@@ -15,7 +15,7 @@ class Reweighting(Policy):
     """The energy-weighted loss on data actions with ``E = -A(s, a)``: no support sets, no renewals.
 
     The weights are ``exp(beta A)``, clipped, over their mean in the dataset (Zhang et al. 2025, Thm 4.3);
-    taking the advantage instead of Q divides by the state's own normaliser (Peng et al. 2019, arXiv
+    taking the advantage instead of Q divides by the state's own normalizer (Peng et al. 2019, arXiv
     1910.00177, eq. 11, for Gaussians).  It is the control for what QIPO's support sets and renewals add.
     """
 

@@ -16,7 +16,7 @@ evaluations a step); how often the policy is evaluated (every 10k steps).
 
 What differs: QGPO's critic takes batches of 256 and 16 support actions, here all phases share one batch_size
 and one support_size; QGPO's features of t are random, here their frequencies are fixed; QGPO does not
-standardise observations.
+standardize observations.
 
 Memory, counted, not measured, for halfcheetah-medium-expert (2M transitions): the table of support sets is
 3.6 GB a seed, and a policy step holds some tens of arrays [batch_size, support_size + 1, 512], 0.5 GB each,
