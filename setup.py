@@ -9,7 +9,9 @@ HERE = Path(__file__).parent
 
 def requirements() -> list[str]:
     """The requirements without their comments."""
-    lines = (line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines())
+    lines = (
+        line.split("#")[0].strip() for line in (HERE / "requirements.txt").read_text().splitlines()
+    )
     return [line for line in lines if line]
 
 
@@ -27,7 +29,7 @@ VIDEO = [
 ]
 EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export
 STUDY = [
-    "rliable>=1.2,<2",  # aggregates of experiments.offline_rl: IQM, stratified bootstrap
+    "rliable>=1.2,<2",  # aggregates of experiments.rl.offline_rl: IQM, stratified bootstrap
     "pandas>=2.2,<3",  # for arch, which rliable needs and which does not import with pandas 3
 ]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://

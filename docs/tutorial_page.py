@@ -1,4 +1,5 @@
-"""Write `experiments/tutorial.py` as a page: text, code, what each cell printed and the pictures it saved.
+"""Write `experiments/examples/tutorial.py` as a page: text, code, what each cell printed and the
+pictures it saved.
 
 python docs/tutorial_page.py     # docs/tutorial.md and docs/tutorial/*.png
 """
@@ -33,7 +34,9 @@ def main() -> None:
             page.append(f"```text\n{printed.getvalue().rstrip()}\n```")
         new = sorted(set(pictures.glob("*.png")) - before)
         page += [f"![{picture.stem}](tutorial/{picture.name})" for picture in new]
-        print(f"{time.monotonic() - started:6.1f} s  {body.strip().splitlines()[0]}", file=sys.stderr)
+        print(
+            f"{time.monotonic() - started:6.1f} s  {body.strip().splitlines()[0]}", file=sys.stderr
+        )
     (FOLDER / "tutorial.md").write_text("\n\n".join(page) + "\n")
 
 

@@ -39,7 +39,9 @@ def check_number(
     below = number <= minimum if open_minimum else number < minimum
     if not np.isfinite(number) or below or number > maximum:
         bracket = "(" if open_minimum else "["
-        raise ValueError(f"{name}: expected a finite number in {bracket}{minimum}, {maximum}]; got {value}")
+        raise ValueError(
+            f"{name}: expected a finite number in {bracket}{minimum}, {maximum}]; got {value}"
+        )
 
 
 def check_rank(name: str, array: Any, minimum: int) -> None:

@@ -1,15 +1,16 @@
 """Exact posteriors, fields and intermediate energies: the oracle for learned fields.
 
-On finite data, functions.  For data ``x_1..x_n`` with log-weights ``l_i`` (``-beta E_i`` for a guided
-field) and ``d_i = ||x - mu_t x_i||^2 / (2 sigma_t^2)``, the posterior is ``r = softmax_i(l_i - d_i)`` and
-``x_hat0 = sum_i r_i x_i``; velocity and score follow by the path's conversions.
+On finite data, functions.  For data ``x_1..x_n`` with log-weights ``l_i`` (``-beta E_i`` for a
+guided field) and ``d_i = ||x - mu_t x_i||^2 / (2 sigma_t^2)``, the posterior is ``r = softmax_i(l_i
+- d_i)`` and ``x_hat0 = sum_i r_i x_i``; velocity and score follow by the path's conversions.
 
 Everything but :func:`posterior`, whose result is ``[B, n]``, streams over blocks of the data with
 running maxima, so n = 1e6 needs one ``[B, block]`` array at a time.  As ``t -> 0`` the posterior
 concentrates on the nearest point and stays finite, also at ``t = 0``.
 
-On a :class:`GaussianMixture` guided by a :class:`QuadraticEnergy`, methods in closed form.  Component
-k of ``p_t`` is ``N(mu m_k, s_k^2 I)``, ``s_k^2 = mu^2 v_k + sigma^2``; all is finite at both ends of [0, 1].
+On a :class:`GaussianMixture` guided by a :class:`QuadraticEnergy`, methods in closed form.
+Component k of ``p_t`` is ``N(mu m_k, s_k^2 I)``, ``s_k^2 = mu^2 v_k + sigma^2``; all is finite at
+both ends of [0, 1].
 
 Shapes: ``x: [B, d]``, ``t: [B]``, ``data: [n, d]``, ``log_weights, energy, class_prob: [n]``.
 """
@@ -28,11 +29,14 @@ from efm_jax.weights import boltzmann_logits
 
 # A block of the data and a batch make an array of about this many elements.
 _BLOCK_ELEMENTS = 1 << 22
-# Keeps squared distances over the variance finite where sigma underflows: the nearest point still wins.
+# Keeps squared distances over the variance finite where sigma underflows: the nearest point still
+# wins.
 _LEAST_VARIANCE = 1e-24
 
 
-def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
+def posterior(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
+) -> Array:
     """Posterior ``p_{0t}(x_i | x)`` over the data, ``[B, n]``, rows summing to 1.
 
     Args:
@@ -40,8 +44,8 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
       x: points at time t, ``[B, d]``.
       t: times, ``[B]``.
       data: ``[n, d]``.
-      log_weights: unnormalized log-weights of the data, ``[n]``; ``-inf`` leaves a point out, and points of
-        ``+inf`` share all the weight.
+      log_weights: unnormalized log-weights of the data, ``[n]``; ``-inf`` leaves a point out, and
+        points of ``+inf`` share all the weight.
 
     Reference: Zhang et al. 2025, Thm 4.1.
 
@@ -56,8 +60,11 @@ def posterior(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: 
     return jax.nn.softmax(_logits(path, x, t, data, log_weights, nearest), axis=-1)
 
 
-def x0(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
-    """Posterior mean ``x_hat0 = E[x_0 | x]``, ``[B, d]``; guided with ``log_weights = -beta * energy``.
+def x0(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
+) -> Array:
+    """Posterior mean ``x_hat0 = E[x_0 | x]``, ``[B, d]``; guided with ``log_weights = -beta *
+    energy``.
 
     Arguments as in :func:`posterior`.
 
@@ -74,7 +81,9 @@ def x0(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array |
     return mean
 
 
-def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
+def velocity(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
+) -> Array:
     """Exact velocity ``u_t(x)``, ``[B, d]``; guided with ``log_weights = -beta * energy``.
 
     Arguments as in :func:`posterior`.  At ``t = 0`` it is finite only on the data, as the field is.
@@ -84,7 +93,9 @@ def velocity(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: A
     return path.velocity_from_x0(x0(path, x, t, data, log_weights), x, t)
 
 
-def score(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None) -> Array:
+def score(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
+) -> Array:
     """Exact score ``grad log q_t(x)``, ``[B, d]``; arguments as in :func:`posterior`.
 
     Reference: Zhang et al. 2025, Lemma 4.10.
@@ -114,8 +125,11 @@ def intermediate_energy(
     return log_total - log_guided + (nearest_guided - nearest) / (2 * _variance(path, t))
 
 
-def cg_score(path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array) -> Array:
-    """The score classifier guidance samples with: ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``.
+def cg_score(
+    path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array
+) -> Array:
+    """The score classifier guidance samples with: ``grad log p_t + beta grad log
+    E_{p_{0t}}[p(c|x_0)]``.
 
     Equal to the guided score for ``E = -log p(c|x)`` at ``beta`` 0 and 1 only.
 
@@ -154,7 +168,9 @@ class QuadraticEnergy(NamedTuple):
         """Energies of ``x: [..., d]``: ``[...]``."""
         checks.check_rank("x", x, 1)
         self._check(jnp.shape(x)[-1])
-        return self.offset + self.curvature / 2 * jnp.sum((x - jnp.asarray(self.center)) ** 2, axis=-1)
+        return self.offset + self.curvature / 2 * jnp.sum(
+            (x - jnp.asarray(self.center)) ** 2, axis=-1
+        )
 
     def _check(self, d: int) -> None:
         checks.check_shape("center", self.center, (d,))
@@ -166,8 +182,8 @@ class QuadraticEnergy(NamedTuple):
 class GaussianMixture(NamedTuple):
     """Mixture ``sum_k w_k N(m_k, v_k I)`` as data, with its exact fields along a path; a pytree.
 
-    Points are ``x: [..., d]`` and times ``t: [...]``, of the same leading shape.  A variance of 0 makes a
-    point mass; its fields are finite wherever ``sigma_t > 0``.
+    Points are ``x: [..., d]`` and times ``t: [...]``, of the same leading shape.  A variance of 0
+    makes a point mass; its fields are finite wherever ``sigma_t > 0``.
 
     Example:
       >>> from efm_jax import paths
@@ -204,9 +220,9 @@ class GaussianMixture(NamedTuple):
     def guided(self, energy: QuadraticEnergy, beta: Array) -> "GaussianMixture":
         """The mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalized.
 
-        With curvature a and center c, ``v' = v / (1 + beta a v)``, ``m' = (m + beta a v c) / (1 + beta a v)``
-        and ``w' ∝ w (1 + beta a v)^(-d/2) exp(-beta a ||m - c||^2 / (2 (1 + beta a v)))``.  Its
-        :meth:`velocity` is the guided field, its :meth:`score` the guided score.
+        With curvature a and center c, ``v' = v / (1 + beta a v)``, ``m' = (m + beta a v c) / (1 +
+        beta a v)`` and ``w' ∝ w (1 + beta a v)^(-d/2) exp(-beta a ||m - c||^2 / (2 (1 + beta a
+        v)))``.  Its :meth:`velocity` is the guided field, its :meth:`score` the guided score.
 
         Args:
           energy: energy of the data.
@@ -244,7 +260,8 @@ class GaussianMixture(NamedTuple):
         return jax.nn.logsumexp(log_joint, axis=-1)
 
     def x0(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """Posterior mean ``E[x_0 | x]``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+        """Posterior mean ``E[x_0 | x]``, ``[..., d]``; arguments as in
+        :meth:`marginal_log_density`.
 
         Each component's is ``m_k + mu v_k (x - mu m_k) / s_k^2``.
         """
@@ -260,14 +277,16 @@ class GaussianMixture(NamedTuple):
         """
         log_joint, residual, variance, t = self._at(path, x, t)
         mean_dot = path.mean_coef_dot(t)[..., None]
-        # sigma sigma' = (sigma D) (sigma' / D): finite also where sigma' is not (linear VP at t = 0).
+        # sigma sigma' = (sigma D) (sigma' / D): finite also where sigma' is not (linear VP at t =
+        # 0).
         std_product = (path._std_det(t) * path._std_dot_over_det(t))[..., None]
         slope = path.mean_coef(t)[..., None] * mean_dot * self.variances + std_product
         drift = mean_dot[..., None] * jnp.asarray(self.means)
         return _mean(log_joint, drift + (slope / variance)[..., None] * residual)
 
     def score(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """Exact score ``grad log p_t(x)``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+        """Exact score ``grad log p_t(x)``, ``[..., d]``; arguments as in
+        :meth:`marginal_log_density`.
 
         Each component's is ``-(x - mu m_k) / s_k^2``.
 
@@ -279,7 +298,8 @@ class GaussianMixture(NamedTuple):
     def intermediate_energy(
         self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array
     ) -> Array:
-        """``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``[...]``; at ``t = 0``, ``beta E(x)``.
+        """``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``[...]``; at ``t = 0``, ``beta
+        E(x)``.
 
         Arguments as in :meth:`marginal_log_density` and :meth:`guided`.  It equals
         ``log p_t(x) - log q_t(x) - log Z``, but no logarithms are taken from each other.
@@ -290,13 +310,17 @@ class GaussianMixture(NamedTuple):
         posterior_means = self._posterior_means(path, residual, variance, t)
         posterior_variances = self.variances * path.std(t)[..., None] ** 2 / variance
         log_tilt = _log_tilt(posterior_means, posterior_variances, energy, beta)
-        return beta * energy.offset - jax.nn.logsumexp(jax.nn.log_softmax(log_joint) + log_tilt, axis=-1)
+        return beta * energy.offset - jax.nn.logsumexp(
+            jax.nn.log_softmax(log_joint) + log_tilt, axis=-1
+        )
 
-    def cg_score(self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array) -> Array:
+    def cg_score(
+        self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array
+    ) -> Array:
         """The score classifier guidance samples with, for ``p(c|x) = exp(-E(x))``: ``[..., d]``.
 
-        ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``, equal to the guided score at ``beta`` 0 and 1
-        only.  Arguments as in :meth:`marginal_log_density` and :meth:`guided`.
+        ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``, equal to the guided score at ``beta``
+        0 and 1 only.  Arguments as in :meth:`marginal_log_density` and :meth:`guided`.
 
         Reference: Zhang et al. 2025, eq. 4.6.
         """
@@ -315,7 +339,8 @@ class GaussianMixture(NamedTuple):
         return jax.nn.log_softmax(log_weights), means, variances
 
     def _at(self, path: GaussianPath, x: Array, t: Array) -> tuple[Array, Array, Array, Array]:
-        """At points and times: ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k``, ``s_k^2`` and ``t``.
+        """At points and times: ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k``, ``s_k^2`` and
+        ``t``.
 
         Shapes ``[..., K]``, ``[..., K, d]``, ``[..., K]``, ``[...]``.
         """
@@ -330,7 +355,9 @@ class GaussianMixture(NamedTuple):
         variance = mean_coef**2 * variances + path.std(t)[..., None] ** 2
         return log_weights + _log_normal(residual, variance), residual, variance, t
 
-    def _posterior_means(self, path: GaussianPath, residual: Array, variance: Array, t: Array) -> Array:
+    def _posterior_means(
+        self, path: GaussianPath, residual: Array, variance: Array, t: Array
+    ) -> Array:
         """``E[x_0 | x, k]``: ``[..., K, d]``."""
         gain = path.mean_coef(t)[..., None] * self.variances / variance
         return jnp.asarray(self.means) + gain[..., None] * residual
@@ -385,9 +412,10 @@ def _blocks(x: Array, data: Array, *columns: Array) -> tuple[Array, ...]:
 
 def _squared_distance(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
     """``||x - mu_t x_i||^2``: ``[B, n]``."""
-    # Differences, not the expanded square: at small sigma the expansion cancels.  A sum along an axis, not
-    # of components one by one: those the compiler computes anew for each use, and rounds each differently,
-    # and a last digit divided by a small sigma^2 decides which point is the nearest.
+    # Differences, not the expanded square: at small sigma the expansion cancels.  A sum along an
+    # axis, not of components one by one: those the compiler computes anew for each use, and rounds
+    # each differently, and a last digit divided by a small sigma^2 decides which point is the
+    # nearest.
     return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
 
 
@@ -409,17 +437,21 @@ def _variance(path: GaussianPath, t: Array) -> Array:
 def _nearest(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> Array:
     """The least squared distance to a point that is not left out, ``[B]``.
 
-    Distances are counted from it: at small sigma ``d_i`` is of size ``1 / sigma^2``, and adding a log-weight
-    to it, or taking the difference of two sums of them, would lose every digit.
+    Distances are counted from it: at small sigma ``d_i`` is of size ``1 / sigma^2``, and adding a
+    log-weight to it, or taking the difference of two sums of them, would lose every digit.
     """
 
     def least(carry: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-        distance = jnp.where(jnp.isneginf(block[1]), jnp.inf, _squared_distance(path, x, t, block[0]))
+        distance = jnp.where(
+            jnp.isneginf(block[1]), jnp.inf, _squared_distance(path, x, t, block[0])
+        )
         return jnp.minimum(carry, distance.min(-1)), None
 
     start = jnp.full_like(_varying(x, t, data, log_weights), jnp.inf)
     found = lax.scan(least, start, _blocks(x, data, log_weights))[0]
-    return lax.stop_gradient(jnp.where(jnp.isinf(found), 0, found))  # infinite: every point is left out
+    return lax.stop_gradient(
+        jnp.where(jnp.isinf(found), 0, found)
+    )  # infinite: every point is left out
 
 
 def _varying(x: Array, t: Array, data: Array, log_weights: Array) -> Array:
@@ -430,7 +462,9 @@ def _varying(x: Array, t: Array, data: Array, log_weights: Array) -> Array:
     return x[:, 0] + t + data[0, 0] + log_weights[0]
 
 
-def _logits(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array) -> Array:
+def _logits(
+    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array
+) -> Array:
     """``l_i - (d_i - d_nearest)``: ``[B, n]``."""
     further = _squared_distance(path, x, t, data) - nearest[:, None]
     return log_weights - further / (2 * _variance(path, t)[:, None])
@@ -443,7 +477,9 @@ def _stream(
     log_weights, top = _shift(log_weights)
     nearest = _nearest(path, x, t, data, log_weights)
 
-    def accumulate(carry: tuple[Array, Array, Array], block: tuple[Array, Array]) -> tuple[tuple, None]:
+    def accumulate(
+        carry: tuple[Array, Array, Array], block: tuple[Array, Array]
+    ) -> tuple[tuple, None]:
         peak, total, weighted = carry
         data_block, weight_block = block
         logits = _logits(path, x, t, data_block, weight_block, nearest)
@@ -458,7 +494,8 @@ def _stream(
 
     zero = jnp.zeros_like(_varying(x, t, data, log_weights))
     start = (zero - jnp.inf, zero, zero[:, None] + jnp.zeros_like(data[0]))
-    # Recomputed in the backward pass: kept, the terms of all blocks would be the array that streaming avoids.
+    # Recomputed in the backward pass: kept, the terms of all blocks would be the array that
+    # streaming avoids.
     step = jax.checkpoint(accumulate, prevent_cse=False)
     (peak, total, weighted), _ = lax.scan(step, start, _blocks(x, data, log_weights))
     return peak + jnp.log(total) + top, weighted / total[:, None], nearest

@@ -2,12 +2,12 @@
 
 Each loss is made of a per-sample error by ``vmap``.  A *field* is any callable: parameters and
 conditions are closed over, so the losses never see a module.  Noise and times come from ``key``
-folded with each sample's index in the *global* batch, so a batch split over devices (same key on all
-of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for each sample,
-``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one after the other, draw
-what it would at once, and where a loss is a mean over samples it is the mean over its parts.  With
-``axis_name`` the loss and its gradient are this device's share: sum them (``psum``) over devices, do not
-average.
+folded with each sample's index in the *global* batch, so a batch split over devices (same key on
+all of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for
+each sample, ``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one
+after the other, draw what it would at once, and where a loss is a mean over samples it is the mean
+over its parts.  With ``axis_name`` the loss and its gradient are this device's share: sum them
+(``psum``) over devices, do not average.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
@@ -102,9 +102,10 @@ def cefm(
     """Conditional energy-weighted flow matching: ``sum_i g_i ||v - u_{t0}||^2``.
 
     ``g = softmax(-beta E)`` over the global batch, or with ``log_normalizer`` Thm 4.3's own
-    ``g_i = exp(-beta E_i - log Z) / B``.  Its gradient equals that of energy-weighted flow matching, whose
-    minimizer generates ``q_0 ∝ p_0 exp(-beta E)``: exactly, in expectation, with ``log_normalizer``; up to
-    a bias of the order of one over the effective sample size with the softmax.
+    ``g_i = exp(-beta E_i - log Z) / B``.  Its gradient equals that of energy-weighted flow
+    matching, whose minimizer generates ``q_0 ∝ p_0 exp(-beta E)``: exactly, in expectation, with
+    ``log_normalizer``; up to a bias of the order of one over the effective sample size with the
+    softmax.
 
     Args:
       field: velocity field, ``(x: [B, d], t: [B]) -> [B, d]``.
@@ -113,15 +114,16 @@ def cefm(
       x0: data, ``[B, d]``.
       energy: energies of the data, ``[B]``; no gradient flows into them.
       beta: guidance scale >= 0.
-      log_normalizer: ``log Z``, ``[]``, as from :func:`efm_jax.weights.log_normalizer` of the whole dataset
-        at the same ``beta``; no gradient flows into it.  None: the softmax.  How infinite energies and
-        overflow are handled differs: see :func:`efm_jax.weights.energy_weights`.
+      log_normalizer: ``log Z``, ``[]``, as from :func:`efm_jax.weights.log_normalizer` of the whole
+        dataset at the same ``beta``; no gradient flows into it.  None: the softmax.  How infinite
+        energies and overflow are handled differs: see :func:`efm_jax.weights.energy_weights`.
       axis_name: mapped axis over which the global batch is split.
 
     Returns:
-      ``(loss, aux)``; ``aux`` has ``ess`` (effective sample size) and ``top_weight`` (the largest weight's
-      share of the sum), both of the global batch and the same with and without ``log_normalizer``; with it
-      also ``weight_sum``, whose mean over batches is 1 if ``log_normalizer`` is the data's.
+      ``(loss, aux)``; ``aux`` has ``ess`` (effective sample size) and ``top_weight`` (the largest
+      weight's share of the sum), both of the global batch and the same with and without
+      ``log_normalizer``; with it also ``weight_sum``, whose mean over batches is 1 if
+      ``log_normalizer`` is the data's.
 
     Raises:
       ValueError: if the shapes disagree or ``beta`` is negative.
@@ -176,8 +178,8 @@ def ced(
     """Conditional energy-weighted diffusion: ``sum_i lambda(t_i) g_i ||s + eps_i / sigma||^2``.
 
     ``g = softmax(-beta E)`` over the global batch, or ``exp(-beta E - log Z) / B`` with
-    ``log_normalizer``; ``time_weight`` as in :func:`dsm`, other arguments and results as in :func:`cefm`,
-    with a score field.
+    ``log_normalizer``; ``time_weight`` as in :func:`dsm`, other arguments and results as in
+    :func:`cefm`, with a score field.
 
     Reference: Zhang et al. 2025, Cor. 4.8 and Algorithm 1.
     """
@@ -198,8 +200,9 @@ def cep(
 ) -> tuple[Array, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
-    One time for all samples that are contrasted.  With large groups the minimizer is ``f = -E_t`` up to a
-    function of t; in small ones the self-normalized weights are biased, as those of :func:`cefm` are.
+    One time for all samples that are contrasted.  With large groups the minimizer is ``f = -E_t``
+    up to a function of t; in small ones the self-normalized weights are biased, as those of
+    :func:`cefm` are.
 
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
@@ -209,7 +212,8 @@ def cep(
         softmaxes are within each group and the loss is the mean over groups.
       energy: energies of the data, ``[..., B]``.
       beta: guidance scale >= 0.
-      axis_name: mapped axis over which the groups, the first axis of ``x0 [N, ..., M, d]``, are split.
+      axis_name: mapped axis over which the groups, the first axis of ``x0 [N, ..., M, d]``, are
+        split.
 
     Returns:
       ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over groups.
@@ -236,7 +240,8 @@ def cep(
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta))
-    # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN must show.
+    # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN
+    # must show.
     terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
 
@@ -259,8 +264,8 @@ def support_cefm(
 ) -> tuple[Array, Aux]:
     """QIPO-OT's policy loss: ``mean_i sum_j g_ij ||v(a_ij) - u_{t0}||^2`` over support action sets.
 
-    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized per state, so devices share nothing but the
-    count of states.
+    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized per state, so devices share nothing but
+    the count of states.
 
     Args:
       field: velocity field, ``(x: [B, M, d], t: [B, M]) -> [B, M, d]``; states are closed over.
@@ -272,7 +277,8 @@ def support_cefm(
       axis_name: mapped axis over which the global batch of states is split.
 
     Returns:
-      ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over the global batch of states.
+      ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over the global batch of
+      states.
 
     Reference: Zhang et al. 2025, Sec. 5 and Algorithm 2.
     """
@@ -310,7 +316,8 @@ def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
     """Keys ``[size]`` of this device's samples, folded from their places in the global batch.
 
     Args:
-      key: of the global batch, the same on every device; or already ``[size]`` keys, which are returned.
+      key: of the global batch, the same on every device; or already ``[size]`` keys, which are
+        returned.
       size: of this device's share of the batch.
       axis_name: mapped axis over which the global batch is split.
 
@@ -370,7 +377,8 @@ def _weighted_sum(
     checks.check_shape("energy", energy, errors.shape)
     weights = lax.stop_gradient(energy_weights(energy, beta, axis_name=axis_name))
     top = weights.max() if axis_name is None else lax.pmax(weights.max(), axis_name)
-    # Both are ratios of weights, so the softmax's hold for any normalizer, and no overflow reaches them.
+    # Both are ratios of weights, so the softmax's hold for any normalizer, and no overflow reaches
+    # them.
     aux = {"ess": effective_sample_size(weights, axis_name=axis_name), "top_weight": top}
     if log_normalizer is not None:
         weights = energy_weights(energy, beta, axis_name=axis_name, log_normalizer=log_normalizer)
@@ -379,7 +387,9 @@ def _weighted_sum(
     return jnp.sum(weights * errors), aux
 
 
-def _support_mean(errors: Array, q_values: Array, beta: Array, axis_name: AxisName) -> tuple[Array, Aux]:
+def _support_mean(
+    errors: Array, q_values: Array, beta: Array, axis_name: AxisName
+) -> tuple[Array, Aux]:
     checks.check_shape("q_values", q_values, errors.shape)
     weights = lax.stop_gradient(energy_weights(-q_values, beta))
     states = _global_size(errors[:, 0], axis_name)

@@ -1,12 +1,14 @@
-"""Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.  No losses.
+"""Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.  No
+losses.
 
-All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer kernels of
-their own, whose products are added; a state that is shared by M support actions is given as
-``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
+All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer
+kernels of their own, whose products are added; a state that is shared by M support actions is given
+as ``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
 
-Fields have ``dtype``, the type that their layers compute in, by default that of inputs and parameters
-promoted; parameters and the output keep their types, and time features are float32 at least.  Q and value
-networks have none: actions of a state differ in Q by less than bfloat16 resolves at the level of Q.
+Fields have ``dtype``, the type that their layers compute in, by default that of inputs and
+parameters promoted; parameters and the output keep their types, and time features are float32 at
+least.  Q and value networks have none: actions of a state differ in Q by less than bfloat16
+resolves at the level of Q.
 """
 
 import functools
@@ -39,8 +41,8 @@ ACTIVATIONS = {
 def fourier_features(t: Array, size: int) -> Array:
     """``[...] -> [..., size]``: cosines and sines of ``pi t / 2``, and of its octaves above.
 
-    The lowest frequency alone separates all of [0, 1].  Octaves follow by the double-angle formulas: on
-    a CPU a sine costs as much as a row of a small layer.
+    The lowest frequency alone separates all of [0, 1].  Octaves follow by the double-angle
+    formulas: on a CPU a sine costs as much as a row of a small layer.
     """
     if size % 2:
         raise ValueError(f"size: expected an even number; got {size}")
@@ -71,14 +73,20 @@ class JointDense(nn.Module):
         init = nn.initializers.normal(fan_in**-0.5)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         kernels = [
-            self.param(f"kernel_{i}", init, (x.shape[-1], self.features)) for i, x in enumerate(inputs)
+            self.param(f"kernel_{i}", init, (x.shape[-1], self.features))
+            for i, x in enumerate(inputs)
         ]
         bias, *rest = promote_dtype(bias, *inputs, *kernels, dtype=self.dtype)
         inputs, kernels = rest[: len(inputs)], rest[len(inputs) :]
         total = bias
-        # One product for all inputs with the same leading axes: few columns leave a processor waiting.
+        # One product for all inputs with the same leading axes: few columns leave a processor
+        # waiting.
         for lead in dict.fromkeys(x.shape[:-1] for x in inputs):
-            same = [(x, kernel) for x, kernel in zip(inputs, kernels, strict=True) if x.shape[:-1] == lead]
+            same = [
+                (x, kernel)
+                for x, kernel in zip(inputs, kernels, strict=True)
+                if x.shape[:-1] == lead
+            ]
             x = jnp.concatenate([x for x, _ in same], axis=-1)
             kernel = jnp.concatenate([kernel for _, kernel in same])
             total = total + (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*lead, self.features)
@@ -103,15 +111,19 @@ class MLP(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
             x = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
-            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(ACTIVATIONS[self.activation](x))
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(
+                ACTIVATIONS[self.activation](x)
+            )
         return x.reshape(*lead, self.out_dim)
 
 
 class MLPField(nn.Module):
-    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain MLP.
+    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain
+    MLP.
 
-    With ``input_skip`` the output is ``MLP(x, t) + gate(t) * x``.  The fields of a Gaussian are linear in x
-    with a factor that depends on t, which narrow hidden layers pass on badly when x has many components.
+    With ``input_skip`` the output is ``MLP(x, t) + gate(t) * x``.  The fields of a Gaussian are
+    linear in x with a factor that depends on t, which narrow hidden layers pass on badly when x has
+    many components.
     """
 
     hidden_dims: Sequence[int]
@@ -125,10 +137,14 @@ class MLPField(nn.Module):
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
         features = fourier_features(t, self.time_features)
         inputs = [x, features] + ([] if condition is None else [condition])
-        mlp = MLP(self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, self.dtype, name="mlp")
+        mlp = MLP(
+            self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, self.dtype, name="mlp"
+        )
         out = mlp(*inputs).astype(x.dtype)
         if self.input_skip:
-            out += x * nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")(features)
+            out += x * nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")(
+                features
+            )
         return out
 
 
@@ -166,8 +182,12 @@ class UNetField(nn.Module):
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
         _check_options(self.hidden_dims, self.activation)
         activation = ACTIVATIONS[self.activation]
-        inputs = [fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
-        embedding = activation(JointDense(self.hidden_dims[-1], self.dtype, name="embedding")(*inputs))
+        inputs = [fourier_features(t, self.time_features)] + (
+            [] if condition is None else [condition]
+        )
+        embedding = activation(
+            JointDense(self.hidden_dims[-1], self.dtype, name="embedding")(*inputs)
+        )
         h, skips = x, []
         for width in self.hidden_dims:
             h = _ResidualBlock(width, activation, self.layer_norm, self.dtype)(h, embedding)
@@ -189,7 +209,9 @@ class QEnsemble(nn.Module):
     @nn.compact
     def __call__(self, observation: Array, action: Array) -> Array:
         ensemble = _independent(MLP, self.num)
-        q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")(observation, action)
+        q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")(
+            observation, action
+        )
         return q[..., 0]
 
 
@@ -202,7 +224,9 @@ class Value(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
-        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")(observation)[..., 0]
+        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")(observation)[
+            ..., 0
+        ]
 
 
 class ValueEnsemble(nn.Module):
@@ -216,13 +240,19 @@ class ValueEnsemble(nn.Module):
     @nn.compact
     def __call__(self, observation: Array) -> Array:
         ensemble = _independent(Value, self.num)
-        return ensemble(self.hidden_dims, self.activation, self.layer_norm, name="ensemble")(observation)
+        return ensemble(self.hidden_dims, self.activation, self.layer_norm, name="ensemble")(
+            observation
+        )
 
 
 def _independent(module: type[nn.Module], num: int) -> Callable[..., nn.Module]:
     """``num`` copies with parameters of their own, on the same inputs, in one product of matrices."""
     return nn.vmap(
-        module, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=num
+        module,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=num,
     )
 
 
@@ -234,15 +264,20 @@ class GaussianActor(nn.Module):
     activation: str = "relu"
     layer_norm: bool = False
 
-    # Bounds of log std: actions are in [-1, 1], and a density without a lower one can grow without limit.
+    # Bounds of log std: actions are in [-1, 1], and a density without a lower one can grow without
+    # limit.
     log_std_min = -5.0
     log_std_max = 2.0
 
     @nn.compact
     def __call__(self, observation: Array) -> tuple[Array, Array]:
-        mean = MLP(self.hidden_dims, self.action_size, self.activation, self.layer_norm, name="mean")
+        mean = MLP(
+            self.hidden_dims, self.action_size, self.activation, self.layer_norm, name="mean"
+        )
         log_std = self.param("log_std", nn.initializers.zeros_init(), (self.action_size,))
-        return jnp.tanh(mean(observation)), jnp.exp(jnp.clip(log_std, self.log_std_min, self.log_std_max))
+        return jnp.tanh(mean(observation)), jnp.exp(
+            jnp.clip(log_std, self.log_std_min, self.log_std_max)
+        )
 
 
 class LogRatio(nn.Module):
@@ -255,8 +290,12 @@ class LogRatio(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
-        inputs = [x, fourier_features(t, self.time_features)] + ([] if condition is None else [condition])
-        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="mlp")(*inputs)[..., 0]
+        inputs = [x, fourier_features(t, self.time_features)] + (
+            [] if condition is None else [condition]
+        )
+        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="mlp")(*inputs)[
+            ..., 0
+        ]
 
 
 # The names of the configuration field `network`.

@@ -30,7 +30,8 @@ def _column(coefficient: Array, x: Array) -> Array:
     """``[...]`` to ``[..., 1]`` against ``x: [..., d]``; only a scalar may have fewer axes."""
     if coefficient.ndim and coefficient.shape != jnp.shape(x)[:-1]:
         raise ValueError(
-            f"t: expected a scalar or shape {jnp.shape(x)[:-1]} for points of shape {jnp.shape(x)}; "
+            f"t: expected a scalar or shape {jnp.shape(x)[:-1]} for points of shape "
+            f"{jnp.shape(x)}; "
             f"got {coefficient.shape}"
         )
     return coefficient[..., None]
@@ -130,7 +131,8 @@ class GaussianPath(abc.ABC):
         t = jnp.asarray(t)
         std, std_dot = self.std(t), self.std_dot(t)
         residual = x - _column(self.mean_coef(t), x) * x0
-        # Where sigma = 0 the residual decides: 0 means noise 0, anything else is infinitely far off.
+        # Where sigma = 0 the residual decides: 0 means noise 0, anything else is infinitely far
+        # off.
         rate = _column(jnp.where(std > 0, std_dot / jnp.where(std > 0, std, 1), jnp.inf), x)
         on_data = (residual == 0) & _column(std == 0, x)
         noise_part = jnp.where(on_data, 0, jnp.where(on_data, 0, rate) * residual)

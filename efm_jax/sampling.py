@@ -18,7 +18,8 @@ from efm_jax.types import Array, Field
 
 SAMPLE_SOLVERS = (*SOLVERS, "dopri5")
 
-# On the OT and cosine paths: far enough from mu = 0 to divide by mu in float32, near enough to noise.
+# On the OT and cosine paths: far enough from mu = 0 to divide by mu in float32, near enough to
+# noise.
 _PURE_NOISE_MARGIN = 1e-3
 
 
@@ -38,8 +39,9 @@ def sample(
     Args:
       field: velocity field, ``(x: [..., d], t: [...]) -> [..., d]``.
       noise: standard normal samples, ``[..., d]``.
-      solver: ``euler``, ``midpoint``, ``heun``, ``rk4`` in equal steps, or ``dopri5``, adaptive (diffrax;
-        reverse-mode gradients only, and under ``shard_map`` it needs ``check_vma=False``).
+      solver: ``euler``, ``midpoint``, ``heun``, ``rk4`` in equal steps, or ``dopri5``, adaptive
+        (diffrax; reverse-mode gradients only, and under ``shard_map`` it needs
+        ``check_vma=False``).
       num_steps: steps of a fixed-step solver; not used by ``dopri5``.
       t_start: time of ``noise``.
       t_end: time of the result.  A field that is singular at 0 (the exact field of finite data, any
@@ -97,7 +99,9 @@ def _solve(
 
 def _largest(error: Any) -> Array:
     """The worst sample decides the step; a root mean square would let a few samples go wrong."""
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(error)]))
+    return jnp.max(
+        jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(error)])
+    )
 
 
 def sample_dpmpp(
@@ -118,8 +122,8 @@ def sample_dpmpp(
       noise: standard normal samples, ``[..., d]``.
       num_steps: number of evaluations of the score.
       order: 1 (DDIM) or 2.
-      t_start: where to start; by default 1, or just before 1 on paths whose ``mu_1`` is 0, since a score
-        at pure noise does not determine ``x_0``.
+      t_start: where to start; by default 1, or just before 1 on paths whose ``mu_1`` is 0, since a
+        score at pure noise does not determine ``x_0``.
       t_end: where to stop.
 
     Returns:
@@ -145,7 +149,9 @@ def sample_dpmpp(
         with jax.ensure_compile_time_eval():
             t_start = 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
     if not 0 <= t_end < t_start <= 1:
-        raise ValueError(f"t_start, t_end: expected 0 <= t_end < t_start <= 1; got {t_start}, {t_end}")
+        raise ValueError(
+            f"t_start, t_end: expected 0 <= t_end < t_start <= 1; got {t_start}, {t_end}"
+        )
     times, coefficients = _dpmpp_grid(path, t_start, t_end, num_steps, noise.dtype)
 
     def step(carry: tuple[Array, Array], inputs: tuple) -> tuple[tuple[Array, Array], None]:
@@ -156,7 +162,9 @@ def sample_dpmpp(
         extrapolated = x0 + correction * (x0 - previous) if order == 2 else x0
         return (decay * x + gain * extrapolated, x0), None
 
-    noise = vary_like(noise, lambda: score_field(noise, jnp.full(noise.shape[:-1], times[0], noise.dtype)))
+    noise = vary_like(
+        noise, lambda: score_field(noise, jnp.full(noise.shape[:-1], times[0], noise.dtype))
+    )
     (x, _), _ = lax.scan(step, (noise, jnp.zeros_like(noise)), (times, coefficients))
     return x
 
@@ -164,7 +172,8 @@ def sample_dpmpp(
 def _dpmpp_grid(
     path: GaussianPath, t_start: float, t_end: float, num_steps: int, dtype: jnp.dtype
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Times ``[num_steps]`` and per-step coefficients of ``x``, of ``x_hat0`` and of its extrapolation.
+    """Times ``[num_steps]`` and per-step coefficients of ``x``, of ``x_hat0`` and of its
+    extrapolation.
 
     Times are quadratic in the step, denser near the data.  Unlike steps of equal log-SNR they reach
     ``t = 0`` itself, and the error falls at second order on all three paths.
@@ -175,7 +184,8 @@ def _dpmpp_grid(
     gain = mean[1:] - mean[:-1] * decay
     log_snr = jnp.log(mean) - jnp.log(std)
     h = log_snr[1:] - log_snr[:-1]
-    # h / (2 h_previous); the first step has no previous one, and a step to sigma = 0 is infinitely long.
+    # h / (2 h_previous); the first step has no previous one, and a step to sigma = 0 is infinitely
+    # long.
     ratio = h[1:] / (2 * h[:-1])
     correction = jnp.concatenate([jnp.zeros(1, dtype), jnp.where(jnp.isfinite(ratio), ratio, 0)])
     return grid[:-1], (decay, gain, correction)
@@ -237,7 +247,9 @@ def log_likelihood(
             return field(x, jnp.full(x.shape[:-1], t, x.dtype))
 
         value, push = jax.linearize(velocity, x)
-        along = directions + jnp.zeros_like(x)  # under shard_map a tangent must vary as its point does
+        along = directions + jnp.zeros_like(
+            x
+        )  # under shard_map a tangent must vary as its point does
         return value, jnp.sum(along * jax.vmap(push)(along), axis=(0, -1))
 
     start = (x0, jnp.zeros_like(x0[..., 0]))

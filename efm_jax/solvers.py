@@ -49,7 +49,9 @@ SOLVERS = {
     "midpoint": RungeKutta((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
     "heun": RungeKutta((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
     "rk4": RungeKutta(
-        (0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+        (0.0, 0.5, 0.5, 1.0),
+        ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
     ),
 }
 
@@ -57,8 +59,8 @@ SOLVERS = {
 def vary_like(state: State, slope: Callable[[], State]) -> State:
     """``state`` with the type that a scan over ``state + slope`` gives it under ``shard_map``.
 
-    There a value's type says over which mapped axes it varies, and a scan's state must keep its type.  The
-    slope's value is not used, so that compiled code does not compute it.
+    There a value's type says over which mapped axes it varies, and a scan's state must keep its
+    type.  The slope's value is not used, so that compiled code does not compute it.
 
     Args:
       state: initial state of a scan.
@@ -66,7 +68,9 @@ def vary_like(state: State, slope: Callable[[], State]) -> State:
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return state
-    return jax.tree.map(lambda leaf, other: leaf + jnp.zeros_like(other, leaf.dtype), state, slope())
+    return jax.tree.map(
+        lambda leaf, other: leaf + jnp.zeros_like(other, leaf.dtype), state, slope()
+    )
 
 
 def integrate(

@@ -56,8 +56,8 @@ class Transitions(NamedTuple):
 class Dataset(NamedTuple):
     """Offline data as read from its source, in the environment's own units, on the host.
 
-    A host may have read only some of the rows: ``transitions`` are then those from ``first_row`` on, and
-    the episodes those that begin in them.
+    A host may have read only some of the rows: ``transitions`` are then those from ``first_row``
+    on, and the episodes those that begin in them.
     """
 
     name: str
@@ -67,7 +67,9 @@ class Dataset(NamedTuple):
     action_low: np.ndarray  # [A] float32
     action_high: np.ndarray  # [A] float32
     env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
-    reference_scores: tuple[float, float] | None  # mean return of (random, expert) = scores (0, 100)
+    reference_scores: (
+        tuple[float, float] | None
+    )  # mean return of (random, expert) = scores (0, 100)
     first_row: int = 0
 
     @property
@@ -79,10 +81,11 @@ class Dataset(NamedTuple):
         return self.transitions.actions.shape[1]
 
     def fingerprint(self, gather: Gather = one_host) -> str:
-        """64 hex digits of every transition and its place: with the same ones, the same policy is trained.
+        """64 hex digits of every transition and its place: with the same ones, the same policy is
+        trained.
 
-        It does not depend on how the rows are split over hosts: it is made of a 64-bit sum of a hash of every
-        row.  It tells datasets apart that differ by accident, not by intent.
+        It does not depend on how the rows are split over hosts: it is made of a 64-bit sum of a
+        hash of every row.  It tells datasets apart that differ by accident, not by intent.
         """
         columns = np.concatenate(
             [np.asarray(a, np.float32).reshape(len(a), -1) for a in self.transitions], axis=1
@@ -92,7 +95,13 @@ class Dataset(NamedTuple):
             rows = _mix(rows ^ column)
         total = sum(int(part) for part in gather(rows.sum(dtype=np.uint64)))
         sizes = [int(part) for part in gather(np.asarray(len(columns)))]
-        summary = (sum(sizes), columns.shape[1], self.observation_size, self.action_size, total % 2**64)
+        summary = (
+            sum(sizes),
+            columns.shape[1],
+            self.observation_size,
+            self.action_size,
+            total % 2**64,
+        )
         return hashlib.sha256(repr(summary).encode()).hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 ``g = softmax(-beta E)`` is self-normalized importance sampling of ``q_0 ∝ p_0 exp(-beta E)`` with
 samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).  Thm 4.3 divides by the data's
-``Z = E_{p_0}[exp(-beta E)]`` instead: :func:`log_normalizer` measures it, :func:`energy_weights` takes it.
+``Z = E_{p_0}[exp(-beta E)]`` instead: :func:`log_normalizer` measures it, :func:`energy_weights`
+takes it.
 """
 
 from collections.abc import Hashable
@@ -37,30 +38,32 @@ def energy_weights(
     ``+inf`` gets weight 0; energies of ``-inf`` share all the weight; where all are ``+inf``, or
     ``beta = 0``, the weights are uniform.  A NaN makes every weight along its axis NaN.
 
-    With ``log_normalizer`` the weights are ``exp(-beta * energy - log_normalizer) / n`` instead, n energies
-    along ``axis`` (of all devices together).  Weighted sums over a random batch are then unbiased, where
-    the softmax's have a bias of the order of one over the effective sample size; the weights sum to 1 in
-    expectation only.  Nothing is clipped: a weight beyond the largest number is ``inf``, and so is that of
-    an energy of ``-inf`` (NaN if ``log_normalizer`` is infinite too); ``+inf`` still gets 0, ``beta = 0``
-    still takes no notice of the energies, a NaN is NaN alone.  Rounding is that of ``beta * energy``: take
-    a large common offset off the energies first.
+    With ``log_normalizer`` the weights are ``exp(-beta * energy - log_normalizer) / n`` instead, n
+    energies along ``axis`` (of all devices together).  Weighted sums over a random batch are then
+    unbiased, where the softmax's have a bias of the order of one over the effective sample size;
+    the weights sum to 1 in expectation only.  Nothing is clipped: a weight beyond the largest
+    number is ``inf``, and so is that of an energy of ``-inf`` (NaN if ``log_normalizer`` is
+    infinite too); ``+inf`` still gets 0, ``beta = 0`` still takes no notice of the energies, a NaN
+    is NaN alone.  Rounding is that of ``beta * energy``: take a large common offset off the
+    energies first.
 
     Args:
       energy: ``[...]``, low is good.
-      beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy`` and is the same
-        along ``axis``.
+      beta: guidance scale >= 0, a scalar or anything that broadcasts against ``energy`` and is the
+        same along ``axis``.
       axis: the axis that is normalized.
       axis_name: if given, the normalization is also over this mapped axis of ``pmap``,
         ``shard_map`` or ``vmap``: the weights of all devices together sum to 1.
-      log_normalizer: ``log E_{p_0}[exp(-beta E)]``, usually :func:`log_normalizer` of the whole dataset at
-        the same ``beta``; a scalar, or of the shape of ``energy`` without ``axis``.  None: the softmax.
+      log_normalizer: ``log E_{p_0}[exp(-beta E)]``, usually :func:`log_normalizer` of the whole
+        dataset at the same ``beta``; a scalar, or of the shape of ``energy`` without ``axis``.
+        None: the softmax.
 
     Returns:
       Weights of the shape of ``energy``, broadcast against ``beta``.
 
     Raises:
-      ValueError: if a scalar ``beta`` is concrete and negative or not finite, ``energy`` a scalar, or the
-        shapes disagree.
+      ValueError: if a scalar ``beta`` is concrete and negative or not finite, ``energy`` a scalar,
+        or the shapes disagree.
 
     Reference: Zhang et al. 2025, Algorithm 1; with ``log_normalizer``, Thm 4.3.
 
@@ -82,12 +85,15 @@ def energy_weights(
     return unnormalized / psum_if(unnormalized.sum(axis, keepdims=True), axis_name)
 
 
-def log_normalizer(energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
+def log_normalizer(
+    energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None
+) -> Array:
     """``log Z = log mean exp(-beta * energy)`` along ``axis``; no energy overflows.
 
     Computed once over a dataset, it makes the weights of every batch those of Thm 4.3: see
-    :func:`energy_weights`.  Energies of ``+inf`` count as 0 in the mean; one of ``-inf`` gives ``+inf``, all
-    ``+inf`` give ``-inf``, ``beta = 0`` gives 0 whatever the energies, a NaN gives NaN.
+    :func:`energy_weights`.  Energies of ``+inf`` count as 0 in the mean; one of ``-inf`` gives
+    ``+inf``, all ``+inf`` give ``-inf``, ``beta = 0`` gives 0 whatever the energies, a NaN gives
+    NaN.
 
     Args:
       energy: ``[...]``, low is good.
@@ -113,7 +119,9 @@ def log_normalizer(energy: Array, beta: Array, *, axis: int = -1, axis_name: Axi
     """
     energy, axis = _check(energy, beta, axis)
     least = _least(energy, axis, axis_name)
-    total = psum_if(jnp.exp(_shifted_logits(energy, least, beta)).sum(axis, keepdims=True), axis_name)
+    total = psum_if(
+        jnp.exp(_shifted_logits(energy, least, beta)).sum(axis, keepdims=True), axis_name
+    )
     log_mean = jnp.log(total / _global_size(energy, axis, axis_name))
     return (log_mean + boltzmann_logits(least, beta)).squeeze(axis).astype(energy.dtype)
 
@@ -205,8 +213,8 @@ def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName
 def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     """The ``beta >= 0`` whose weights have an effective sample size of ``fraction * n``.
 
-    The effective sample size falls from n at ``beta = 0`` to the number of energies that tie for the
-    least; its logarithm is bisected in ``log beta``.
+    The effective sample size falls from n at ``beta = 0`` to the number of energies that tie for
+    the least; its logarithm is bisected in ``log beta``.
 
     Args:
       energy: ``[...]`` with n energies along ``axis``.
@@ -215,8 +223,8 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
 
     Returns:
       ``beta``, of the shape of ``energy`` without ``axis``; differentiable.  Where ties (or
-      ``fraction * n < 1``) put the target out of reach, a beta that leaves all the weight on the least
-      energies; where all energies are equal, 0.
+      ``fraction * n < 1``) put the target out of reach, a beta that leaves all the weight on the
+      least energies; where all energies are equal, 0.
 
     Raises:
       ValueError: if ``fraction`` is not in (0, 1].
@@ -258,8 +266,9 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     def log_ess(beta: Array, energy: Array) -> Array:
         return jnp.log(effective_sample_size(energy_weights(energy, beta[..., None])))
 
-    # Bisection has no gradient.  One Newton step does not move a root, and has the root's gradient (implicit
-    # function theorem); where the target is out of reach, or at beta = 0, there is nothing to differentiate.
+    # Bisection has no gradient.  One Newton step does not move a root, and has the root's gradient
+    # (implicit function theorem); where the target is out of reach, or at beta = 0, there is
+    # nothing to differentiate.
     fixed = lax.stop_gradient(energy)
     found, slope = jax.jvp(lambda beta: log_ess(beta, fixed), (beta,), (jnp.ones_like(beta),))
     miss = log_ess(beta, energy) - jnp.log(target)

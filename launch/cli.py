@@ -38,8 +38,9 @@ def run(main: Callable[[list[str]], int], defaults: Mapping[str, str] | None = N
 
     Args:
       main: takes what is left of the command line, returns the exit status.
-      defaults: values of flags that are parsed as if they had been given.  ml_collections reads a default
-        of its own while the flag is being defined, where a bad override could not be caught.
+      defaults: values of flags that are parsed as if they had been given.  ml_collections reads a
+        default of its own while the flag is being defined, where a bad override could not be
+        caught.
     """
     logging.set_verbosity(logging.ERROR)
     # Libraries' deprecation notices are for us, not for a user of the launcher.
@@ -111,8 +112,11 @@ def _reason(error: Exception, argv: list[str]) -> str:
         return preset_problem(_config_argument(argv).partition("=")[2]) or str(error)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, (KeyError, AttributeError)):
-        # Of an override that the preset has no field for, a dict or ConfigDict says the bare name, in quotes.
-        names = [arg.lstrip("-").partition("=")[0] for arg in argv if re.match("--?(no)?config[.]", arg)]
+        # Of an override that the preset has no field for, a dict or ConfigDict says the bare name,
+        # in quotes.
+        names = [
+            arg.lstrip("-").partition("=")[0] for arg in argv if re.match("--?(no)?config[.]", arg)
+        ]
         word = re.match(r"\W*(\w*)", text)[1]
         if word in {part for name in names for part in name.split(".")[1:]}:
             return f"unknown field {word!r}"
@@ -122,7 +126,9 @@ def _reason(error: Exception, argv: list[str]) -> str:
 def _help() -> str:
     """The entry point's own documentation and flags; --helpfull lists the libraries' too."""
     documentation = sys.modules["__main__"].__doc__.strip()
-    own_flags = flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]  # without the module's path
+    own_flags = (
+        flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]
+    )  # without the module's path
     return f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
 
 

@@ -1,14 +1,14 @@
-"""Record a Minari dataset: python -m launch.collect --env=ID --policy=random|waypoints|WORKDIR [--dataset=ID]
+"""Record a Minari dataset: python -m launch.collect --env=ID --policy=NAME [--dataset=ID]
 
-Plays whole episodes in a Gymnasium environment, also of Gymnasium Robotics (pip install -e .[robotics]):
-with --policy=random, uniformly random actions; with --policy=waypoints, a controller that walks through a
-PointMaze between goals of its own, data as D4RL's Maze2D has; with --policy=WORKDIR, the policy of a
-training run, by default in the run's environment.  In every PointMaze the evaluated goal lies in D4RL's cell.
-The same flags give the same bytes.
+Plays whole episodes in a Gymnasium environment, also of Gymnasium Robotics (the extra
+``robotics``): with --policy=random, uniformly random actions; with --policy=waypoints, a controller
+that walks through a PointMaze between goals of its own, data as D4RL's Maze2D has; with
+--policy=WORKDIR, the policy of a training run, by default in the run's environment.  In every
+PointMaze the evaluated goal lies in D4RL's cell.  The same flags give the same bytes.
 
-The dataset is local: launch.train --dataset=ID reads it, and evaluates in the environment that it was
-recorded in.  The last line printed is JSON.  Exit status: 0 done, 2 bad flags, environment or policy, or a
-dataset that is there already.
+The dataset is local: launch.train --dataset=ID reads it, and evaluates in the environment that it
+was recorded in.  The last line printed is JSON.  Exit status: 0 done, 2 bad flags, environment or
+policy, or a dataset that is there already.
 """
 
 import json
@@ -21,18 +21,23 @@ from absl import flags
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks
-from efm_jax.data import DataError, builtin, environments, recording, waypoints
-from efm_jax.evaluation import normalized_score, reference_scores
+from efm_jax.data import DataError, builtin, recording
+from efm_jax.envs import environments, normalized_score, reference_scores
+from efm_jax.envs import pointmaze as waypoints
 from efm_jax.rl import load_policy
-from efm_jax.rl.workdir import RunInfo
+from efm_jax.runs.workdir import RunInfo
 from launch import cli
 from launch.workdir import resolve
 
 _ENV = flags.DEFINE_string(
     "env", None, "A Gymnasium id, such as PointMaze_UMaze-v3; by default a work directory's."
 )
-_POLICY = flags.DEFINE_string("policy", None, "random, waypoints, or the work directory of launch.train.")
-_DATASET = flags.DEFINE_string("dataset", None, "Minari id to record; by default efm/ENV/POLICY-v0.")
+_POLICY = flags.DEFINE_string(
+    "policy", None, "random, waypoints, or the work directory of launch.train."
+)
+_DATASET = flags.DEFINE_string(
+    "dataset", None, "Minari id to record; by default efm/ENV/POLICY-v0."
+)
 _EPISODES = flags.DEFINE_integer("episodes", None, "How many episodes to record.", 1)
 _STEPS = flags.DEFINE_integer(
     "steps", None, "The least number of steps, instead of --episodes; by default 100,000.", 1
@@ -41,7 +46,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 
 _NOISE = flags.DEFINE_float(
     "noise",
     None,
-    "Standard deviation of Gaussian noise on actions, in units of half their range; waypoints: its mean over "
+    "Standard deviation of Gaussian noise on actions, in units of half their range; waypoints: "
+    "its mean over "
     "episodes, by default 0.5; a work directory: by default 0.",
 )
 
@@ -102,7 +108,9 @@ def _environment_spec() -> EnvSpec:
         raise ValueError("--policy: expected random, waypoints or a work directory; got none")
     if _POLICY.value in _SCRIPTED:
         if not _ENV.value:
-            raise ValueError(f"--env: expected a Gymnasium id for --policy={_POLICY.value}; got none")
+            raise ValueError(
+                f"--env: expected a Gymnasium id for --policy={_POLICY.value}; got none"
+            )
     elif not resolve(_POLICY.value).exists():
         expected = "random, waypoints or a work directory"
         raise ValueError(f"--policy={_POLICY.value}: expected {expected}; there is no such folder")
@@ -130,9 +138,13 @@ def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
     if _NOISE.value is not None:
         checks.check_number("--noise", _NOISE.value, minimum=0.0)
         if _POLICY.value == "random":
-            raise ValueError("--noise: expected another policy than random; its actions are noise already")
+            raise ValueError(
+                "--noise: expected another policy than random; its actions are noise already"
+            )
     if dataset_id == builtin.BUILTIN_DATASET:
-        raise ValueError(f"--dataset={dataset_id}: expected another id; this is the built-in dataset's")
+        raise ValueError(
+            f"--dataset={dataset_id}: expected another id; this is the built-in dataset's"
+        )
     recording.check_new(dataset_id)
 
 
@@ -144,7 +156,10 @@ def _policy(env: gymnasium.Env) -> recording.Begin:
             env.action_space, np.random.default_rng([seed, _ACTIONS, episode])
         )
     if _POLICY.value == "waypoints":
-        maze, noise = waypoints.Maze.of(env), _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
+        maze, noise = (
+            waypoints.Maze.of(env),
+            _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value,
+        )
         return lambda episode: waypoints.wanderer(
             maze, np.random.default_rng([seed, _ACTIONS, episode]), noise
         )
@@ -174,9 +189,7 @@ def _describe_policy() -> str:
         return "uniformly random actions"
     if _POLICY.value == "waypoints":
         noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
-        return (
-            f"waypoint controller between goals of its own, random gains, noise of mean deviation {noise:g}"
-        )
+        return f"waypoint controller between goals of its own, random gains, noise of mean deviation {noise:g}"
     return f"efm_jax policy, noise of deviation {_NOISE.value or 0:g}"
 
 

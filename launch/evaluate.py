@@ -1,8 +1,9 @@
 """Evaluate a trained run: python -m launch.evaluate --workdir=DIR [--episodes=N]
 
-Reads the newest readable checkpoint, plays the same episodes with the behavior model and the policy,
-adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is not needed.
-How actions are sampled and chosen may differ from training: --solver, --sample_steps, --action_selection,
+Reads the newest readable checkpoint, plays the same episodes with the behavior model and the
+policy, adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is
+not needed. How actions are sampled and chosen may differ from training: --solver, --sample_steps,
+--action_selection,
 --num_candidates.  --video=FILE.mp4 also records the first training seed's policy on the first episode.
 Exit status: 0 done, 2 bad flags or no usable checkpoint.
 """
@@ -15,29 +16,40 @@ import jax
 from absl import flags
 from etils import epath
 
-from efm_jax.evaluation import evaluate
-from efm_jax.evaluation.video import record_video
+from efm_jax.envs import evaluate
+from efm_jax.envs.video import record_video
 from efm_jax.rl.algorithm import Algorithm
 from efm_jax.rl.config import SOLVERS
-from efm_jax.rl.loading import acting_config
 from efm_jax.rl.selection import ACTION_SELECTIONS
 from efm_jax.rl.trainer import make_act
-from efm_jax.rl.workdir import RunInfo, restore
-from efm_jax.training.metrics import return_rows, write_returns
+from efm_jax.runs.loading import acting_config
+from efm_jax.runs.metrics import return_rows, write_returns
+from efm_jax.runs.workdir import RunInfo, restore
 from launch import cli, evaluation
 from launch.workdir import resolve
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
-_EPISODES = flags.DEFINE_integer("episodes", None, "Episodes per seed; by default as in training.", 1)
-_SOLVER = flags.DEFINE_enum("solver", None, SOLVERS, "Solver of the sampler; by default as in training.")
-_SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", None, "Its steps; by default as in training.", 1)
+_EPISODES = flags.DEFINE_integer(
+    "episodes", None, "Episodes per seed; by default as in training.", 1
+)
+_SOLVER = flags.DEFINE_enum(
+    "solver", None, SOLVERS, "Solver of the sampler; by default as in training."
+)
+_SAMPLE_STEPS = flags.DEFINE_integer(
+    "sample_steps", None, "Its steps; by default as in training.", 1
+)
 _SELECTION = flags.DEFINE_enum(
-    "action_selection", None, ACTION_SELECTIONS, "Which sampled action is played; by default as in training."
+    "action_selection",
+    None,
+    ACTION_SELECTIONS,
+    "Which sampled action is played; by default as in training.",
 )
 _CANDIDATES = flags.DEFINE_integer(
     "num_candidates", None, "Actions that best and mean sample; by default as in training.", 1
 )
-_VIDEO = flags.DEFINE_string("video", None, "An .mp4 (needs the extra video) or .gif file to record.")
+_VIDEO = flags.DEFINE_string(
+    "video", None, "An .mp4 (needs the extra video) or .gif file to record."
+)
 
 
 def main(_: list[str]) -> int:
@@ -77,7 +89,9 @@ def main(_: list[str]) -> int:
     behavior_step = int(state.behavior.step[0])
     for name, total_step in (("behavior", behavior_step), ("policy", restored.step)):
         act = make_act(algorithm, name, restored.keys, state.acting(), restored.normalizer, seeds)
-        rollouts[name] = evaluate(act, info.env_spec, num_policies=info.num_seeds, episode_seeds=seeds)
+        rollouts[name] = evaluate(
+            act, info.env_spec, num_policies=info.num_seeds, episode_seeds=seeds
+        )
         write_returns(workdir, return_rows(total_step, name, *rollouts[name], seeds))
     summary = evaluation.summarize(info, rollouts)
     line = {

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.evaluation import Rollouts, evaluate, mean_and_interval, normalized_score
-from efm_jax.rl.workdir import RunInfo
+from efm_jax.envs import Rollouts, evaluate, mean_and_interval, normalized_score
+from efm_jax.runs.workdir import RunInfo
 
 # Far from the seeds that recordings use.
 _FIRST_EPISODE_SEED = 1_000_000
@@ -28,7 +28,8 @@ def check_environment(env_spec: str, observation_size: int, action_size: int) ->
     def act(observations: np.ndarray, _: int) -> np.ndarray:
         if observations.shape[-1] != observation_size:
             raise ValueError(
-                f"environment {env_id(env_spec)}: expected observations of size {observation_size}, "
+                f"environment {env_id(env_spec)}: expected observations of size "
+                f"{observation_size}, "
                 f"as in the dataset; got {observations.shape[-1]}"
             )
         return np.zeros((1, 1, action_size), np.float32)
@@ -68,7 +69,9 @@ def print_report(info: RunInfo, summary: dict[str, Any], line: dict[str, Any]) -
     print(f"\n{'':<10} {'return':>10}  {'95% interval over ' + over:>30}  {'score':>7}")
     rows = [("dataset", info.dataset_return, None, score(info, info.dataset_return))]
     for name in ("behavior", "policy"):
-        rows.append((name, *(summary[f"{name}_{part}"] for part in ("return", "interval", "score"))))
+        rows.append(
+            (name, *(summary[f"{name}_{part}"] for part in ("return", "interval", "score")))
+        )
     for name, value, interval, points in rows:
         between = "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
         shown = "" if points is None else f"{points:.1f}"

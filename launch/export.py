@@ -1,11 +1,14 @@
-"""Write a trained policy to a file that runs without this package: python -m launch.export --workdir=DIR
+"""Write a trained policy to a file that runs without this package: python -m launch.export
+--workdir=DIR
 
-The file (DIR/policy.jax_export by default) holds normalization, sampler and parameters.  With JAX alone:
+The file (DIR/policy.jax_export by default) holds normalization, sampler and parameters.  With JAX
+alone:
 
   policy = jax.export.deserialize(open("policy.jax_export", "rb").read())
   actions = policy.call(observations, jax.numpy.uint32(seed))  # [b, S] float32 -> [b, A], for any b
 
-The same seed draws the same noise: count it up from step to step.  Exit status: 0 done, 2 bad flags or run.
+The same seed draws the same noise: count it up from step to step.  Exit status: 0 done, 2 bad flags
+or run.
 """
 
 import json
@@ -13,13 +16,15 @@ import json
 from absl import flags
 from etils import epath
 
-from efm_jax.rl.export import export_policy
-from efm_jax.training.files import write_whole
+from efm_jax.files import write_whole
+from efm_jax.runs.export import export_policy
 from launch import cli
 from launch.workdir import resolve
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
-_OUT = flags.DEFINE_string("out", None, "The file; by default policy.jax_export in the work directory.")
+_OUT = flags.DEFINE_string(
+    "out", None, "The file; by default policy.jax_export in the work directory."
+)
 _NAME = flags.DEFINE_enum("name", "policy", ("policy", "behavior"), "What acts.")
 _SEED_INDEX = flags.DEFINE_integer("seed_index", 0, "Which of the run's training seeds, from 0.", 0)
 _PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")
@@ -33,7 +38,10 @@ def main(_: list[str]) -> int:
         workdir = resolve(_WORKDIR.value)
         out = epath.Path(_OUT.value).expanduser() if _OUT.value else workdir / "policy.jax_export"
         data = export_policy(
-            str(workdir), platforms=tuple(_PLATFORMS.value), name=_NAME.value, seed_index=_SEED_INDEX.value
+            str(workdir),
+            platforms=tuple(_PLATFORMS.value),
+            name=_NAME.value,
+            seed_index=_SEED_INDEX.value,
         )
         write_whole(out, bytes(data))
     print(json.dumps({"file": str(out), "bytes": len(data), "platforms": _PLATFORMS.value}))

@@ -1,7 +1,7 @@
 """Summarize a dataset: python -m launch.inspect --dataset=NAME_OR_FILE [--env=ID] [--plot=FILE.png]
 
-Prints episodes, returns, scores, rewards, observations, the use of actions and what looks wrong, then a line
-of JSON with all of the numbers.  --plot saves a picture of the distributions.
+Prints episodes, returns, scores, rewards, observations, the use of actions and what looks wrong,
+then a line of JSON with all of the numbers.  --plot saves a picture of the distributions.
 Exit status: 0 done, 2 bad flags or data.
 """
 
@@ -14,8 +14,8 @@ from etils import epath
 
 from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summarize
 from efm_jax.data.summary_plot import draw_summary
-from efm_jax.evaluation import normalized_score, reference_scores
-from efm_jax.training.files import write_whole
+from efm_jax.envs import normalized_score, reference_scores
+from efm_jax.files import write_whole
 from efm_jax.types import Dataset
 from launch import cli
 from launch.datasets import dataset_folders
@@ -24,7 +24,9 @@ _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SO
 _ENV = flags.DEFINE_string(
     "env", None, "Gymnasium id of the environment, instead of the one that the dataset names."
 )
-_PLOT = flags.DEFINE_string("plot", None, "A .png file, local or gs://, that the picture is saved in.")
+_PLOT = flags.DEFINE_string(
+    "plot", None, "A .png file, local or gs://, that the picture is saved in."
+)
 
 _STATS = ("min", "q25", "median", "mean", "q75", "max")
 _MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
@@ -41,7 +43,9 @@ def main(_: list[str]) -> int:
         summary["references"] = references
         summary["scores"] = None
         if references is not None:
-            values = normalized_score(np.array([summary["returns"][key] for key in _STATS]), references)
+            values = normalized_score(
+                np.array([summary["returns"][key] for key in _STATS]), references
+            )
             summary["scores"] = dict(zip(_STATS, values.tolist(), strict=True))
         if _PLOT.value is not None:
             plot = epath.Path(_PLOT.value).expanduser()
@@ -82,7 +86,9 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["scores"] is None:
         print(f"{'scores':<14}  no reference returns are known")
 
-    _print_columns("action", summary["actions"], ("low", "high", "min", "max", "mean", "std", "at_bounds"))
+    _print_columns(
+        "action", summary["actions"], ("low", "high", "min", "max", "mean", "std", "at_bounds")
+    )
     _print_columns("observation", summary["observations"], ("min", "max", "mean", "std"))
 
     print(f"\nproblems      {'none found' if not summary['problems'] else ''}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from efm_jax.training.files import write_whole
+from efm_jax.files import write_whole
 from launch import cli
 from launch.workdir import RESULT_FILE
 
@@ -40,7 +40,9 @@ class Job:
     @property
     def name(self) -> str:
         """Names the work directory; other ``train_flags`` give another name."""
-        dataset = pathlib.PurePath(self.dataset).stem if self.dataset.endswith(".hdf5") else self.dataset
+        dataset = (
+            pathlib.PurePath(self.dataset).stem if self.dataset.endswith(".hdf5") else self.dataset
+        )
         parts = [dataset, pathlib.PurePath(self.config).stem, f"seed{self.seed}"]
         return join_name(*parts, train_flags=self.train_flags)
 
@@ -70,7 +72,14 @@ class Job:
     def command(self) -> list[str]:
         """The command line that runs the job, or continues it."""
         own = [f"--dataset={self.dataset}", f"--config={self.config}", f"--seed={self.seed}"]
-        return ["python", "-m", "launch.train", *own, f"--workdir={self.workdir}", *self.train_flags]
+        return [
+            "python",
+            "-m",
+            "launch.train",
+            *own,
+            f"--workdir={self.workdir}",
+            *self.train_flags,
+        ]
 
 
 def join_name(*parts: str, train_flags: Sequence[str]) -> str:
@@ -84,7 +93,9 @@ def read_root(flag: str, *, runs_here: bool, collect: bool) -> epath.Path:
     """The folder that ``--root`` names; a ``ValueError`` if jobs cannot be run or collected in it."""
     root = epath.Path(flag).expanduser()
     if "://" in flag and runs_here:
-        raise ValueError(f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect")
+        raise ValueError(
+            f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect"
+        )
     exists = root.exists()
     if exists and not root.is_dir():
         raise ValueError(f"--root={root}: is a file; expected a folder")
@@ -137,7 +148,8 @@ def run_and_collect(
       jobs: all of them, with one root folder.
       tables: made of what is done at the end, and written to results.csv and results.md.
       workers: jobs at a time.
-      commands: a file; then the commands of jobs that are not done are written to it, and nothing is run.
+      commands: a file; then the commands of jobs that are not done are written to it, and nothing
+        is run.
       collect: run nothing, only write the tables.
     """
     if commands is not None:
@@ -165,7 +177,8 @@ def _run(jobs: Iterable[Job], workers: int) -> tuple[dict[Job, int], int]:
     """Run jobs, at most ``workers`` at a time, to the end or to a signal.
 
     Returns:
-      The exit statuses of jobs that ended without a result, and the signal that stopped all others, or 0.
+      The exit statuses of jobs that ended without a result, and the signal that stopped all others,
+      or 0.
     """
     waiting = collections.deque(jobs)
     running: dict[Job, subprocess.Popen] = {}
@@ -212,11 +225,14 @@ def _start(job: Job) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # ctrl-C is for the caller, which sends SIGTERM: launch.train saves at that
+            # ctrl-C is for the caller, which sends SIGTERM: launch.train saves at that
+            process_group=0,
         )
 
 
-def _finish(program: str, jobs: Sequence[Job], failed: dict[Job, int], stopped_by: int, table: str) -> int:
+def _finish(
+    program: str, jobs: Sequence[Job], failed: dict[Job, int], stopped_by: int, table: str
+) -> int:
     """Print the table, a line of JSON and what went wrong; the exit status of the program."""
 
     def say(text: str) -> None:

@@ -19,11 +19,17 @@ _HEARTBEAT_SECONDS = 30
 _EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 
 _MULTIHOST = flags.DEFINE_bool(
-    "multihost", False, "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm."
+    "multihost",
+    False,
+    "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm.",
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where hosts are not found.")
+flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where hosts are not found."
+)
 flags.DEFINE_integer("num_processes", None, "Number of hosts, where they are not found.", 1)
-flags.DEFINE_integer("process_id", None, "Number of this host, from 0, where hosts are not found.", 0)
+flags.DEFINE_integer(
+    "process_id", None, "Number of this host, from 0, where hosts are not found.", 0
+)
 
 
 def start() -> None:
@@ -78,8 +84,8 @@ def agreed_errors() -> Iterator[None]:
 def lost_hosts() -> Iterator[None]:
     """Around work with other hosts: if one of them dies or never comes, say so and exit at once.
 
-    JAX raises the same error for what only this host has, such as too little memory: the reason tells.
-    Where the coordinator dies, JAX itself ends the process, with a message of its own.
+    JAX raises the same error for what only this host has, such as too little memory: the reason
+    tells. Where the coordinator dies, JAX itself ends the process, with a message of its own.
     """
     try:
         yield
@@ -110,7 +116,9 @@ class StopSignal:
         """Whether to stop now; every host must ask at the same points."""
         if hosts.count() > 1:
             self._asked += 1
-            self._received = self._received or multihost_utils.reached_preemption_sync_point(self._asked)
+            self._received = self._received or multihost_utils.reached_preemption_sync_point(
+                self._asked
+            )
         return self._received
 
     def received_alone(self) -> bool:

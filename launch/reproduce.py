@@ -1,8 +1,10 @@
-"""Train QIPO on D4RL's tasks, and put its scores beside the published: python -m launch.reproduce [--flags]
+"""Train QIPO on D4RL's tasks, and put its scores beside the published: python -m launch.reproduce
+[--flags]
 
-For every task and algorithm one process of launch.train trains all seeds in one program, with the settings of
-experiments/configs/d4rl/ and the work directory ROOT/NAME.  The same command again runs what is left, and a
-job that was interrupted continues where it stopped.  All of it is work for accelerators, and for days.
+For every task and algorithm one process of launch.train trains all seeds in one program, with the
+settings of experiments/configs/d4rl/ and the work directory ROOT/NAME.  The same command again runs
+what is left, and a job that was interrupted continues where it stopped.  All of it is work for
+accelerators, and for days.
 
   --tasks=locomotion,antmaze-umaze-v2    tasks, or the groups locomotion (nine) and antmaze (six)
   --algorithms=qipo_ot,qipo_diff --seeds=8
@@ -10,10 +12,11 @@ job that was interrupted continues where it stopped.  All of it is work for acce
   --train_flags="--parallel=seeds --config.estimator=resample"   flags of launch.train for all jobs
   --workers=4 --jobs=FILE --collect      as in launch.sweep
 
-AntMaze is trained on Minari's D4RL/antmaze/*-v1 (MINARI_DATASETS_PATH, else downloaded): D4RL's own AntMaze
-files cannot be evaluated, for no environment has their observations.  ROOT/results.csv and ROOT/results.md
-have a row per task and algorithm.  The last line printed is JSON.
-Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs saved.
+AntMaze is trained on Minari's D4RL/antmaze/*-v1 (MINARI_DATASETS_PATH, else downloaded): D4RL's own
+AntMaze files cannot be evaluated, for no environment has their observations.  ROOT/results.csv and
+ROOT/results.md have a row per task and algorithm.  The last line printed is JSON.
+Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs
+saved.
 """
 
 import collections
@@ -30,10 +33,10 @@ import numpy as np
 from absl import flags
 
 from efm_jax.data.d4rl_files import D4RL_FILES
-from efm_jax.evaluation import mean_and_interval, normalized_score, reference_scores
+from efm_jax.envs import mean_and_interval, normalized_score, reference_scores
 from launch import cli, jobs
 from launch.jobs import Job, head, join_name, row
-from launch.report_runs import load_runs
+from launch.report.runs import load_runs
 
 LOCOMOTION = tuple(
     f"{body}-{data}-v2"
@@ -42,13 +45,20 @@ LOCOMOTION = tuple(
 )
 ANTMAZE = tuple(
     f"antmaze-{maze}-v2"
-    for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+    for maze in (
+        "umaze",
+        "umaze-diverse",
+        "medium-play",
+        "medium-diverse",
+        "large-play",
+        "large-diverse",
+    )
 )
 _GROUPS = {"locomotion": LOCOMOTION, "antmaze": ANTMAZE}
 _ALGORITHMS = {"qipo_ot": "--config.path=ot", "qipo_diff": "--config.path=vp"}
-# Mean scores of Zhang et al. 2025 (arXiv 2503.04975, Table 2) as a public index of results lists them,
-# https://www.wizwand.com/paper/68fa77471e209131cea722ef: of these six tasks only, and without saying whether
-# they are QIPO-OT's or QIPO-Diff's.
+# Mean scores of Zhang et al. 2025 (arXiv 2503.04975, Table 2) as a public index of results lists
+# them, https://www.wizwand.com/paper/68fa77471e209131cea722ef: of these six tasks only, and without
+# saying whether they are QIPO-OT's or QIPO-Diff's.
 PUBLISHED = {
     "halfcheetah-medium-v2": 54.2,
     "halfcheetah-medium-replay-v2": 48.0,
@@ -82,9 +92,13 @@ _FILES = flags.DEFINE_string(
     "files", None, "Folder of locomotion files, with the names that D4RL gave them or TASK.hdf5."
 )
 _TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
-_ROOT = flags.DEFINE_string("root", "runs/reproduce", "Folder of the work directories, logs and tables.")
+_ROOT = flags.DEFINE_string(
+    "root", "runs/reproduce", "Folder of the work directories, logs and tables."
+)
 _WORKERS = flags.DEFINE_integer("workers", 1, "Jobs at a time.", 1)
-_JOBS = flags.DEFINE_string("jobs", None, "Only write the commands of jobs that are not done to this file.")
+_JOBS = flags.DEFINE_string(
+    "jobs", None, "Only write the commands of jobs that are not done to this file."
+)
 _COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
 
 
@@ -148,12 +162,16 @@ def _read_jobs() -> list[TaskJob]:
     ]
 
 
-def _check_names(flag: str, names: Sequence[str], known: Sequence[str], also: Sequence[str] = ()) -> None:
+def _check_names(
+    flag: str, names: Sequence[str], known: Sequence[str], also: Sequence[str] = ()
+) -> None:
     if not names:
         raise ValueError(f"--{flag}: expected values with commas between; got none")
     for name in names:
         if name not in known:
-            raise ValueError(f"--{flag}: expected some of {', '.join((*also, *known))}; got {name!r}")
+            raise ValueError(
+                f"--{flag}: expected some of {', '.join((*also, *known))}; got {name!r}"
+            )
         if names.count(name) > 1:
             raise ValueError(f"--{flag}: {name} is asked for twice")
 
@@ -175,8 +193,8 @@ def _dataset(task: str, folder: str | None) -> str:
 def seed_scores(task: str, returns: dict[int, np.ndarray]) -> np.ndarray:
     """The score ``[K]`` of each seed on a task, of the returns of its episodes.
 
-    In AntMaze an episode of D4RL's ends at the goal with return 1.  Where it goes on and collects more, it
-    counts once all the same.
+    In AntMaze an episode of D4RL's ends at the goal with return 1.  Where it goes on and collects
+    more, it counts once all the same.
     """
     episodes = [np.minimum(each, 1.0) if task in ANTMAZE else each for each in returns.values()]
     return normalized_score(np.array([each.mean() for each in episodes]), reference_scores(task))
@@ -185,7 +203,12 @@ def seed_scores(task: str, returns: dict[int, np.ndarray]) -> np.ndarray:
 def _result(job: TaskJob) -> dict[str, Any]:
     """The job's row of the table; only what was asked for and what is published where it is not done."""
     published = PUBLISHED.get(job.task)
-    cells = {"task": job.task, "algorithm": job.algorithm, "dataset": job.dataset, "published": published}
+    cells = {
+        "task": job.task,
+        "algorithm": job.algorithm,
+        "dataset": job.dataset,
+        "published": published,
+    }
     result = job.result(("seeds", "steps", "seconds", "workdir"))
     if result is None:
         return dict.fromkeys(_COLUMNS) | cells
@@ -194,9 +217,14 @@ def _result(job: TaskJob) -> dict[str, Any]:
     for evaluation in run.evaluations:
         scores[evaluation.policy].append(seed_scores(job.task, evaluation.returns))
     if not scores.keys() >= {"behavior", "policy"}:
-        raise ValueError(f"{job.workdir}: the run is done, but its returns.csv has no evaluation of it")
+        raise ValueError(
+            f"{job.workdir}: the run is done, but its returns.csv has no evaluation of it"
+        )
     cells |= result | {"behavior": float(scores["behavior"][-1].mean())}
-    for name, values in (("last", scores["policy"][-1]), ("best", np.max(scores["policy"], axis=0))):
+    for name, values in (
+        ("last", scores["policy"][-1]),
+        ("best", np.max(scores["policy"], axis=0)),
+    ):
         mean, low, high = mean_and_interval(values)
         cells |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         cells[f"{name}_difference"] = None if published is None else mean - published
@@ -222,7 +250,14 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
         differences = (_number(cells[f"{name}_difference"], "+.1f") for name in ("last", "best"))
         means = (_number(cells["behavior"]), _mean(cells, "last"), _mean(cells, "best"))
         lines.append(
-            row(cells["task"], cells["algorithm"], seeds, *means, _number(cells["published"]), *differences)
+            row(
+                cells["task"],
+                cells["algorithm"],
+                seeds,
+                *means,
+                _number(cells["published"]),
+                *differences,
+            )
         )
     lines += ["", *_differences(rows), "", _NOTES.rstrip()]
     return "\n".join(lines) + "\n"
@@ -237,7 +272,10 @@ def _differences(rows: Sequence[dict[str, Any]]) -> list[str]:
         done = sum(cells["seeds"] is not None for cells in of_it)
         text = f"{algorithm}: {done} of {len(of_it)} tasks done, {len(both)} of them published"
         if both:
-            means = [np.mean([cells[f"{name}_difference"] for cells in both]) for name in ("last", "best")]
+            means = [
+                np.mean([cells[f"{name}_difference"] for cells in both])
+                for name in ("last", "best")
+            ]
             text += f"; mean difference {means[0]:+.1f} (last), {means[1]:+.1f} (best)"
         sentences.append(f"{text}.  ")  # two spaces: a line of its own
     return sentences

@@ -1,7 +1,8 @@
 """Train on every dataset with every preset and seed: python -m launch.sweep [--flags]
 
-A job is one process of launch.train with the work directory ROOT/NAME; it is done once result.json is
-there.  The same command again runs what is left, and a job that was interrupted continues where it stopped.
+A job is one process of launch.train with the work directory ROOT/NAME; it is done once result.json
+is there.  The same command again runs what is left, and a job that was interrupted continues where
+it stopped.
 
   --datasets=A,B --configs=X.py,Y.py --seeds=0,1,2   the jobs: every combination
   --train_flags="--num_seeds=2 --config.beta=5"      flags of launch.train for all of them
@@ -9,9 +10,10 @@ there.  The same command again runs what is left, and a job that was interrupted
   --jobs=FILE                                        run nothing; write the commands left, one a line
   --collect                                          run nothing; write the tables of what is done
 
-The output of a job goes to ROOT/logs/NAME.log.  ROOT/results.csv has a row per job, ROOT/results.md also
-one per dataset and preset, over the seeds.  The last line printed is JSON.
-Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs saved.
+The output of a job goes to ROOT/logs/NAME.log.  ROOT/results.csv has a row per job, ROOT/results.md
+also one per dataset and preset, over the seeds.  The last line printed is JSON.
+Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs
+saved.
 """
 
 import collections
@@ -25,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
-from efm_jax.evaluation import mean_and_interval
+from efm_jax.envs import mean_and_interval
 from launch import cli, jobs
 from launch.jobs import Job, head, row
 
@@ -41,11 +43,18 @@ _DATASETS = flags.DEFINE_list("datasets", [BUILTIN_DATASET], "Values of launch.t
 _CONFIGS = flags.DEFINE_list("configs", [_PRESET], "Values of launch.train's --config.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Values of launch.train's --seed.")
 _TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
-_ROOT = flags.DEFINE_string("root", "runs/sweep", "Folder of the work directories, logs and tables.")
-_WORKERS = flags.DEFINE_integer(
-    "workers", 1, "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told.", 1
+_ROOT = flags.DEFINE_string(
+    "root", "runs/sweep", "Folder of the work directories, logs and tables."
 )
-_JOBS = flags.DEFINE_string("jobs", None, "Only write the commands of jobs that are not done to this file.")
+_WORKERS = flags.DEFINE_integer(
+    "workers",
+    1,
+    "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told.",
+    1,
+)
+_JOBS = flags.DEFINE_string(
+    "jobs", None, "Only write the commands of jobs that are not done to this file."
+)
 _COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
 
 
@@ -72,7 +81,9 @@ def _read_jobs() -> list[Job]:
     """The jobs that the flags ask for; a ``ValueError`` if they cannot be run as asked."""
     for flag in (_DATASETS, _CONFIGS, _SEEDS):
         if not flag.value or not all(flag.value):
-            raise ValueError(f"--{flag.name}: expected values with commas between; got {flag.value}")
+            raise ValueError(
+                f"--{flag.name}: expected values with commas between; got {flag.value}"
+            )
     if _JOBS.value is not None and _COLLECT.value:
         raise ValueError("--jobs, --collect: give one of them")
     runs_here = _JOBS.value is None and not _COLLECT.value
@@ -94,7 +105,9 @@ def _read_seeds(train_flags: Sequence[str]) -> list[int]:
     """Root seeds of the jobs; refuses jobs that would repeat one another's training runs."""
     try:
         seeds = [int(text) for text in _SEEDS.value]
-        sizes = [int(flag.partition("=")[2]) for flag in train_flags if re.match("--?num_seeds=", flag)]
+        sizes = [
+            int(flag.partition("=")[2]) for flag in train_flags if re.match("--?num_seeds=", flag)
+        ]
     except ValueError as error:
         raise ValueError(f"--seeds, num_seeds: expected integers: {error}") from error
     size = sizes[-1] if sizes else 1
@@ -112,14 +125,19 @@ def _csv(results: dict[Job, dict[str, Any] | None]) -> str:
     bounds = [f"{name}_{end}" for name in ("behavior", "policy") for end in ("low", "high")]
     text = io.StringIO()
     writer = csv.DictWriter(
-        text, ["job", "dataset", "config", "seed", *_COLUMNS, *bounds], restval="", lineterminator="\n"
+        text,
+        ["job", "dataset", "config", "seed", *_COLUMNS, *bounds],
+        restval="",
+        lineterminator="\n",
     )
     writer.writeheader()
     for job, result in results.items():
         cells = {"job": job.name, "dataset": job.dataset, "config": job.config, "seed": job.seed}
         if result is not None:
             ends = [end for name in _INTERVALS for end in result[name]]
-            cells |= {name: result[name] for name in _COLUMNS} | dict(zip(bounds, ends, strict=True))
+            cells |= {name: result[name] for name in _COLUMNS} | dict(
+                zip(bounds, ends, strict=True)
+            )
         writer.writerow(cells)
     return text.getvalue()
 

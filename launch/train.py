@@ -1,18 +1,19 @@
 """Train QIPO offline and evaluate it: python -m launch.train [--flags]
 
 Without flags it records a Pendulum-v1 dataset (once), trains the behavior model, the critic and the
-improved policy, evaluates both policies on the same episodes, and prints a table and a line of JSON.
+improved policy, evaluates both policies on the same episodes, and prints a table and a line of
+JSON.
 
   --dataset=ID_OR_FILE  the built-in dataset, a Minari id, a name of D4RL or OGBench, an .hdf5 or .npz file
   --config=FILE.py      a preset, such as experiments/configs/qipo_diff.py
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
 
-The work directory gets config.json, metrics.csv, returns.csv, result.json, checkpoints/, tensorboard/ and
-learning_curve.png; it may be gs://.  The same command again continues where the run stopped, on any number
-of devices.  On several hosts run it on each of them with --multihost and one shared work directory.
-Exit status: 0 done, 1 failed (a loss that is not finite), 2 bad flags, data or checkpoint, 143 stopped
-by SIGTERM and saved.
+The work directory gets config.json, metrics.csv, returns.csv, result.json, checkpoints/,
+tensorboard/ and learning_curve.png; it may be gs://.  The same command again continues where the
+run stopped, on any number of devices.  On several hosts run it on each of them with --multihost and
+one shared work directory. Exit status: 0 done, 1 failed (a loss that is not finite), 2 bad flags,
+data or checkpoint, 143 stopped by SIGTERM and saved.
 """
 
 import re
@@ -34,19 +35,25 @@ from efm_jax.data import (
     load_dataset,
     preprocess,
 )
-from efm_jax.evaluation import Rollouts, evaluate, reference_scores
+from efm_jax.envs import Rollouts, evaluate, reference_scores
 from efm_jax.rl.algorithm import State
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import check_fits, device_limit, predict
 from efm_jax.rl.policies import Acting
 from efm_jax.rl.trainer import StoppedError, Trainer
-from efm_jax.rl.workdir import CHECKPOINTS, RunInfo
+from efm_jax.runs.checkpoint import Checkpointer
+from efm_jax.runs.learning_curve import plot_learning_curve
+from efm_jax.runs.metrics import (
+    METRICS_FILE,
+    RETURNS_FILE,
+    MetricsWriter,
+    return_rows,
+    write_returns,
+)
+from efm_jax.runs.workdir import CHECKPOINTS, RunInfo
 from efm_jax.training import hosts
-from efm_jax.training.checkpoint import Checkpointer
 from efm_jax.training.loop import NonFiniteLossError
-from efm_jax.training.metrics import METRICS_FILE, RETURNS_FILE, MetricsWriter, return_rows, write_returns
 from efm_jax.training.parallel import MODES, Layout
-from efm_jax.training.plots import plot_learning_curve
 from efm_jax.types import Normalizer, one_host
 from launch import cli, evaluation, multihost
 from launch.datasets import dataset_folders
@@ -55,23 +62,33 @@ from launch.workdir import RESULT_FILE, resolve, write_json
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 # A random key keeps 32 bits of its seed: a larger one would repeat the run of a smaller one.
 _MAX_SEED = 2**32 - 1
-# Under this many effective actions a state's target is all but one action: beta is too large to trust.
+# Under this many effective actions a state's target is all but one action: beta is too large to
+# trust.
 _LEAST_ESS = 1.5
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_ENV = flags.DEFINE_string("env", None, "Gymnasium id to evaluate in, instead of the one the dataset names.")
+_ENV = flags.DEFINE_string(
+    "env", None, "Gymnasium id to evaluate in, instead of the one the dataset names."
+)
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     f"Preset, a .py file, here or where launch is installed; by default {_DEFAULT_PRESET.name}.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; by default runs/ALGORITHM-DATASET-SEED.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results go; by default runs/ALGORITHM-DATASET-SEED."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
 _PARALLEL = flags.DEFINE_enum(
-    "parallel", "data", MODES, "Over devices: data splits batches and dataset, seeds spreads whole seeds."
+    "parallel",
+    "data",
+    MODES,
+    "Over devices: data splits batches and dataset, seeds spreads whole seeds.",
 )
 flags.adopt_module_key_flags(multihost)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1)
+_NUM_SEEDS = flags.DEFINE_integer(
+    "num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1
+)
 
 
 def main(_: list[str]) -> int:
@@ -88,7 +105,9 @@ def _train(start: float) -> int:
         config = _read_config()
         last = _SEED.value + _NUM_SEEDS.value - 1
         if last > _MAX_SEED:
-            raise ValueError(f"--seed, --num_seeds: the last seed may be at most {_MAX_SEED}; got {last}")
+            raise ValueError(
+                f"--seed, --num_seeds: the last seed may be at most {_MAX_SEED}; got {last}"
+            )
         layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value)
         total = 0
 
@@ -96,13 +115,19 @@ def _train(start: float) -> int:
             nonlocal total
             total = config.max_transitions or count
             if total > count:
-                raise ValueError(f"max_transitions: expected at most the {count} of the dataset; got {total}")
+                raise ValueError(
+                    f"max_transitions: expected at most the {count} of the dataset; got {total}"
+                )
             return layout.host_rows(total)
 
         dataset = load_dataset(_DATASET.value, env=_ENV.value, rows=rows, folders=dataset_folders())
         if dataset.env_spec is None:
-            raise ValueError(f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID")
-        evaluation.check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size)
+            raise ValueError(
+                f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID"
+            )
+        evaluation.check_environment(
+            dataset.env_spec, dataset.observation_size, dataset.action_size
+        )
         references = dataset.reference_scores or reference_scores(dataset.name)
         references = references or reference_scores(evaluation.env_id(dataset.env_spec))
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)
@@ -113,7 +138,13 @@ def _train(start: float) -> int:
     dataset = gather_episodes(dataset, gather)
     normalizer = fit_normalizer(dataset, gather)
     info = RunInfo.describe(
-        config, dataset, total, dataset.fingerprint(gather), references, _SEED.value, _NUM_SEEDS.value
+        config,
+        dataset,
+        total,
+        dataset.fingerprint(gather),
+        references,
+        _SEED.value,
+        _NUM_SEEDS.value,
     )
     with multihost.agreed_errors():
         data = preprocess(dataset, normalizer, config.reward_transform)
@@ -181,7 +212,9 @@ class _Run:
     Of several hosts, the first writes and speaks; checkpoints and evaluation are everyone's work.
     """
 
-    def __init__(self, workdir: epath.Path, info: RunInfo, normalizer: Normalizer, trainer: Trainer):
+    def __init__(
+        self, workdir: epath.Path, info: RunInfo, normalizer: Normalizer, trainer: Trainer
+    ):
         self.is_first = hosts.index() == 0
         self._workdir = workdir
         self._info = info
@@ -206,7 +239,9 @@ class _Run:
         found = self._checkpointer.restore(self._saved(state), discard=True)
         if self.is_first:
             self._info.save(self._workdir)
-            self._metrics = MetricsWriter(self._workdir, resume_from=None if found is None else found[0])
+            self._metrics = MetricsWriter(
+                self._workdir, resume_from=None if found is None else found[0]
+            )
         # Also a barrier: the others read config.json after the first host has written it.
         steps = [int(step) for step in hosts.gather(np.asarray(-1 if found is None else found[0]))]
         if len(set(steps)) > 1 or RunInfo.load(self._workdir) != self._info:
@@ -225,7 +260,9 @@ class _Run:
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         self._close_bars()
-        self._bar = self._new_bar(total=total, initial=done, desc=f"{phase:<8}", unit="step", leave=True)
+        self._bar = self._new_bar(
+            total=total, initial=done, desc=f"{phase:<8}", unit="step", leave=True
+        )
 
     def _new_bar(self, **options: Any) -> tqdm:
         return tqdm(disable=None if self.is_first else True, **options)
@@ -243,8 +280,10 @@ class _Run:
         low = float(summary["ess"].min()) if "ess" in summary else np.inf
         if low < _LEAST_ESS:
             self.say(
-                f"warning: at policy step {step} the mean effective sample size of the support weights is "
-                f"{low:.2f} of {self._info.config.support_size + 1} actions; a smaller beta would help"
+                f"warning: at policy step {step} the mean effective sample size of the support "
+                "weights is "
+                f"{low:.2f} of {self._info.config.support_size + 1} actions; a smaller beta would "
+                "help"
             )
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from efm_jax.training.files import write_whole
+from efm_jax.files import write_whole
 
 RESULT_FILE = "result.json"  # the last line that launch.train printed; there when a run is done
 

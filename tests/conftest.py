@@ -8,13 +8,17 @@ from pathlib import Path
 from tests.programs import QUICK_TO_COMPILE, share, write_whole_entries
 
 _COUNT = "--xla_force_host_platform_device_count"
-if _COUNT not in os.environ.get("XLA_FLAGS", ""):  # the user's own flags stay in front, his own count wins
+if _COUNT not in os.environ.get(
+    "XLA_FLAGS", ""
+):  # the user's own flags stay in front, his own count wins
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
 os.environ["XLA_FLAGS"] += f" {QUICK_TO_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 _OWN_PROGRAMS = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have that of the process that started them
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # workers have that of the process that started them
     _OWN_PROGRAMS = tempfile.mkdtemp(prefix="efm_jax-programs-")
     os.environ.update(share(_OWN_PROGRAMS))
 

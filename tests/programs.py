@@ -6,8 +6,12 @@ import tempfile
 
 # For XLA: each program runs for a moment.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # others end at a flag that they do not know
-    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # which set up MLIR for every program
+if importlib.metadata.version("jaxlib").startswith(
+    "0.10."
+):  # others end at a flag that they do not know
+    QUICK_TO_COMPILE += (
+        " --xla_cpu_use_fusion_emitters=false"  # which set up MLIR for every program
+    )
 
 
 def share(folder):
@@ -22,7 +26,8 @@ def share(folder):
 def write_whole_entries():
     """Let a program appear in the folder at once.
 
-    JAX writes it in place: another process may read a part, and one that is killed leaves a part for good.
+    JAX writes it in place: another process may read a part, and one that is killed leaves a part
+    for good.
     """
     from jax._src.lru_cache import LRUCache
 

@@ -1,4 +1,5 @@
-"""The built-in dataset: scripted controllers on ``Pendulum-v1``, recorded at first use, nothing downloaded.
+"""The built-in dataset: scripted controllers on ``Pendulum-v1``, recorded at first use, nothing
+downloaded.
 
 It is a local Minari dataset like any other, recorded as :mod:`efm_jax.data.recording` says.
 """
@@ -7,8 +8,9 @@ import gymnasium
 import numpy as np
 
 from efm_jax import checks
-from efm_jax.data import controllers, recording
-from efm_jax.data.minari_source import local_path
+from efm_jax.data import recording
+from efm_jax.data.minari import local_path
+from efm_jax.envs import pendulum as controllers
 
 BUILTIN_DATASET = "efm/pendulum/scripted-v0"
 ENVIRONMENT = "Pendulum-v1"
@@ -24,10 +26,12 @@ def ensure_recorded() -> None:
 
 
 def record(seed: int = 0, num_episodes: int = 200) -> None:
-    """Record the built-in dataset: ``num_episodes`` episodes of 200 steps, each by a controller of its own.
+    """Record the built-in dataset: ``num_episodes`` episodes of 200 steps, each by a controller of
+    its own.
 
-    The same seed gives the same bytes.  Does nothing lasting when the dataset exists by the time the
-    recording is done.  The reference of score 100 is the best scripted controller without noise.
+    The same seed gives the same bytes.  Does nothing lasting when the dataset exists by the time
+    the recording is done.  The reference of score 100 is the best scripted controller without
+    noise.
 
     Raises:
       DataError: Minari's folder cannot be written.
@@ -41,7 +45,9 @@ def record(seed: int = 0, num_episodes: int = 200) -> None:
         controller = controllers.draw(parameters)
 
         def act(observation: np.ndarray) -> np.ndarray:
-            return np.array([controller.torque(observation) + controller.noise * noise.standard_normal()])
+            return np.array(
+                [controller.torque(observation) + controller.noise * noise.standard_normal()]
+            )
 
         return act
 

@@ -2,22 +2,27 @@
 
 Rows are steps, episode after episode: ``observations [N, S]``, ``actions [N, A]``, ``rewards [N]``,
 ``terminals [N]``, and usually ``timeouts [N]`` and ``next_observations [N, S]``; the root attribute
-``env_id`` may name the environment.  Columns stored as ``[N, 1]`` are read as ``[N]``, as D4RL does.
+``env_id`` may name the environment.  Columns stored as ``[N, 1]`` are read as ``[N]``, as D4RL
+does.
 
 - With ``next_observations`` every row becomes a transition.
-- Without, the next row's observation is the next observation.  A timeout's is not in the file (the next row
-  is the first of another episode), so that row is dropped, and so is a last row that is not terminal.  A
-  terminal row is kept with its own observation in that place: what follows a terminal step is never used.
+- Without, the next row's observation is the next observation.  A timeout's is not in the file (the
+  next row is the first of another episode), so that row is dropped, and so is a last row that is
+  not terminal.  A terminal row is kept with its own observation in that place: what follows a
+  terminal step is never used.
 - A row marked both terminal and timeout is terminal.
-- Without ``timeouts``, an episode ends at a terminal or after the environment's ``max_episode_steps``.
-- Returns and lengths are those of whole episodes, before rows are dropped.  Steps after the last end of an
-  episode are an unfinished one: they are transitions, but count as an episode only if there is no other.
+- Without ``timeouts``, an episode ends at a terminal or after the environment's
+  ``max_episode_steps``.
+- Returns and lengths are those of whole episodes, before rows are dropped.  Steps after the last
+  end of an episode are an unfinished one: they are transitions, but count as an episode only if
+  there is no other.
 
-What differs for D4RL's own files, such as AntMaze's terminals inside episodes, is in :mod:`.d4rl_files`; a
-file is known by the name that D4RL gave it.
+What differs for D4RL's own files, such as AntMaze's terminals inside episodes, is in
+:mod:`.d4rl_files`; a file is known by the name that D4RL gave it.
 
-Action bounds are the environment's.  Where its simulator is not installed (MuJoCo, for the four locomotion
-families below) or the file names no environment, they are [-1, 1], to which D4RL normalizes every action.
+Action bounds are the environment's.  Where its simulator is not installed (MuJoCo, for the four
+locomotion families below) or the file names no environment, they are [-1, 1], to which D4RL
+normalizes every action.
 """
 
 import contextlib
@@ -29,9 +34,10 @@ import numpy as np
 from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import d4rl_files, environments, validation
+from efm_jax.data import d4rl_files, validation
 from efm_jax.data.episodes import episodes
-from efm_jax.data.errors import DataError, reason
+from efm_jax.envs import environments
+from efm_jax.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
 # First word of a D4RL file's name -> today's version of its environment.
@@ -61,16 +67,17 @@ def load_d4rl(
     ``name`` is what to call the dataset, such as D4RL's classic name of it; by default its path.
 
     The environment is ``env``, else the file's ``env_id``, else the one its name begins with
-    (``CLASSIC_ENVIRONMENTS``), else none.  One that only the name suggests is passed over, with a warning,
-    when its sizes are not the data's (D4RL's Ant has 111 observation dimensions, Ant-v5 has 105).
+    (``CLASSIC_ENVIRONMENTS``), else none.  One that only the name suggests is passed over, with a
+    warning, when its sizes are not the data's (D4RL's Ant has 111 observation dimensions, Ant-v5
+    has 105).
 
-    ``rows`` selects transitions, given their number: of observations and actions only those rows are read
-    from the file and checked.
+    ``rows`` selects transitions, given their number: of observations and actions only those rows
+    are read from the file and checked.
 
     Raises:
-      DataError: no such file, not HDF5, a dataset missing, an environment that Gymnasium does not know or
-        whose sizes differ, no way to tell where episodes end, or data that :mod:`.validation` refuses.
-        Indices in messages are rows of the file.
+      DataError: no such file, not HDF5, a dataset missing, an environment that Gymnasium does not
+        know or whose sizes differ, no way to tell where episodes end, or data that
+        :mod:`.validation` refuses. Indices in messages are rows of the file.
     """
     task = d4rl_files.task_of_file(path)
     family = d4rl_files.family_of(task)
@@ -81,7 +88,9 @@ def load_d4rl(
         if "next_observations" in stored:
             shapes = stored["observations"].shape, stored["next_observations"].shape
             if shapes[0] != shapes[1]:
-                raise DataError(f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}")
+                raise DataError(
+                    f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}"
+                )
         # With an environment given, the file's own is not asked for.
         stated = env or _text_attribute(path, "env_id", file.attrs.get("env_id"))
         spec, low, high = _environment(
@@ -141,7 +150,8 @@ def _open(path: str) -> Iterator[h5py.File]:
         with file_path.open("rb") as handle, h5py.File(handle, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError, ImportError) as error:
-        # h5py: OSError, RuntimeError and KeyError for damage; ImportError: no client for this kind of path.
+        # h5py: OSError, RuntimeError and KeyError for damage; ImportError: no client for this kind
+        # of path.
         raise DataError(f"{path}: cannot be read as an HDF5 file ({reason(error)})") from error
 
 
@@ -160,7 +170,9 @@ def _stored(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
 def _ranks(stored: dict[str, h5py.Dataset]) -> dict[str, int]:
     """The number of axes that each dataset must have: a column of shape ``[N, 1]`` may keep its second."""
     return {
-        name: 2 if stored[name].shape[1:] == (1,) else rank for name, rank in _RANKS.items() if name in stored
+        name: 2 if stored[name].shape[1:] == (1,) else rank
+        for name, rank in _RANKS.items()
+        if name in stored
     }
 
 
@@ -181,7 +193,8 @@ def _observations(
     """Observations and next observations of the rows ``start .. stop``."""
     if "next_observations" in stored:
         return tuple(
-            _numbers(path, stored, name, start, stop) for name in ("observations", "next_observations")
+            _numbers(path, stored, name, start, stop)
+            for name in ("observations", "next_observations")
         )
     following = _numbers(path, stored, "observations", start, min(stop + 1, len(ends)))
     observations = following[: stop - start]
@@ -189,14 +202,18 @@ def _observations(
     return observations, np.where(ends[start:stop, None], observations, following)
 
 
-def _kept_rows(path: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool) -> np.ndarray:
+def _kept_rows(
+    path: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool
+) -> np.ndarray:
     """The rows that become transitions."""
     keep = np.ones(len(terminals), bool)
     if not has_next:
         keep = terminals | ~timeouts
         keep[-1] = terminals[-1]
     if not keep.any():
-        raise DataError(f"{path}: the dataset is empty: no row of {len(keep)} has a next observation")
+        raise DataError(
+            f"{path}: the dataset is empty: no row of {len(keep)} has a next observation"
+        )
     return np.flatnonzero(keep)
 
 
@@ -223,7 +240,8 @@ def _environment(
     if spaces is None:
         if spec.id not in CLASSIC_ENVIRONMENTS.values():
             raise DataError(
-                f"{path}: environment {spec.id} cannot be made here, so its action bounds are unknown"
+                f"{path}: environment {spec.id} cannot be made here, so its action bounds are "
+                "unknown"
             )
         return spec, -unit, unit
     try:
@@ -232,7 +250,9 @@ def _environment(
     except DataError as error:
         if stated:
             raise
-        warnings.warn(f"{error}; the environment suggested by the file's name is not used", stacklevel=4)
+        warnings.warn(
+            f"{error}; the environment suggested by the file's name is not used", stacklevel=4
+        )
         return None, -unit, unit
     return spec, np.asarray(spaces[1].low, np.float32), np.asarray(spaces[1].high, np.float32)
 
@@ -246,7 +266,8 @@ def _timeouts(
     limit = family.step_limit or (spec.max_episode_steps if spec is not None else None)
     if limit is None:
         raise DataError(
-            f"{path}: the file has no dataset 'timeouts' and names no environment with a step limit, "
+            f"{path}: the file has no dataset 'timeouts' and names no environment with a step "
+            "limit, "
             "so the ends of its episodes are unknown; give the environment's id"
         )
     rows = np.arange(len(terminals))

@@ -1,32 +1,36 @@
-"""D4RL's classic datasets: their names, the files that hold them, and what is odd about each family.
+"""D4RL's classic datasets: their names, the files that hold them, and what is odd about each
+family.
 
 Names, files and step limits are facts of ``d4rl/infos.py`` and of the environments' registrations
-(``d4rl/locomotion``, ``kitchen``, ``hand_manipulation_suite``, ``pointmaze``) in Farama-Foundation/D4RL (Fu
-et al. 2020, arXiv 2004.07219).  Issue numbers below are of that repository.
+(``d4rl/locomotion``, ``kitchen``, ``hand_manipulation_suite``, ``pointmaze``) in
+Farama-Foundation/D4RL (Fu et al. 2020, arXiv 2004.07219).  Issue numbers below are of that
+repository.
 
-- **Gym-MuJoCo** (``hopper``, ``halfcheetah``, ``walker2d``, ``ant``): v2 files have ``timeouts`` and
-  ``next_observations``, so that a timeout's row is kept with its real next observation, and so is a last
-  row in the middle of an episode; v0 files lack ``next_observations`` (#34) and lose those rows.  In replay
-  files timeouts are not always marked (#162): transitions of v2 are right all the same, but returns and
-  lengths are then those of several episodes together; :mod:`.summary` counts such places.
-  hopper-medium-expert-v0 holds medium-replay in the place of medium (#19); v1 has errors too (#76,
-  #86).  Use v2.
-- **AntMaze**: a row within 0.5 of the evaluation goal has reward 1 and is ``terminal``, but the recording
-  went on: to other goals, or around this one, in clusters of such rows (#199, except umaze-diverse, which
-  has only one). So here a terminal row does not end an episode, a timeout does; it is ``terminated`` all
-  the same, since the environment ends there.  An episode's return and length are counted up to its first
-  terminal row, as the environment would: the mean return is the share of episodes that reach the goal.  In
-  v0 timeouts are out of step with the ends of trajectories (#77), and D4RL calls v0 and v1 deprecated: in
-  both, a row after which the ant is ``ANT_JUMP`` away ends an episode as well.  Use v2.
-- **Maze2D** is one continuous trajectory without terminals; a timeout marks that a goal of the recording
-  was reached (#85).  A row's reward is that of its own observation, not of its next one as in the
-  environment (#194).
-- **Kitchen** files mark the last row of each demonstration as ``terminal``, whether or not its tasks were
-  done.  The flag is kept, as everyone who reports results does; where a file has no ``timeouts``, terminals
-  alone end episodes, for demonstrations can be longer than the environment's 280 steps.
-- **Adroit** (``pen``, ``door``, ``hammer``, ``relocate``): human demonstrations can be longer than the step
-  limit of the environment.  A v0 file without ``timeouts`` is cut at that limit, as D4RL does (#137); v1
-  has them.
+- **Gym-MuJoCo** (``hopper``, ``halfcheetah``, ``walker2d``, ``ant``): v2 files have ``timeouts``
+  and ``next_observations``, so that a timeout's row is kept with its real next observation, and so
+  is a last row in the middle of an episode; v0 files lack ``next_observations`` (#34) and lose
+  those rows.  In replay files timeouts are not always marked (#162): transitions of v2 are right
+  all the same, but returns and lengths are then those of several episodes together; :mod:`.summary`
+  counts such places. hopper-medium-expert-v0 holds medium-replay in the place of medium (#19); v1
+  has errors too (#76, #86).  Use v2.
+- **AntMaze**: a row within 0.5 of the evaluation goal has reward 1 and is ``terminal``, but the
+  recording went on: to other goals, or around this one, in clusters of such rows (#199, except
+  umaze-diverse, which has only one). So here a terminal row does not end an episode, a timeout
+  does; it is ``terminated`` all the same, since the environment ends there.  An episode's return
+  and length are counted up to its first terminal row, as the environment would: the mean return is
+  the share of episodes that reach the goal.  In v0 timeouts are out of step with the ends of
+  trajectories (#77), and D4RL calls v0 and v1 deprecated: in both, a row after which the ant is
+  ``ANT_JUMP`` away ends an episode as well.  Use v2.
+- **Maze2D** is one continuous trajectory without terminals; a timeout marks that a goal of the
+  recording was reached (#85).  A row's reward is that of its own observation, not of its next one
+  as in the environment (#194).
+- **Kitchen** files mark the last row of each demonstration as ``terminal``, whether or not its
+  tasks were done.  The flag is kept, as everyone who reports results does; where a file has no
+  ``timeouts``, terminals alone end episodes, for demonstrations can be longer than the
+  environment's 280 steps.
+- **Adroit** (``pen``, ``door``, ``hammer``, ``relocate``): human demonstrations can be longer than
+  the step limit of the environment.  A v0 file without ``timeouts`` is cut at that limit, as D4RL
+  does (#137); v1 has them.
 """
 
 import difflib
@@ -114,7 +118,11 @@ _FAMILIES = {
 
 def misspelled(name: str) -> str | None:
     """What to say of a name that begins like one of D4RL's and is none; None for any other name."""
-    if name in D4RL_FILES or "/" in name or first_word(name) not in (*_LOCOMOTION, *_FAMILIES, "maze2d"):
+    if (
+        name in D4RL_FILES
+        or "/" in name
+        or first_word(name) not in (*_LOCOMOTION, *_FAMILIES, "maze2d")
+    ):
         return None
     close = difflib.get_close_matches(name, D4RL_FILES, n=3, cutoff=0.0)
     return f"{name}: unknown dataset: D4RL has no such name; the nearest are {', '.join(close)}"
@@ -123,7 +131,8 @@ def misspelled(name: str) -> str | None:
 def ensure_file(name: str, folder: str = DEFAULT_FOLDER) -> str:
     """The path of a classic dataset's file in ``folder``, downloaded if it is not there.
 
-    The folder and the file's name in it are those that ``d4rl`` itself uses, so its downloads are found.
+    The folder and the file's name in it are those that ``d4rl`` itself uses, so its downloads are
+    found.
 
     Raises:
       DataError: as :func:`.download.fetch` does.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from efm_jax.data.errors import DataError, reason
+from efm_jax.errors import DataError, reason
 
 # First bytes of the formats that are downloaded: a server's error page must not become a dataset.
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -22,8 +22,9 @@ _TIMEOUT = 30.0  # seconds without a byte
 def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
     """Make sure that ``path`` is there, else download ``url`` to it; its folder is made.
 
-    The bytes go to a name of their own beside ``path`` and are renamed when all have come, so that a killed
-    or failed download never looks like a file, and two processes may download the same one at once.
+    The bytes go to a name of their own beside ``path`` and are renamed when all have come, so that
+    a killed or failed download never looks like a file, and two processes may download the same one
+    at once.
 
     Args:
       source: the dataset's name, with which messages begin.
@@ -32,8 +33,8 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
       signature: the bytes that the file must begin with.
 
     Raises:
-      DataError: no connection, no such file there, a download cut short or of another format, or a folder
-        that cannot be written; nothing is left behind.
+      DataError: no connection, no such file there, a download cut short or of another format, or a
+        folder that cannot be written; nothing is left behind.
     """
     if path.exists():
         return
@@ -43,7 +44,8 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
         _download(url, draft, path.name)
         _check_signature(draft, signature)
         os.replace(draft, path)
-    # ValueError: an odd URL, or bytes that are not the file; HTTPException: an answer that is not HTTP.
+    # ValueError: an odd URL, or bytes that are not the file; HTTPException: an answer that is not
+    # HTTP.
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise DataError(
             f"{source}: no such file {path}, and {url} could not be downloaded ({reason(error)})"
@@ -58,7 +60,9 @@ def _download(url: str, draft: Path, name: str) -> None:
         length = response.headers.get("Content-Length")
         total = int(length) if length is not None else None
         received = 0
-        with tqdm(total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        with tqdm(
+            total=total, desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+        ) as bar:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
                 received += len(chunk)

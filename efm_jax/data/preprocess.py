@@ -5,21 +5,26 @@ from collections.abc import Callable
 import numpy as np
 
 from efm_jax import checks
-from efm_jax.data.errors import DataError
+from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
 
-# An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant up to
-# float32 rounding: it is centered only (std 1), for dividing by its std would amplify nothing but rounding.
+# An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant
+# up to float32 rounding: it is centered only (std 1), for dividing by its std would amplify nothing
+# but rounding.
 CONSTANT_TOLERANCE = 1e-6
 
 
 def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
-    """Mean and standard deviation of the observations, ``[S]`` float32, and the action bounds, ``[A]``.
+    """Mean and standard deviation of the observations, ``[S]`` float32, and the action bounds,
+    ``[A]``.
 
-    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.  Where each host has some of
-    the rows, ``gather`` brings their sums together and the result is that of the whole dataset.
+    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.  Where each host has
+    some of the rows, ``gather`` brings their sums together and the result is that of the whole
+    dataset.
     """
-    columns = dataset.transitions.observations.T  # a column at a time keeps the float64 copies small
+    columns = (
+        dataset.transitions.observations.T
+    )  # a column at a time keeps the float64 copies small
     count = sum(gather(np.asarray(float(columns.shape[1]))))
     mean = sum(gather(np.array([column.sum(dtype=np.float64) for column in columns]))) / count
     squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
@@ -41,11 +46,13 @@ def gather_episodes(dataset: Dataset, gather: Gather) -> Dataset:
     )
 
 
-def preprocess(dataset: Dataset, normalizer: Normalizer, reward_transform: str = "none") -> Transitions:
+def preprocess(
+    dataset: Dataset, normalizer: Normalizer, reward_transform: str = "none"
+) -> Transitions:
     """The dataset's transitions, all float32 on the host, ready for training.
 
-    Observations and next observations ``[N, S]`` are standardized, actions ``[N, A]`` scaled from their
-    bounds to [-1, 1], rewards ``[N]`` transformed by ``REWARD_TRANSFORMS[reward_transform]``.
+    Observations and next observations ``[N, S]`` are standardized, actions ``[N, A]`` scaled from
+    their bounds to [-1, 1], rewards ``[N]`` transformed by ``REWARD_TRANSFORMS[reward_transform]``.
 
     Raises:
       ValueError: unknown ``reward_transform``, or a normalizer of other sizes.
@@ -60,7 +67,9 @@ def preprocess(dataset: Dataset, normalizer: Normalizer, reward_transform: str =
     actions = normalizer.scale_actions(data.actions)
     return Transitions(
         observations=_float32(normalizer.normalize_observations(data.observations)),
-        actions=_float32(np.clip(actions, -1.0, 1.0)),  # rounding in the scaling can leave the interval
+        actions=_float32(
+            np.clip(actions, -1.0, 1.0)
+        ),  # rounding in the scaling can leave the interval
         rewards=_float32(REWARD_TRANSFORMS[reward_transform](dataset)),
         next_observations=_float32(normalizer.normalize_observations(data.next_observations)),
         terminated=_float32(data.terminated),
@@ -80,12 +89,14 @@ def _locomotion(dataset: Dataset) -> np.ndarray:
     returns = dataset.episode_returns
     if len(returns) < 2:
         raise DataError(
-            f"{dataset.name}: reward transform 'locomotion' needs at least 2 episodes; got {len(returns)}"
+            f"{dataset.name}: reward transform 'locomotion' needs at least 2 episodes; got "
+            f"{len(returns)}"
         )
     spread = float(returns.max() - returns.min())
     if spread == 0.0:
         raise DataError(
-            f"{dataset.name}: reward transform 'locomotion' divides by max - min episode return, and every "
+            f"{dataset.name}: reward transform 'locomotion' divides by max - min episode return, "
+            "and every "
             f"episode returned {returns.max():g}"
         )
     return dataset.transitions.rewards * (1000.0 / spread)

@@ -1,9 +1,9 @@
 """Play in an environment and record a Minari dataset, whole or not at all.
 
-The recording is made under a temporary id in Minari's own folder and becomes the dataset by one rename, so it
-is there whole or not at all; of two processes that record at once, the second to finish finds the dataset
-there and removes its own recording.  A recording that was killed leaves its temporary folder behind: it is
-never read, and may be deleted.
+The recording is made under a temporary id in Minari's own folder and becomes the dataset by one
+rename, so it is there whole or not at all; of two processes that record at once, the second to
+finish finds the dataset there and removes its own recording.  A recording that was killed leaves
+its temporary folder behind: it is never read, and may be deleted.
 """
 
 import contextlib
@@ -24,20 +24,22 @@ from tqdm import tqdm
 
 from efm_jax import checks
 from efm_jax.data import validation
-from efm_jax.data.errors import DataError, reason
-from efm_jax.data.flatten import flatten_observation
-from efm_jax.data.minari_source import local_path
+from efm_jax.data.minari import local_path
+from efm_jax.envs.flatten import flatten_observation
+from efm_jax.errors import DataError, reason
 from efm_jax.types import Array
 
 REFERENCE_EPISODES = 100
 
-# One observation, as the environment gives it, to an action [A] in its units; bounds are seen to here.
+# One observation, as the environment gives it, to an action [A] in its units; bounds are seen to
+# here.
 Act = Callable[[Any], np.ndarray]
 
 # What plays an episode, given its number.
 Begin = Callable[[int], Act]
 
-# Purposes of a recording's random numbers, folded into its seed; smaller ones are the recorded policy's own.
+# Purposes of a recording's random numbers, folded into its seed; smaller ones are the recorded
+# policy's own.
 _RESETS, _REFERENCE_RESETS, _RANDOM_ACTIONS, _ACTION_NOISE = 2, 3, 4, 5
 
 
@@ -47,7 +49,9 @@ class Recording(NamedTuple):
     returns: np.ndarray  # [E] float64, of every episode
     lengths: np.ndarray  # [E] int64
     reference_scores: tuple[float, float] | None
-    published: bool  # False when another process had recorded the dataset by then, which was left as it is
+    published: (
+        bool  # False when another process had recorded the dataset by then, which was left as it is
+    )
 
 
 def record(
@@ -61,15 +65,18 @@ def record(
     expert: Act | None = None,
     **metadata: str,
 ) -> Recording:
-    """Record whole episodes of ``env`` as the Minari dataset ``dataset_id``, to be evaluated in ``env`` too.
+    """Record whole episodes of ``env`` as the Minari dataset ``dataset_id``, to be evaluated in
+    ``env`` too.
 
-    The same arguments give the same bytes, and more episodes begin with the same ones.  Where an ``expert``
-    is given, the metadata has reference scores: ``ref_min_score`` is the mean return of uniformly random
-    actions and ``ref_max_score`` that of the expert, each over ``REFERENCE_EPISODES`` seeded episodes.
+    The same arguments give the same bytes, and more episodes begin with the same ones.  Where an
+    ``expert`` is given, the metadata has reference scores: ``ref_min_score`` is the mean return of
+    uniformly random actions and ``ref_max_score`` that of the expert, each over
+    ``REFERENCE_EPISODES`` seeded episodes.
 
     Args:
       dataset_id: a Minari id, ``namespace/name-v0``.
-      env: made with a spec, which has a limit on the length of an episode.  It is closed in the end.
+      env: made with a spec, which has a limit on the length of an episode.  It is closed in the
+        end.
       begin: given the number of an episode, what acts in it; called in order.
       seed: of the starts and of the random actions; ``begin`` has its own.
       episodes: how many to record.
@@ -78,15 +85,17 @@ def record(
       **metadata: ``algorithm_name``, ``code_permalink``, ``description``, as Minari has them.
 
     Raises:
-      DataError: Minari's folder cannot be written, spaces that no dataset can have here, no limit on the
-        length of an episode, an expert that is not better than random actions, or an action that is not
-        finite or of another shape.
+      DataError: Minari's folder cannot be written, spaces that no dataset can have here, no limit
+        on the length of an episode, an expert that is not better than random actions, or an action
+        that is not finite or of another shape.
       ValueError: bad numbers, or not exactly one of ``episodes`` and ``steps``.
     """
     checks.check_integer("seed", seed, 0)
     if (episodes is None) == (steps is None):
         raise ValueError(f"episodes, steps: expected one of them; got {episodes} and {steps}")
-    checks.check_integer("episodes" if steps is None else "steps", episodes if steps is None else steps, 1)
+    checks.check_integer(
+        "episodes" if steps is None else "steps", episodes if steps is None else steps, 1
+    )
     check_environment(env)
     with contextlib.closing(env), new_dataset(dataset_id) as (temporary_id, publish):
         references = None
@@ -95,7 +104,10 @@ def record(
         returns, lengths = [], []
         resets = np.random.default_rng([seed, _RESETS])
         bar = tqdm(
-            total=episodes or steps, desc="recording", unit="episode" if episodes else "step", disable=None
+            total=episodes or steps,
+            desc="recording",
+            unit="episode" if episodes else "step",
+            disable=None,
         )
         with bar, _collector(env) as collector:
             while len(returns) < episodes if episodes else sum(lengths) < steps:
@@ -115,8 +127,13 @@ def check_new(dataset_id: str) -> None:
 
     try:
         parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:  # TypeError: Minari's int(None) for an id without a version
-        raise DataError(f"dataset {dataset_id!r}: expected a Minari id, as namespace/name-v0") from error
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: Minari's int(None) for an id without a version
+        raise DataError(
+            f"dataset {dataset_id!r}: expected a Minari id, as namespace/name-v0"
+        ) from error
     path = local_path(dataset_id)
     if path.joinpath("data").exists():
         raise DataError(f"dataset {dataset_id}: expected a new id; there is one at {path}")
@@ -128,7 +145,9 @@ def check_environment(env: gymnasium.Env) -> None:
     validation.check_observation_space(name, env.observation_space)
     validation.check_action_space(name, env.action_space)
     if env.spec.max_episode_steps is None:
-        raise DataError(f"{name}: expected a limit on the length of an episode (max_episode_steps); got none")
+        raise DataError(
+            f"{name}: expected a limit on the length of an episode (max_episode_steps); got none"
+        )
 
 
 def random_actions(space: gymnasium.spaces.Box, rng: np.random.Generator) -> Act:
@@ -150,7 +169,9 @@ def batched(
     space = env.action_space
     deviation = noise * (space.high - space.low) / 2
     root = jax.random.key(seed)
-    fold = jax.jit(lambda episode, step: jax.random.fold_in(jax.random.fold_in(root, episode), step))
+    fold = jax.jit(
+        lambda episode, step: jax.random.fold_in(jax.random.fold_in(root, episode), step)
+    )
 
     def begin(episode: int) -> Act:
         rng = np.random.default_rng([seed, _ACTION_NOISE, episode])
@@ -171,7 +192,9 @@ def check_action(env: gymnasium.Env, action: Any) -> np.ndarray:
     space = env.action_space
     array = np.asarray(action, space.dtype)
     if array.shape != space.shape:
-        raise DataError(f"actions: expected shape {space.shape}, of {env.spec.id}; got {array.shape}")
+        raise DataError(
+            f"actions: expected shape {space.shape}, of {env.spec.id}; got {array.shape}"
+        )
     if not np.isfinite(array).all():
         raise DataError(f"actions: expected finite numbers; got {array}")
     return array
@@ -184,7 +207,9 @@ def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
     total, length, over = 0.0, 0, False
     while not over:
         action = check_action(env, act(observation))
-        observation, reward, terminated, truncated, _ = env.step(np.clip(action, space.low, space.high))
+        observation, reward, terminated, truncated, _ = env.step(
+            np.clip(action, space.low, space.high)
+        )
         total += float(reward)
         length += 1
         over = terminated or truncated
@@ -195,10 +220,11 @@ def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
 def new_dataset(dataset_id: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     """A temporary Minari id to create, and what makes it the dataset ``dataset_id`` then.
 
-    ``publish()`` returns False where another process's dataset is there already, and leaves that alone.
+    ``publish()`` returns False where another process's dataset is there already, and leaves that
+    alone.
     """
-    # Its own name for each process and call; without a namespace, since Minari walks through every folder,
-    # those that another process is just removing too, to create one.
+    # Its own name for each process and call; without a namespace, since Minari walks through every
+    # folder, those that another process is just removing too, to create one.
     temporary_id = f"efm-recording-{os.getpid()}-{secrets.token_hex(4)}-v0"
     temporary = local_path(temporary_id)
 
@@ -208,7 +234,8 @@ def new_dataset(dataset_id: str) -> Iterator[tuple[str, Callable[[], bool]]]:
 
     try:
         with warnings.catch_warnings():
-            # Minari leaves the removal of temporary folders to the garbage collector, and asks for an e-mail.
+            # Minari leaves the removal of temporary folders to the garbage collector, and asks for
+            # an e-mail.
             warnings.simplefilter("ignore", ResourceWarning)
             warnings.filterwarnings("ignore", message="`author_email` is set to None")
             yield temporary_id, publish
@@ -291,7 +318,8 @@ def _publish(temporary: Path, final: Path) -> bool:
     try:
         os.rename(temporary, final)
     except OSError:
-        # The folder of the other process's finished recording, which is not empty, stopped the rename.
+        # The folder of the other process's finished recording, which is not empty, stopped the
+        # rename.
         if not final.joinpath("data").exists():
             raise
         return False

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from efm_jax.data import builtin, d4rl_files, ogbench_source
+from efm_jax.data import builtin, d4rl_files, ogbench
 from efm_jax.data.d4rl import load_d4rl
-from efm_jax.data.errors import DataError
-from efm_jax.data.minari_source import load_minari, local_path
+from efm_jax.data.minari import load_minari, local_path
+from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Rows, all_rows
 
 _HDF5_ENDINGS = (".hdf5", ".h5")
@@ -25,37 +25,39 @@ class Folders(NamedTuple):
     """Where files that are asked for by name are looked for, and downloaded to: each project's own place."""
 
     d4rl: str = d4rl_files.DEFAULT_FOLDER
-    ogbench: str = ogbench_source.DEFAULT_FOLDER
+    ogbench: str = ogbench.DEFAULT_FOLDER
 
 
 def load_dataset(
     name: str, *, env: str | None = None, rows: Rows = all_rows, folders: Folders | None = None
 ) -> Dataset:
-    """Read a dataset from one of the ``DATASET_SOURCES``, validated, in the environment's own units.
+    """Read a dataset from one of the ``DATASET_SOURCES``, validated, in the environment's own
+    units.
 
     Args:
-      name: the built-in id, a Minari id, a name of D4RL or OGBench, or the path of an HDF5 or npz file.
-        A name that D4RL and Minari could both have, such as ``door-human-v1``, is D4RL's.
-      env: a Gymnasium id to evaluate in, instead of the environment that the source names. For an OGBench
-        file it also names the task that rewards are computed for.
-      rows: given the number of transitions that the source has, the slice of them to read. Of the rest,
-        little more than the rewards is read; what it raises is raised.
-      folders: where D4RL's and OGBench's files are; by default ``~/.d4rl/datasets`` and ``~/.ogbench/data``.
-        Minari finds its own (``MINARI_DATASETS_PATH``).
+      name: the built-in id, a Minari id, a name of D4RL or OGBench, or the path of an HDF5 or npz
+        file. A name that D4RL and Minari could both have, such as ``door-human-v1``, is D4RL's.
+      env: a Gymnasium id to evaluate in, instead of the environment that the source names. For an
+        OGBench file it also names the task that rewards are computed for.
+      rows: given the number of transitions that the source has, the slice of them to read. Of the
+        rest, little more than the rewards is read; what it raises is raised.
+      folders: where D4RL's and OGBench's files are; by default ``~/.d4rl/datasets`` and
+        ``~/.ogbench/data``. Minari finds its own (``MINARI_DATASETS_PATH``).
 
     Raises:
-      DataError: an unknown name, a failed download, or data that cannot be used; one line, what and where.
+      DataError: an unknown name, a failed download, or data that cannot be used; one line, what and
+        where.
     """
     folders = folders or Folders()
     ending = _path_ending(name)
     if ending == _NPZ_ENDING:
-        return ogbench_source.load_ogbench(name, env=env, rows=rows)
+        return ogbench.load_ogbench(name, env=env, rows=rows)
     if ending is not None:
         return load_d4rl(name, env=env, rows=rows)
     if name in d4rl_files.D4RL_FILES:
         return load_d4rl(d4rl_files.ensure_file(name, folders.d4rl), name=name, env=env, rows=rows)
-    if ogbench_source.is_ogbench(name):
-        return ogbench_source.load_ogbench_name(name, folder=folders.ogbench, env=env, rows=rows)
+    if ogbench.is_ogbench(name):
+        return ogbench.load_ogbench_name(name, folder=folders.ogbench, env=env, rows=rows)
     if name == builtin.BUILTIN_DATASET:
         builtin.ensure_recorded()
     problem = d4rl_files.misspelled(name)

@@ -8,8 +8,11 @@ import numpy as np
 from efm_jax.data.preprocess import CONSTANT_TOLERANCE
 from efm_jax.types import Dataset, Transitions
 
-# Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay within.
-_AT_BOUND = 1e-3  # distance from a bound, relative to the distance of the bounds, that counts as at it
+# Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay
+# within.
+_AT_BOUND = (
+    1e-3  # distance from a bound, relative to the distance of the bounds, that counts as at it
+)
 _MANY_AT_BOUND = 0.5  # share of an action dimension
 _NARROW = 0.1  # share of the interval between the bounds that an action dimension uses
 _MANY_COPIES = 0.01  # share of the transitions
@@ -33,16 +36,18 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
 
       - ``dataset``, ``environment`` (an id or None), ``transitions``, ``episodes``;
       - ``lengths``, ``returns``: statistics over episodes, as the source counts them;
-      - ``ends``: ``trajectories`` (runs of transitions each of which starts where the one before led), how
-        many of them end ``terminated`` or ``truncated`` (all others: timeouts, and recordings that stop),
-        ``terminated_steps`` and ``terminated_share``, the share of trajectories with a terminated step
+      - ``ends``: ``trajectories`` (runs of transitions each of which starts where the one before
+        led), how many of them end ``terminated`` or ``truncated`` (all others: timeouts, and
+        recordings that stop), ``terminated_steps`` and ``terminated_share``, the share of
+        trajectories with a terminated step
         anywhere: the success rate where the environment ends at its goal;
-      - ``rewards``: statistics over transitions, ``zero_share``, and ``values``, the list of all different
-        rewards if they are few, else None;
-      - ``observations``: ``size``, lists ``[S]`` of ``min, max, mean, std``, and the list ``constant``
-        of dimensions that never change;
-      - ``actions``: ``size``, lists ``[A]`` of ``low, high`` (bounds), ``min, max, mean, std, at_bounds``
-        (share of the actions), and ``any_at_bounds``, the share of actions with a dimension at a bound;
+      - ``rewards``: statistics over transitions, ``zero_share``, and ``values``, the list of all
+        different rewards if they are few, else None;
+      - ``observations``: ``size``, lists ``[S]`` of ``min, max, mean, std``, and the list
+        ``constant`` of dimensions that never change;
+      - ``actions``: ``size``, lists ``[A]`` of ``low, high`` (bounds), ``min, max, mean, std,
+        at_bounds`` (share of the actions), and ``any_at_bounds``, the share of actions with a
+        dimension at a bound;
       - ``copies``: transitions that are equal to an earlier one in all of their numbers;
       - ``problems``: one line each; empty where nothing was found.
     """
@@ -145,14 +150,16 @@ def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> 
     unmarked = len(starts) - summary["episodes"] - 1
     if unmarked > 0:
         problems.append(
-            f"{unmarked} ends of trajectories are not marked: returns and lengths there are of several "
+            f"{unmarked} ends of trajectories are not marked: returns and lengths there are of "
+            "several "
             "episodes together"
         )
     # An episode of one step that timed out may have no transition, and so no trajectory.
     continued = int(np.sum(dataset.episode_lengths > 1)) - len(starts)
     if continued > 0:
         problems.append(
-            f"{continued} episodes begin where the one before led: ends are marked where the data goes on"
+            f"{continued} episodes begin where the one before led: ends are marked where the data "
+            "goes on"
         )
     short = int(np.sum(dataset.episode_lengths == 1))
     if short > _MANY_SHORT * summary["episodes"]:
@@ -160,7 +167,9 @@ def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> 
     if summary["episodes"] > 1 and summary["returns"]["min"] == summary["returns"]["max"]:
         problems.append(f"every episode returned {summary['returns']['max']:g}")
     if summary["rewards"]["min"] == summary["rewards"]["max"]:
-        problems.append(f"every reward is {summary['rewards']['max']:g}: there is nothing to learn from")
+        problems.append(
+            f"every reward is {summary['rewards']['max']:g}: there is nothing to learn from"
+        )
     return (
         problems
         + _observation_problems(dataset.transitions, summary["observations"])
@@ -179,13 +188,15 @@ def _observation_problems(data: Transitions, columns: dict[str, Any]) -> list[st
     outliers = varying[farthest[varying] > _OUTLIER * std[varying]]
     if len(outliers):
         problems.append(
-            f"observation {_dimensions(outliers)} have values farther than {_OUTLIER:g} standard deviations "
+            f"observation {_dimensions(outliers)} have values farther than {_OUTLIER:g} standard "
+            "deviations "
             "from their mean"
         )
     jumps = _jumps(data, std)
     if jumps:
         problems.append(
-            f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of trajectories may "
+            f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of "
+            "trajectories may "
             "not be marked there"
         )
     return problems
@@ -195,7 +206,9 @@ def _jumps(data: Transitions, std: np.ndarray) -> int:
     """Transitions with a step in some dimension that no other step of that dimension comes near."""
     jumped = np.zeros(data.size, bool)
     every = max(1, data.size // _SAMPLE)
-    for column, following, spread in zip(data.observations.T, data.next_observations.T, std, strict=True):
+    for column, following, spread in zip(
+        data.observations.T, data.next_observations.T, std, strict=True
+    ):
         steps = np.abs(following - column)
         usual = float(np.quantile(steps[::every], 0.99))
         # Where hardly any step is not 0 (a switch, a goal), a step is an event and no jump.
@@ -214,7 +227,9 @@ def _action_problems(columns: dict[str, Any]) -> list[str]:
     if len(still):
         problems.append(f"action {_dimensions(still)} never change")
     if len(narrow):
-        problems.append(f"action {_dimensions(narrow)} use less than {_NARROW:.0%} of their interval")
+        problems.append(
+            f"action {_dimensions(narrow)} use less than {_NARROW:.0%} of their interval"
+        )
     # A dimension that never changes may well be at its bound, which was said.
     full = np.setdiff1d(full, still)
     if len(full):

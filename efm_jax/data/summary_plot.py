@@ -22,9 +22,9 @@ def draw_summary(
 ) -> bytes:
     """The PNG of six panels.
 
-    Histograms of episode returns (with scores on a second axis where there are ``references``), lengths and
-    rewards; returns in the order of the recording; where in its interval every action dimension lies;
-    quantiles of every observation dimension.
+    Histograms of episode returns (with scores on a second axis where there are ``references``),
+    lengths and rewards; returns in the order of the recording; where in its interval every action
+    dimension lies; quantiles of every observation dimension.
 
     Args:
       dataset: the whole dataset.
@@ -38,13 +38,17 @@ def draw_summary(
         axes.spines[["top", "right"]].set_visible(False)
     _returns(panels[0], dataset, references)
     _histogram(panels[1], dataset.episode_lengths, "Episode lengths", "steps", "episodes")
-    _histogram(panels[2], dataset.transitions.rewards, "Rewards", "reward", "transitions (log)", log=True)
+    _histogram(
+        panels[2], dataset.transitions.rewards, "Rewards", "reward", "transitions (log)", log=True
+    )
     _course(panels[3], dataset)
     _actions(panels[4], dataset, summary["actions"])
     _observations(panels[5], dataset)
     title = (
-        f"{summary['dataset']}: {summary['transitions']:,} transitions, {summary['episodes']:,} episodes, "
-        f"{summary['observations']['size']} observation and {summary['actions']['size']} action dimensions"
+        f"{summary['dataset']}: {summary['transitions']:,} transitions, {summary['episodes']:,} "
+        "episodes, "
+        f"{summary['observations']['size']} observation and {summary['actions']['size']} action "
+        "dimensions"
     )
     figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=12)
     buffer = io.BytesIO()
@@ -71,7 +75,9 @@ def _returns(axes: Axes, dataset: Dataset, references: tuple[float, float] | Non
         top.tick_params(labelsize=8)
 
 
-def _histogram(axes: Axes, values: np.ndarray, title: str, x: str, y: str, *, log: bool = False) -> None:
+def _histogram(
+    axes: Axes, values: np.ndarray, title: str, x: str, y: str, *, log: bool = False
+) -> None:
     values = np.asarray(values, np.float64)
     low, high = float(values.min()), float(values.max())
     if low == high:  # one value: a bar in the middle of an interval that shows its size
@@ -97,12 +103,18 @@ def _actions(axes: Axes, dataset: Dataset, columns: dict[str, Any]) -> None:
     """Every action dimension's histogram over the interval between its bounds, as a column of shades."""
     low, high = dataset.action_low, dataset.action_high
     scaled = 2.0 * (_sample(dataset.transitions.actions) - low) / (high - low) - 1.0
-    counts = np.stack([np.histogram(column, bins=_BINS, range=(-1.0, 1.0))[0] for column in scaled.T])
+    counts = np.stack(
+        [np.histogram(column, bins=_BINS, range=(-1.0, 1.0))[0] for column in scaled.T]
+    )
     shares = counts.T / len(scaled)
     size = shares.shape[1]
     # The square root, or a few full bins would leave all others white.
     image = axes.imshow(
-        np.sqrt(shares), aspect="auto", origin="lower", cmap="Blues", extent=(-0.5, size - 0.5, -1.0, 1.0)
+        np.sqrt(shares),
+        aspect="auto",
+        origin="lower",
+        cmap="Blues",
+        extent=(-0.5, size - 0.5, -1.0, 1.0),
     )
     bar = axes.figure.colorbar(image, ax=axes)
     ticks = [tick for tick in bar.get_ticks() if 0.0 <= tick <= np.sqrt(shares.max())]

@@ -1,7 +1,8 @@
-"""What data must satisfy before anything is trained on it; each failure is a one-line :class:`DataError`.
+"""What data must satisfy before anything is trained on it; each failure is a one-line
+:class:`DataError`.
 
-``source`` is what the message begins with (the dataset's name or file) and ``locate(i)`` may add where
-row ``i`` is in it, such as its episode.
+``source`` is what the message begins with (the dataset's name or file) and ``locate(i)`` may add
+where row ``i`` is in it, such as its episode.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from efm_jax.data.errors import DataError
-from efm_jax.data.flatten import box_leaves
+from efm_jax.envs.flatten import box_leaves
+from efm_jax.errors import DataError
 
 # An action this far outside its bounds, relative to their distance, is rounding and is clipped.
 ACTION_TOLERANCE = 1e-5
@@ -29,9 +30,13 @@ def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[
     for name, array in arrays.items():
         if name.endswith("observations") and array.ndim > 2:
             shape = array.shape
-            raise DataError(f"{source}: {name} of shape {shape} look like images; only vectors are supported")
+            raise DataError(
+                f"{source}: {name} of shape {shape} look like images; only vectors are supported"
+            )
         if array.ndim != ranks[name]:
-            raise DataError(f"{source}: {name}: expected {ranks[name]} axes; got shape {array.shape}")
+            raise DataError(
+                f"{source}: {name}: expected {ranks[name]} axes; got shape {array.shape}"
+            )
     for name, array in arrays.items():
         if len(array) != len(arrays[first]):
             found = f"{first} have {len(arrays[first])} rows, {name} {len(array)}"
@@ -43,7 +48,8 @@ def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[
 def check_finite(
     source: str, name: str, array: np.ndarray, locate: Locate = _nowhere, first_row: int = 0
 ) -> None:
-    """No NaN and no infinity in ``array [N, ...]``; the message names the array and the first bad row.
+    """No NaN and no infinity in ``array [N, ...]``; the message names the array and the first bad
+    row.
 
     ``first_row`` is the number that the array's first row has in the source.
     """
@@ -52,14 +58,17 @@ def check_finite(
         return
     row, *rest = index = tuple(int(i) for i in np.argwhere(~finite)[0])
     where = "".join(f"[{i}]" for i in (first_row + row, *rest))
-    raise DataError(f"{source}: {name}{where} is not finite: {array[index]}{locate(first_row + row)}")
+    raise DataError(
+        f"{source}: {name}{where} is not finite: {array[index]}{locate(first_row + row)}"
+    )
 
 
 def check_observation_space(source: str, space: spaces.Space) -> None:
     """Vectors, alone or nested: no images, and no discrete or text observations."""
     if isinstance(space, spaces.Box) and len(space.shape) != 1:
         raise DataError(
-            f"{source}: observations of shape {space.shape} look like images; only vectors are supported"
+            f"{source}: observations of shape {space.shape} look like images; only vectors are "
+            "supported"
         )
     try:
         leaves = box_leaves(space)
@@ -68,7 +77,8 @@ def check_observation_space(source: str, space: spaces.Space) -> None:
     for place, box in leaves:
         if len(box.shape) >= 3 or (len(box.shape) == 2 and box.dtype == np.uint8):
             raise DataError(
-                f"{source}: {place} of shape {box.shape} looks like an image; only vectors are supported"
+                f"{source}: {place} of shape {box.shape} looks like an image; only vectors are "
+                "supported"
             )
 
 
@@ -76,7 +86,9 @@ def check_action_space(source: str, space: spaces.Space) -> None:
     """A flat, continuous ``Box`` with finite bounds."""
     discrete = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
     if discrete or (isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)):
-        raise DataError(f"{source}: actions are discrete ({space}); only continuous actions are supported")
+        raise DataError(
+            f"{source}: actions are discrete ({space}); only continuous actions are supported"
+        )
     if not isinstance(space, spaces.Box) or len(space.shape) != 1:
         raise DataError(f"{source}: expected actions in a Box of one axis; got {space}")
     check_bounds(source, space.low, space.high)
@@ -86,7 +98,9 @@ def check_bounds(source: str, low: np.ndarray, high: np.ndarray) -> None:
     """Action bounds ``[A]`` must be finite with ``low < high``, for actions are scaled by them."""
     for i, (lower, upper) in enumerate(zip(low, high, strict=True)):
         if not (np.isfinite(lower) and np.isfinite(upper)):
-            raise DataError(f"{source}: action dimension {i} has infinite bounds [{lower!s}, {upper!s}]")
+            raise DataError(
+                f"{source}: action dimension {i} has infinite bounds [{lower!s}, {upper!s}]"
+            )
         if lower >= upper:
             raise DataError(
                 f"{source}: action dimension {i} has empty bounds: low {lower!s} >= high {upper!s}"
@@ -114,10 +128,13 @@ def clip_actions(
 
     Raises:
       DataError: ``A`` differs from the bounds', or an action is outside by more than
-        ``ACTION_TOLERANCE * (high - low)``; the message has the first index, its value and the bounds.
+        ``ACTION_TOLERANCE * (high - low)``; the message has the first index, its value and the
+        bounds.
     """
     if actions.shape[1] != low.shape[0]:
-        raise DataError(f"{source}: actions have {actions.shape[1]} dimensions, their bounds {low.shape[0]}")
+        raise DataError(
+            f"{source}: actions have {actions.shape[1]} dimensions, their bounds {low.shape[0]}"
+        )
     slack = ACTION_TOLERANCE * (high.astype(np.float64) - low)
     outside = (actions < low - slack) | (actions > high + slack)
     if outside.any():
@@ -125,7 +142,8 @@ def clip_actions(
         value, bounds = str(actions[row, column]), f"[{low[column]!s}, {high[column]!s}]"
         row += first_row
         raise DataError(
-            f"{source}: actions[{row}][{column}] is outside its bounds {bounds}: {value}{locate(row)}"
+            f"{source}: actions[{row}][{column}] is outside its bounds {bounds}: "
+            f"{value}{locate(row)}"
         )
     return np.clip(actions, low, high)
 

@@ -1,8 +1,8 @@
 """Offline RL in three stages, for one seed: behavior model, critic, policy.
 
-Behavior model by plain flow (or score) matching; an offline critic; then a policy, which for QIPO is policy
-improvement on support sets (Zhang et al. 2025, Sec. 5, Algorithm 2).  Pure functions: nothing here knows of
-other seeds, files or the clock; a device axis enters only as ``axis_name``.
+Behavior model by plain flow (or score) matching; an offline critic; then a policy, which for QIPO
+is policy improvement on support sets (Zhang et al. 2025, Sec. 5, Algorithm 2).  Pure functions:
+nothing here knows of other seeds, files or the clock; a device axis enters only as ``axis_name``.
 """
 
 import dataclasses
@@ -115,7 +115,8 @@ class Algorithm:
             return optax.adam(config.critic_learning_rate)
         rate = config.learning_rate
         if config.learning_rate_schedule == "cosine":
-            # A policy without a phase of its own has a state all the same, of an optimizer that never steps.
+            # A policy without a phase of its own has a state all the same, of an optimizer that
+            # never steps.
             rate = optax.cosine_decay_schedule(rate, max(config.phase_steps[phase], 1))
         adam = optax.adam(rate)
         clip = config.max_grad_norm
@@ -135,7 +136,9 @@ class Algorithm:
         loss, optimizer = losses[phase](axis_name), self._optimizer(phase)
         rate = self.config.polyak if phase == "critic" else 1.0 - self.config.ema_decay
         part_size = self._part_size(phase) if in_parts else None
-        return make_step(loss, optimizer, average_rate=rate, axis_name=axis_name, part_size=part_size)
+        return make_step(
+            loss, optimizer, average_rate=rate, axis_name=axis_name, part_size=part_size
+        )
 
     def _part_size(self, phase: str) -> int | None:
         config, policy = self.config, self.policy
@@ -173,7 +176,11 @@ class Algorithm:
         index_key, row_key = jax.random.split(key)
         num_rows = tables.samples.size * num_devices
         indices = sample_rows(
-            index_key, self.config.batch_size, num_rows, num_devices=num_devices, axis_name=axis_name
+            index_key,
+            self.config.batch_size,
+            num_rows,
+            num_devices=num_devices,
+            axis_name=axis_name,
         )
         samples, next_actions = jax.tree.map(
             lambda leaf: leaf[indices], (tables.samples, tables.next_actions)
@@ -183,13 +190,17 @@ class Algorithm:
             rows = self.policy.gather(row_key, tables.policy, indices, axis_name)
         return Tables(samples, next_actions, rows)
 
-    def next_actions(self, params: Params, key: Array, next_observations: Array, indices: Array) -> Array:
+    def next_actions(
+        self, params: Params, key: Array, next_observations: Array, indices: Array
+    ) -> Array:
         """Behavior actions ``[b, M, A]`` at ``next_observations [b, S]``, rows ``indices`` of the data."""
         key = jax.random.fold_in(key, Purpose.NEXT_ACTIONS)
         noise = draw_noise(key, indices, (self.config.support_size, self.action_size))
         return self.model.sample(params, next_observations[:, None], noise)
 
-    def policy_rows(self, state: State, key: Array, renewal: Array, samples: Samples, indices: Array) -> Any:
+    def policy_rows(
+        self, state: State, key: Array, renewal: Array, samples: Samples, indices: Array
+    ) -> Any:
         """Rows ``indices`` of the policy's table, of the samples ``[b, ...]``; see :meth:`Policy.rows`."""
         key = jax.random.fold_in(key, Purpose.SUPPORT)
         return self.policy.rows(state.acting(state.renewed_params), key, renewal, samples, indices)
@@ -241,7 +252,8 @@ class Algorithm:
         step: Array,
         seeds: Array,
     ) -> Array:
-        """:meth:`actions` with noise that depends on an episode's seed and step, not on those beside it.
+        """:meth:`actions` with noise that depends on an episode's seed and step, not on those
+        beside it.
 
         Args:
           name, acting, normalizer, observations: as in :meth:`actions`.

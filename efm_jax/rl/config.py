@@ -31,25 +31,27 @@ class QIPOConfig:
     activation: str = "silu"
     layer_norm: bool = False
     time_features: int = 12
-    dtype: str = "float32"  # what the model's layers compute in; parameters, losses and critics stay float32
+    dtype: str = (
+        "float32"  # what the model's layers compute in; parameters, losses and critics stay float32
+    )
     learning_rate: float = 1e-3
     # cosine: from learning_rate to 0 over each of the behavior and policy phases.
     learning_rate_schedule: str = "constant"
     batch_size: int = 256  # states per step, over all devices
     max_grad_norm: float = 1.0  # of the behavior and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
-    # auto: midpoint for velocities, DPM-Solver++ for scores.  Euler's few steps narrow every support set,
-    # and renewals compound it.
+    # auto: midpoint for velocities, DPM-Solver++ for scores.  Euler's few steps narrow every
+    # support set, and renewals compound it.
     solver: str = "auto"
     sample_steps: int = 10
     # Energy weighting; in qgpo of the guidance, in reweight and gaussian of the advantages.
     beta: float = 10.0
-    # qipo, qgpo: at every renewal, the beta at which support sets have this mean effective sample size, as a
-    # fraction of their size; 0 keeps beta fixed.
+    # qipo, qgpo: at every renewal, the beta at which support sets have this mean effective sample
+    # size, as a fraction of their size; 0 keeps beta fixed.
     target_ess: float = 0.0
     support_size: int = 16  # actions drawn from the policy for each state; the data action is added
-    # As many support actions the data action counts for: more of it keeps the policy near the data, where
-    # errors of sampling cannot compound over renewals.
+    # As many support actions the data action counts for: more of it keeps the policy near the data,
+    # where errors of sampling cannot compound over renewals.
     data_copies: float = 1.0
     renew_every: int = 2500
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
@@ -60,10 +62,12 @@ class QIPOConfig:
     critic_learning_rate: float = 1e-3
     num_critics: int = 2  # Q-networks; softmax_q and iql take their minimum
     pessimism: float = 1.0  # ensemble: standard deviations under the mean
-    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak steps:
-    # keep critic_steps above a few times their product.
+    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak
+    # steps: keep critic_steps above a few times their product.
     discount: float = 0.98
-    n_step: int = 1  # rewards of the data before a target looks at a value; values travel so much faster
+    n_step: int = (
+        1  # rewards of the data before a target looks at a value; values travel so much faster
+    )
     polyak: float = 0.02
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql, ensemble
@@ -97,7 +101,11 @@ class QIPOConfig:
     def phase_steps(self) -> dict[str, int]:
         """Training steps of every phase."""
         policy_steps = self.policy_steps if POLICIES[self.policy].trains else 0
-        return {"behavior": self.behavior_steps, "critic": self.critic_steps, "policy": policy_steps}
+        return {
+            "behavior": self.behavior_steps,
+            "critic": self.critic_steps,
+            "policy": policy_steps,
+        }
 
     def validate(self) -> "QIPOConfig":
         """Return self, or raise a ``ValueError`` or ``TypeError`` that names the field."""
@@ -142,16 +150,22 @@ class QIPOConfig:
         checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
         for name in ("expectile", "ema_decay", "target_ess"):
             value = getattr(self, name)
-            checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=name == "expectile")
+            checks.check_number(
+                name, value, minimum=0.0, maximum=1.0, open_minimum=name == "expectile"
+            )
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
         if self.policy == "qgpo" and self.path != "vp":
-            raise ValueError(f"path: expected 'vp' with policy=qgpo, which guides a score; got {self.path!r}")
+            raise ValueError(
+                f"path: expected 'vp' with policy=qgpo, which guides a score; got {self.path!r}"
+            )
         return self
 
     def to_dict(self) -> dict[str, typing.Any]:
         """Fields as plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, typing.Any]) -> "QIPOConfig":
@@ -159,7 +173,9 @@ class QIPOConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"config: unknown field {unknown[0]!r}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).validate()
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        ).validate()
 
 
 def _check_type(name: str, value: typing.Any, expected: type) -> None:

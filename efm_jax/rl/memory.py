@@ -20,7 +20,9 @@ class Memory(NamedTuple):
 
     dataset: int
     tables: int  # the larger of next actions (critic phase) and the policy's table (policy phase)
-    state: int  # parameters, averages and optimizers of all three models, of every seed on the device
+    state: (
+        int  # parameters, averages and optimizers of all three models, of every seed on the device
+    )
 
     @property
     def total(self) -> int:
@@ -40,7 +42,9 @@ def predict(
     state = jax.eval_shape(algorithm.init, jax.random.key(0))
     sizes = (observation_size, action_size, None, observation_size, None)  # None: a number
     row = Samples(*(jax.ShapeDtypeStruct((1,) if n is None else (1, n), "float32") for n in sizes))
-    table = jax.eval_shape(algorithm.policy_rows, state, jax.random.key(0), 0, row, np.zeros(1, np.int32))
+    table = jax.eval_shape(
+        algorithm.policy_rows, state, jax.random.key(0), 0, row, np.zeros(1, np.int32)
+    )
     table_size = sum(math.prod(x.shape) for x in jax.tree.leaves(table))
     next_actions = m * action_size if algorithm.critic.uses_next_actions else 0
     return Memory(
@@ -76,7 +80,9 @@ def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:
         "state": "num_seeds" if split else "num_seeds, or more devices",
     }
     largest = max(settings, key=lambda name: getattr(memory, name))
-    raise ValueError(f"memory: a device needs {memory}, and has {_size(limit)}; change {settings[largest]}")
+    raise ValueError(
+        f"memory: a device needs {memory}, and has {_size(limit)}; change {settings[largest]}"
+    )
 
 
 def _size(count: int) -> str:

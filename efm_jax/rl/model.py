@@ -1,7 +1,8 @@
 """The generative model of actions: a conditional field, its losses and its sampler.
 
-On the OT and cosine paths the network predicts the velocity and is trained by flow matching (QIPO-OT);
-on the linear VP path it predicts the noise and is trained by denoising score matching (QIPO-Diff).
+On the OT and cosine paths the network predicts the velocity and is trained by flow matching
+(QIPO-OT); on the linear VP path it predicts the noise and is trained by denoising score matching
+(QIPO-Diff).
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ class Samples(NamedTuple):
 def n_step(data: Transitions, n: int, discount: float) -> Samples:
     """Samples whose targets look ``n`` steps ahead along the data's own trajectories.
 
-    For n > 1 the target follows the behavior policy for n steps, so values travel n times faster and are
-    those of a policy that is greedy only every n steps (Sutton and Barto 2018, Sec. 7.1).  Rows i and
-    i + 1 are one trajectory where the next observation of i is the observation of i + 1; where a trajectory
-    is truncated, or a step is missing, the target looks ahead as far as it goes.
+    For n > 1 the target follows the behavior policy for n steps, so values travel n times faster
+    and are those of a policy that is greedy only every n steps (Sutton and Barto 2018, Sec. 7.1).
+    Rows i and i + 1 are one trajectory where the next observation of i is the observation of i + 1;
+    where a trajectory is truncated, or a step is missing, the target looks ahead as far as it goes.
 
     Args:
       data: ``N`` transitions on the host, those of an episode in order.

@@ -28,7 +28,8 @@ def select(
     """Actions ``[E, A]`` for states ``[E, S]`` by one of the rules of ``ACTION_SELECTIONS``.
 
     Args:
-      rule: "sample" plays the first sampled action, "best" that of the largest value, "mean" the mean.
+      rule: "sample" plays the first sampled action, "best" that of the largest value, "mean" the
+        mean.
       sample: ``(observations [E, 1, S], noise [E, n, A]) -> actions [E, n, A]``.
       mean: the same arguments, to the mean action ``[E, A]``.
       q_values: ``(observations [E, 1, S], actions [E, n, A]) -> [E, n]``.

@@ -1,4 +1,5 @@
-"""Support action sets: actions of a policy for every state of the dataset, with their Q-values and weights.
+"""Support action sets: actions of a policy for every state of the dataset, with their Q-values and
+weights.
 
 The critic is frozen between renewals, so everything a policy step needs of it is computed once a
 renewal, for the whole dataset; a step then only gathers.
@@ -65,7 +66,8 @@ def write_rows(table: Any, rows: Callable[[Array], Any], start: Array, block: in
 
 
 def log_weights(q_values: Array, beta: Array, data_copies: float = 1.0) -> Array:
-    """``log g_ij`` with ``g_ij ∝ c_j exp(beta Q_ij)``, ``c`` the data action's ``data_copies`` or 1.
+    """``log g_ij`` with ``g_ij ∝ c_j exp(beta Q_ij)``, ``c`` the data action's ``data_copies`` or
+    1.
 
     Args:
       q_values: ``[..., M + 1]``, the data action's first.
@@ -85,14 +87,20 @@ def weigh(support: SupportSet, beta: Array, data_copies: float = 1.0) -> Weighte
 def effective_actions(weights: Array, data_copies: float = 1.0) -> Array:
     """Effective sample size of a support set, ``[..., M + 1] -> [...]``.
 
-    With ``data_copies`` c it is Kish's of the M + c actions in which the data action is there c times.
+    With ``data_copies`` c it is Kish's of the M + c actions in which the data action is there c
+    times.
     """
-    kept = weights.at[..., 0].divide(math.sqrt(data_copies))  # c weights of w / c: c (w / c)^2 = w^2 / c
+    kept = weights.at[..., 0].divide(
+        math.sqrt(data_copies)
+    )  # c weights of w / c: c (w / c)^2 = w^2 / c
     return effective_sample_size(weights) if data_copies == 1 else 1 / jnp.sum(kept**2, axis=-1)
 
 
-def support_beta(q_values: Array, data_copies: float, fraction: float, axis_name: AxisName = None) -> Array:
-    """The one ``beta`` at which the mean over states of the effective sample size is a fraction of M + c.
+def support_beta(
+    q_values: Array, data_copies: float, fraction: float, axis_name: AxisName = None
+) -> Array:
+    """The one ``beta`` at which the mean over states of the effective sample size is a fraction of
+    M + c.
 
     Where every state's Q-values tie, no beta reaches the target and the largest tried is returned.
 
@@ -106,7 +114,8 @@ def support_beta(q_values: Array, data_copies: float, fraction: float, axis_name
     spread = q_values.std(-1).mean()
     if axis_name is not None:
         spread = lax.pmean(spread, axis_name)
-    # In units of one over the Q-values' mean spread within a state: from no effect to the best action alone.
+    # In units of one over the Q-values' mean spread within a state: from no effect to the best
+    # action alone.
     unit = 1 / jnp.maximum(spread, jnp.finfo(q_values.dtype).tiny ** 0.5)
 
     def mean_ess(log_beta: Array) -> Array:
@@ -153,7 +162,8 @@ def summarize(
 
 
 def advantage_log_weights(advantages: Array, beta: Array, axis_name: AxisName = None) -> Array:
-    """``log min(exp(beta A), 100)`` less the logarithm of its mean over the dataset, ``[n] -> [n]``.
+    """``log min(exp(beta A), 100)`` less the logarithm of its mean over the dataset, ``[n] ->
+    [n]``.
 
     Args:
       advantages: of this device's data actions.

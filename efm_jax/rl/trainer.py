@@ -1,8 +1,8 @@
 """Runs the three stages for all seeds at once; everything that happens to a run is a hook.
 
 State is a pytree with a leading seed axis on the host (checkpoints, hooks) and with a device axis
-before it on the devices.  What comes next follows from the state's step counters alone, so a resumed
-run does what an uninterrupted one does, on any number of devices.
+before it on the devices.  What comes next follows from the state's step counters alone, so a
+resumed run does what an uninterrupted one does, on any number of devices.
 """
 
 import functools
@@ -96,7 +96,8 @@ class Trainer:
             )
         if config.n_step > 1 and data.size != self._num_rows:
             raise ValueError(
-                f"n_step: expected 1 where each host holds a part of the data; got {config.n_step}; "
+                "n_step: expected 1 where each host holds a part of the data; got "
+                f"{config.n_step}; "
                 "with parallel=seeds every host holds all of it"
             )
         self.algorithm = Algorithm(config, data.observations.shape[1], data.actions.shape[1])
@@ -178,7 +179,9 @@ class Trainer:
 
     def _copy(self, tree: Any) -> Any:
         """A copy on the devices: the chunks reuse the buffers of what they are given."""
-        copy = self._program("copy", lambda: self.layout.map(lambda tree: jax.tree.map(jnp.copy, tree)))
+        copy = self._program(
+            "copy", lambda: self.layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
+        )
         return copy(tree)
 
     def _chunk(self, phase: str, num_steps: int, inputs: tuple) -> Callable:
@@ -197,7 +200,9 @@ class Trainer:
         run = make_chunk(self.algorithm.step(phase, axis_name), draw_batch, num_steps)
 
         def chunk(state: TrainState, key: Array, samples: Samples, tables: dict[str, Any]) -> tuple:
-            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(samples, **tables))
+            return run(
+                state, jax.random.fold_in(key, Purpose[phase.upper()]), Tables(samples, **tables)
+            )
 
         return self.layout.map(chunk, shared=(2,), donate=(0,))
 
@@ -208,7 +213,9 @@ class Trainer:
         rows = self.algorithm.policy_rows
         table = self._fill(f"support set {renewal + 1}", "policy", rows, state, renewal, hooks)
         prepare = functools.partial(policy.prepare, axis_name=self.layout.axis_name)
-        table, summary = self._program("prepare", lambda: self.layout.map(prepare, donate=(0,)))(table)
+        table, summary = self._program("prepare", lambda: self.layout.map(prepare, donate=(0,)))(
+            table
+        )
         first = renewal * self.config.renew_every
         hooks.on_renewal(first, jax.tree.map(np.asarray, self.layout.get_seeds(summary)))
         return table
@@ -221,7 +228,9 @@ class Trainer:
 
         return self._fill("next actions", "next actions", rows, state, 0, hooks)
 
-    def _fill(self, title: str, name: str, rows: Callable, state: State, renewal: int, hooks: Hooks) -> Any:
+    def _fill(
+        self, title: str, name: str, rows: Callable, state: State, renewal: int, hooks: Hooks
+    ) -> Any:
         """Compute a table with a row for every sample, block by block: each device its own rows.
 
         Args:
@@ -237,13 +246,19 @@ class Trainer:
         """
         per_device, block = self._num_rows // self.layout.num_shards, self.table_block
         empty, fill = self._program(name, lambda: self._table_programs(rows, per_device, block))
-        inputs = (state, self._device_keys, self.layout.replicate(jnp.asarray(renewal)), self._samples)
+        inputs = (
+            state,
+            self._device_keys,
+            self.layout.replicate(jnp.asarray(renewal)),
+            self._samples,
+        )
         table = empty(*inputs)
         for start in range(0, per_device, block):
             # The last block overlaps the one before it and writes the same values again.
             first = self.layout.replicate(jnp.asarray(min(start, per_device - block)))
             table = fill(table, first, *inputs)
-            # Dispatch runs ahead of the devices: without waiting, progress and a stop would come too early.
+            # Dispatch runs ahead of the devices: without waiting, progress and a stop would come
+            # too early.
             jax.block_until_ready(table)
             done = min(start + block, per_device) * self.layout.num_shards
             hooks.on_table(title, done, self._num_rows)
@@ -251,11 +266,15 @@ class Trainer:
                 raise StoppedError
         return table
 
-    def _table_programs(self, rows: Callable, per_device: int, block: int) -> tuple[Callable, Callable]:
+    def _table_programs(
+        self, rows: Callable, per_device: int, block: int
+    ) -> tuple[Callable, Callable]:
         """``(inputs) -> table`` of zeros, and ``(table, start, inputs) -> table`` with a block computed."""
         axis_name = self.layout.axis_name
 
-        def compute(places: Array, state: State, key: Array, renewal: Array, samples: Samples) -> Any:
+        def compute(
+            places: Array, state: State, key: Array, renewal: Array, samples: Samples
+        ) -> Any:
             first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * per_device
             part = jax.tree.map(lambda leaf: leaf[places], samples)
             return rows(state, key, renewal, part, first + places)
@@ -281,7 +300,7 @@ class Trainer:
     def act_fn(
         self, name: str, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]
     ) -> Callable:
-        """A policy as :func:`efm_jax.evaluation.evaluate` wants it; arguments as of :func:`make_act`."""
+        """A policy as :func:`efm_jax.envs.evaluate` wants it; arguments as of :func:`make_act`."""
         program = self._program(("act", name), lambda: _act_program(self.algorithm, name))
         return _bind(program, self._keys, acting, normalizer, episode_seeds)
 
@@ -311,15 +330,23 @@ def make_act(
 
 
 def _act_program(algorithm: Algorithm, name: str) -> Callable:
-    return jax.jit(jax.vmap(functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None)))
+    return jax.jit(
+        jax.vmap(functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None))
+    )
 
 
 def _bind(
-    program: Callable, keys: Array, acting: Acting, normalizer: Normalizer, episode_seeds: Sequence[int]
+    program: Callable,
+    keys: Array,
+    acting: Acting,
+    normalizer: Normalizer,
+    episode_seeds: Sequence[int],
 ) -> Callable[[np.ndarray, int], np.ndarray]:
     episodes = jnp.asarray(episode_seeds)
 
     def act(observations: np.ndarray, step: int) -> np.ndarray:
-        return np.asarray(program(acting, normalizer, keys, observations, jnp.asarray(step), episodes))
+        return np.asarray(
+            program(acting, normalizer, keys, observations, jnp.asarray(step), episodes)
+        )
 
     return act

@@ -1,7 +1,7 @@
 """Several processes, one for each host: who this one is, and what the others say.
 
-Every function here is a collective where there are several hosts: all of them must call it, in the same
-order.  On one host nothing is sent.
+Every function here is a collective where there are several hosts: all of them must call it, in the
+same order.  On one host nothing is sent.
 """
 
 import jax

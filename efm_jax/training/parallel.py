@@ -1,9 +1,9 @@
 """Devices: the only module that calls ``pmap``, replicates or shards.
 
 Training functions are written for one seed on one device.  Here they gain two leading axes: seeds
-(``vmap``, inner) and devices (``pmap``, outer), laid out in one of two ways.  One device is the case D = 1
-of the same code.  On several hosts the device axis spans the devices of all of them, and each host holds
-the part of it that belongs to its own devices.
+(``vmap``, inner) and devices (``pmap``, outer), laid out in one of two ways.  One device is the
+case D = 1 of the same code.  On several hosts the device axis spans the devices of all of them, and
+each host holds the part of it that belongs to its own devices.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ MODES = ("data", "seeds")
 class Layout:
     """How seeds, data and batches lie on D devices.
 
-    ``data``: a device holds every seed's state and 1/D of the data (and of support sets), and computes its
-    part of every batch; weights, losses and gradients are reduced over devices.
+    ``data``: a device holds every seed's state and 1/D of the data (and of support sets), and
+    computes its part of every batch; weights, losses and gradients are reduced over devices.
     ``seeds``: a device holds 1/D of the seeds and all the data; nothing is sent between devices.
     """
 
@@ -95,7 +95,9 @@ class Layout:
         if self.mode == "data":
             return self.replicate(tree)
         first = self.devices.index(self.local_devices[0]) * self.seeds_per_device
-        return self._split(tree, slice(first, first + len(self.local_devices) * self.seeds_per_device))
+        return self._split(
+            tree, slice(first, first + len(self.local_devices) * self.seeds_per_device)
+        )
 
     def put_rows(self, tree: Any) -> Any:
         """Spread this host's rows (see :meth:`host_rows`): ``[n, ...] -> [devices, rows, ...]``."""
@@ -106,7 +108,10 @@ class Layout:
         if self.mode == "data":
             return _without_device_axis(jax.tree.map(lambda leaf: leaf.addressable_data(0), tree))
         return jax.tree.map(
-            lambda leaf: np.concatenate(hosts.gather(np.asarray(leaf).reshape(-1, *leaf.shape[2:]))), tree
+            lambda leaf: np.concatenate(
+                hosts.gather(np.asarray(leaf).reshape(-1, *leaf.shape[2:]))
+            ),
+            tree,
         )
 
     def map(
@@ -120,7 +125,8 @@ class Layout:
           donate: positions of arguments whose buffers may be reused for the results.
 
         Returns:
-          The compiled function; every argument and result has a leading axis of this host's devices.
+          The compiled function; every argument and result has a leading axis of this host's
+          devices.
         """
 
         def over_seeds(*args: Any) -> Any:
@@ -154,10 +160,11 @@ def _without_device_axis(tree: Any) -> Any:
 
 
 def compile_ahead(mapped: Callable, *inputs: Any) -> Callable:
-    """Compile what :meth:`Layout.map` returned before its first call, so that a call's time is its own.
+    """Compile what :meth:`Layout.map` returned before its first call, so that a call's time is its
+    own.
 
-    On several hosts it is left to compile at its first call: JAX's compiled ``pmap`` does not take the
-    arrays of one host.
+    On several hosts it is left to compile at its first call: JAX's compiled ``pmap`` does not take
+    the arrays of one host.
     """
     return mapped.lower(*inputs).compile() if hosts.count() == 1 else mapped
 

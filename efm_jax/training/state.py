@@ -13,7 +13,9 @@ class TrainState(struct.PyTreeNode):
 
     step: Array  # [] int32, steps done
     params: Params
-    average: Params  # Polyak average of params: target networks of a critic, acting weights of a policy
+    average: (
+        Params  # Polyak average of params: target networks of a critic, acting weights of a policy
+    )
     opt_state: optax.OptState
 
     @classmethod

@@ -36,16 +36,17 @@ def make_step(
     """A pure step ``(state, key, batch) -> (state, metrics)``.
 
     Args:
-      loss_fn: returns this device's share of the global loss; shares and their gradients are summed.
+      loss_fn: returns this device's share of the global loss; shares and their gradients are
+        summed.
       optimizer: optax transformation.
       average_rate: the Polyak rate of ``state.average``; 1 keeps it equal to the parameters.
       axis_name: mapped axis over which the batch is split.
-      part_size: samples that a device computes at once, at least 1.  Its share of the batch, the leading axis
-        of every leaf, is split into equal parts of at most that size, one after the other, and their
-        gradients are averaged; None: all at once.  Loss and metrics must be means over samples, and a loss
-        that draws must take a (typed) key for each sample, as :mod:`efm_jax.losses` do: then only rounding
-        differs.  A share that does not divide into less than twice as many parts as needed is computed at
-        once.
+      part_size: samples that a device computes at once, at least 1.  Its share of the batch, the
+        leading axis of every leaf, is split into equal parts of at most that size, one after the
+        other, and their gradients are averaged; None: all at once.  Loss and metrics must be means
+        over samples, and a loss that draws must take a (typed) key for each sample, as
+        :mod:`efm_jax.losses` do: then only rounding differs.  A share that does not divide into
+        less than twice as many parts as needed is computed at once.
 
     Returns:
       The step; its metrics are ``loss``, ``grad_norm`` and what the loss reports.
@@ -82,12 +83,12 @@ def make_step(
 def cached_samples(numbers: int) -> int | None:
     """Samples of which a CPU's caches hold a layer; None, all that there are, on an accelerator.
 
-    On a CPU, passes over activations that its caches do not hold cost a good part of the matrix products'
-    time, so :func:`make_step` is faster in parts of this size.
+    On a CPU, passes over activations that its caches do not hold cost a good part of the matrix
+    products' time, so :func:`make_step` is faster in parts of this size.
 
     Args:
-      numbers: activations of the widest layer that is trained, for one sample of one seed: of all actions
-        and of a whole ensemble.
+      numbers: activations of the widest layer that is trained, for one sample of one seed: of all
+        actions and of a whole ensemble.
     """
     return max(_CACHED_NUMBERS // numbers, 1) if jax.default_backend() == "cpu" else None
 
@@ -116,12 +117,14 @@ def _in_parts(grad_fn: Callable, part_size: int, axis_name: AxisName) -> Callabl
 def sample_rows(
     key: Array, batch_size: int, num_rows: int, *, num_devices: int = 1, axis_name: AxisName = None
 ) -> Array:
-    """Rows, within this device's shard, of its part ``[batch_size / num_devices]`` of a stratified batch.
+    """Rows, within this device's shard, of its part ``[batch_size / num_devices]`` of a stratified
+    batch.
 
-    Sample i of a batch of B is uniform on the i-th of B equal parts ``[i N / B, (i + 1) N / B)`` of the
-    N rows.  A batch's mean stays an unbiased estimate of the dataset's, with at most the variance of
-    independent draws; and with contiguous shards every device finds its samples at home.  A draw has a key
-    folded from its place in the global batch, so any number of devices draws the same global batch.
+    Sample i of a batch of B is uniform on the i-th of B equal parts ``[i N / B, (i + 1) N / B)`` of
+    the N rows.  A batch's mean stays an unbiased estimate of the dataset's, with at most the
+    variance of independent draws; and with contiguous shards every device finds its samples at
+    home.  A draw has a key folded from its place in the global batch, so any number of devices
+    draws the same global batch.
 
     Args:
       key: of this step.

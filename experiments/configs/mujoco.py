@@ -1,9 +1,11 @@
-"""MuJoCo locomotion (Hopper, HalfCheetah, Walker2d, Ant) on a small machine.  Why: docs/qipo_in_practice.md
+"""MuJoCo locomotion (Hopper, HalfCheetah, Walker2d, Ant) on a small machine.  Why:
+docs/qipo_in_practice.md
 
-Values must reach over an episode in few steps (n_step), be cautious about actions that the data does not
-have (ensemble), and tilt little where they differ little (a small beta); half of a support set's base measure
-is the data action; the table is filled once, for a second one would hold the errors of the first; what is
-played is the mean of a few actions.  QIPO-Diff: --config.path=vp --config.solver=dpmpp
+Values must reach over an episode in few steps (n_step), be cautious about actions that the data
+does not have (ensemble), and tilt little where they differ little (a small beta); half of a support
+set's base measure is the data action; the table is filled once, for a second one would hold the
+errors of the first; what is played is the mean of a few actions.  QIPO-Diff: --config.path=vp
+--config.solver=dpmpp
 --config.sample_steps=20.
 """
 

@@ -1,7 +1,7 @@
 """PointMaze with a sparse reward: paths through the maze are in the data only in pieces.
 
-A long horizon (a target looks ten steps ahead, the discount 200), and an upper expectile, for the data walks
-to goals of its own and only the best of what it did at a place leads to the task's.
+A long horizon (a target looks ten steps ahead, the discount 200), and an upper expectile, for the
+data walks to goals of its own and only the best of what it did at a place leads to the task's.
 """
 
 from efm_jax.rl.config import QIPOConfig

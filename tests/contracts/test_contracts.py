@@ -17,7 +17,11 @@ from efm_jax.sampling import log_likelihood, sample, sample_dpmpp
 
 B, M, D = 8, 3, 2
 
-PATHS = {"ot": paths.conditional_ot(), "vp_linear": paths.vp_linear(), "vp_cosine": paths.vp_cosine()}
+PATHS = {
+    "ot": paths.conditional_ot(),
+    "vp_linear": paths.vp_linear(),
+    "vp_cosine": paths.vp_cosine(),
+}
 
 
 def field(params, x, t):
@@ -33,20 +37,27 @@ def log_ratio(params):
     return lambda x, t: field(params, x, t).sum(-1)
 
 
-# name -> loss(params, path, key, batch, beta, axis_name); CEP and the support losses take no axis name
+# name -> loss(params, path, key, batch, beta, axis_name); CEP and the support losses take no axis
+# name
 LOSSES = {
-    "cfm": lambda p, path, key, b, beta, a=None: losses.cfm(bound(p), path, key, b["x0"], axis_name=a),
+    "cfm": lambda p, path, key, b, beta, a=None: losses.cfm(
+        bound(p), path, key, b["x0"], axis_name=a
+    ),
     "cefm": lambda p, path, key, b, beta, a=None: losses.cefm(
         bound(p), path, key, b["x0"], b["energy"], beta, axis_name=a
     ),
-    "dsm": lambda p, path, key, b, beta, a=None: losses.dsm(bound(p), path, key, b["x0"], axis_name=a),
+    "dsm": lambda p, path, key, b, beta, a=None: losses.dsm(
+        bound(p), path, key, b["x0"], axis_name=a
+    ),
     "ced": lambda p, path, key, b, beta, a=None: losses.ced(
         bound(p), path, key, b["x0"], b["energy"], beta, axis_name=a
     ),
     "cefm_log_normalizer": lambda p, path, key, b, beta, a=None: losses.cefm(
         bound(p), path, key, b["x0"], b["energy"], beta, log_normalizer=0.4, axis_name=a
     ),
-    "cep": lambda p, path, key, b, beta: losses.cep(log_ratio(p), path, key, b["x0"], b["energy"], beta),
+    "cep": lambda p, path, key, b, beta: losses.cep(
+        log_ratio(p), path, key, b["x0"], b["energy"], beta
+    ),
     "support_cefm": lambda p, path, key, b, beta: losses.support_cefm(
         bound(p), path, key, b["actions"], b["q_values"], beta
     ),
@@ -61,7 +72,9 @@ UNBOUNDED = ["cefm_log_normalizer"]  # weights may overflow, and must then say s
 # name -> sampler(params, path, noise)
 SAMPLERS = {
     **{
-        solver: lambda p, path, noise, solver=solver: sample(bound(p), noise, solver=solver, num_steps=2)
+        solver: lambda p, path, noise, solver=solver: sample(
+            bound(p), noise, solver=solver, num_steps=2
+        )
         for solver in ("euler", "midpoint", "heun", "rk4", "dopri5")
     },
     **{
@@ -77,7 +90,11 @@ each_path = pytest.mark.parametrize("path", PATHS)
 
 def make_params(dtype, seed=0):
     rng = np.random.default_rng(seed)
-    leaves = {"kernel": rng.normal(size=(D, D)), "time": rng.normal(size=D), "bias": 0.1 * rng.normal(size=D)}
+    leaves = {
+        "kernel": rng.normal(size=(D, D)),
+        "time": rng.normal(size=D),
+        "bias": 0.1 * rng.normal(size=D),
+    }
     return {name: jnp.asarray(leaf, dtype) for name, leaf in leaves.items()}
 
 
@@ -126,7 +143,9 @@ def sampling_pair(request):
 
 
 ON_DEVICES = [(p, n, "pmap") for p in PATHS for n in OVER_DEVICES]
-ON_DEVICES += [("ot", n, "shard_map") for n in OVER_DEVICES]  # how an axis is mapped does not touch the path
+ON_DEVICES += [
+    ("ot", n, "shard_map") for n in OVER_DEVICES
+]  # how an axis is mapped does not touch the path
 
 
 @pytest.fixture(scope="module", params=ON_DEVICES, ids="-".join)
@@ -163,7 +182,9 @@ def check_loss_and_gradient(loss, params, value, aux, gradient, dtype):
     assert isinstance(aux, dict)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradient, params)
     assert_finite((value, aux, gradient))
-    assert all(np.abs(leaf).max() > 0 for name, leaf in gradient.items() if (loss, name) != ("cep", "bias"))
+    assert all(
+        np.abs(leaf).max() > 0 for name, leaf in gradient.items() if (loss, name) != ("cep", "bias")
+    )
     if loss in WEIGHTED:
         assert aux["ess"].dtype == dtype
 
@@ -175,7 +196,9 @@ def test_loss_shape_dtype_finite_gradient_and_no_recompilation(pair):
     assert value.shape == ()
     check_loss_and_gradient(pair[1], params, value, aux, gradient, "float64")
     compiled = run._cache_size()
-    (other, _), _ = run(make_params("float64", 3), jax.random.key(1), make_batch("float64", seed=4), 3.0)
+    (other, _), _ = run(
+        make_params("float64", 3), jax.random.key(1), make_batch("float64", seed=4), 3.0
+    )
     assert other != value
     assert run._cache_size() == compiled
 
@@ -183,17 +206,24 @@ def test_loss_shape_dtype_finite_gradient_and_no_recompilation(pair):
 def test_loss_in_float32_under_vmap(pair):
     """Seeds stay apart: changing one and the order of both leaves the other's numbers alone."""
     run, keys = two_seeds_of(*pair), jax.random.split(jax.random.key(0), 3)
-    seeds = [(make_params("float32", i), keys[i], make_batch("float32", seed=10 + i)) for i in range(3)]
+    seeds = [
+        (make_params("float32", i), keys[i], make_batch("float32", seed=10 + i)) for i in range(3)
+    ]
 
     def both(first, second):
-        params, batches = stack(seeds[first][0], seeds[second][0]), stack(seeds[first][2], seeds[second][2])
+        params, batches = (
+            stack(seeds[first][0], seeds[second][0]),
+            stack(seeds[first][2], seeds[second][2]),
+        )
         (value, aux), gradient = run(params, keys[np.array([first, second])], batches, 2.0)
         check_loss_and_gradient(pair[1], params, value, aux, gradient, "float32")
         return value, gradient
 
     here, there = both(0, 1), both(2, 0)
     assert here[0].shape == (2,)
-    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i, tree in ((0, here), (1, there)))
+    first, second = (
+        jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i, tree in ((0, here), (1, there))
+    )
     chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-6)
     assert here[0][1] != there[0][0]
 
@@ -228,9 +258,15 @@ def test_loss_on_four_devices_sums_to_one(devices, on_devices):
     if how == "pmap":
         shards = jax.tree.map(lambda leaf: np.reshape(leaf, (4, B // 4, *leaf.shape[1:])), batch)
         mapped = jax.pmap(share, axis_name="devices", in_axes=(None, None, 0), devices=devices)
-        value, gradient = jax.tree.map(lambda leaf: np.asarray(leaf)[0], mapped(params, key, shards))
+        value, gradient = jax.tree.map(
+            lambda leaf: np.asarray(leaf)[0], mapped(params, key, shards)
+        )
     else:
-        mesh, same, split = Mesh(np.array(devices), ("devices",)), PartitionSpec(), PartitionSpec("devices")
+        mesh, same, split = (
+            Mesh(np.array(devices), ("devices",)),
+            PartitionSpec(),
+            PartitionSpec("devices"),
+        )
         mapped = jax.shard_map(
             share, mesh=mesh, in_specs=(same, same, split), out_specs=same, check_vma=False
         )
@@ -260,7 +296,8 @@ def test_one_step_of_training_then_sampling(pair, sampler):
         make_params("float64"), jax.random.key(0), make_batch("float64"), 2.0
     )
     stepped = {
-        name: np.asarray(leaf - 1e-2 * np.tanh(gradient[name]), np.float32) for name, leaf in params.items()
+        name: np.asarray(leaf - 1e-2 * np.tanh(gradient[name]), np.float32)
+        for name, leaf in params.items()
     }
     before, after = (shared_sampler(path, sampler)(p, noise) for p in (params, stepped))
     assert after.shape == (B, D)
@@ -272,7 +309,11 @@ def test_one_step_of_training_then_sampling(pair, sampler):
 
 
 def test_sampler_in_float32_and_no_recompilation(sampling_pair):
-    params, noise, run = make_params("float32"), make_batch("float32")["x0"], sampler_of(*sampling_pair)
+    params, noise, run = (
+        make_params("float32"),
+        make_batch("float32")["x0"],
+        sampler_of(*sampling_pair),
+    )
     samples = run(params, noise)
     assert samples.shape == noise.shape
     assert samples.dtype == jnp.float32
@@ -304,7 +345,9 @@ def test_sampler_under_pmap_of_vmap(devices, sampling_pair):
     run, params = sampler_of(*sampling_pair), make_params("float32")
     batches = make_batch("float32", 8 * B)["x0"].reshape(4, 2, B, D)
     alone = np.stack([[run(params, batch) for batch in pair] for pair in batches])
-    mapped = jax.pmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(None, 0), devices=devices)(params, batches)
+    mapped = jax.pmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(None, 0), devices=devices)(
+        params, batches
+    )
     tolerance = 1e-2 if sampling_pair[1] == "dopri5" else 1e-4
     np.testing.assert_allclose(mapped, alone, rtol=tolerance, atol=tolerance)
 
@@ -312,9 +355,12 @@ def test_sampler_under_pmap_of_vmap(devices, sampling_pair):
 # name -> function(x, t, other) of three arrays that a mesh splits along their first axis
 SHARDED = {
     **{
-        # Noise that all devices share, and a field that closes over what they do not: a policy call.
+        # Noise that all devices share, and a field that closes over what they do not: a policy
+        # call.
         name: lambda x, t, other, draw=draw: draw(
-            make_params("float32") | {"bias": other[0]}, PATHS["vp_linear"], jnp.ones((2, D), jnp.float32)
+            make_params("float32") | {"bias": other[0]},
+            PATHS["vp_linear"],
+            jnp.ones((2, D), jnp.float32),
         )
         for name, draw in SAMPLERS.items()
         if name != "dopri5"  # diffrax's loop needs check_vma=False
@@ -326,13 +372,17 @@ SHARDED = {
         for key in (None, 0)
     },
     **{
-        f"exact_{name}": lambda x, t, other, name=name: getattr(exact, name)(PATHS["ot"], x, t, POINTS)
+        f"exact_{name}": lambda x, t, other, name=name: getattr(exact, name)(
+            PATHS["ot"], x, t, POINTS
+        )
         for name in ("posterior", "velocity", "score", "x0")
     },
     "intermediate_energy": lambda x, t, other: exact.intermediate_energy(
         PATHS["ot"], x, t, POINTS, POINTS[:, 0], 2.0
     ),
-    "own_weights": lambda x, t, other: exact.velocity(PATHS["ot"], x, t, POINTS, other[0, 0] * POINTS[:, 0]),
+    "own_weights": lambda x, t, other: exact.velocity(
+        PATHS["ot"], x, t, POINTS, other[0, 0] * POINTS[:, 0]
+    ),
     "own_data": lambda x, t, other: exact.velocity(PATHS["ot"], POINTS[: len(x)], t, other),
 }
 POINTS = np.random.default_rng(5).normal(size=(5, D)).astype(np.float32)
@@ -363,7 +413,13 @@ def test_path_keeps_dtype_and_round_trips(path, dtype):
     def predictions(x0, noise, t):
         x, u, s = path.sample(x0, noise, t), path.velocity(x0, noise, t), path.score(noise, t)
         truth = {"x0": x0, "noise": noise, "velocity": u, "score": s}
-        names = ("velocity_score", "score_velocity", "velocity_noise", "noise_velocity", "velocity_x0")
+        names = (
+            "velocity_score",
+            "score_velocity",
+            "velocity_noise",
+            "noise_velocity",
+            "velocity_x0",
+        )
         names += ("x0_velocity", "x0_score", "score_x0")
         got = {}
         for target, source in (name.split("_") for name in names):

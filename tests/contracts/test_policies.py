@@ -17,7 +17,11 @@ from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
 
 ROWS, S, A = 48, 3, 2
-MEMBERS = [*((policy, "ensemble") for policy in POLICIES), ("reweight", "softmax_q"), ("reweight", "iql")]
+MEMBERS = [
+    *((policy, "ensemble") for policy in POLICIES),
+    ("reweight", "softmax_q"),
+    ("reweight", "iql"),
+]
 
 
 def config(policy, critic, **options):
@@ -59,10 +63,14 @@ class Hooks:
 
 
 def train(config, devices=1, state=None):
-    trainer, hooks = Trainer(config, data(), (0,), Layout.create(devices=jax.devices()[:devices])), Hooks()
+    trainer, hooks = (
+        Trainer(config, data(), (0,), Layout.create(devices=jax.devices()[:devices])),
+        Hooks(),
+    )
     if state is None:
         state = jax.tree.map(
-            lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, trainer.init_state()
+            lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x,
+            trainer.init_state(),
         )
     return jax.tree.map(np.asarray, trainer.run(state, hooks)), hooks
 
@@ -147,7 +155,9 @@ def test_parts_of_a_batch_by_what_a_layer_holds(options, phase, parts, hold, x64
     state = jax.eval_shape(algorithm.init, jax.random.key(0))
     tables = Tables(samples, np.zeros((ROWS, 3, A)) if algorithm.critic.uses_next_actions else None)
     if phase == "policy":
-        table = jax.eval_shape(algorithm.policy_rows, state, jax.random.key(0), 0, samples, np.arange(ROWS))
+        table = jax.eval_shape(
+            algorithm.policy_rows, state, jax.random.key(0), 0, samples, np.arange(ROWS)
+        )
         prepared, _ = jax.eval_shape(lambda rows: algorithm.policy.prepare(rows, None), table)
         tables = tables.replace(policy=jax.tree.map(lambda leaf: np.zeros(leaf.shape), prepared))
     batch = jax.eval_shape(algorithm.draw_batch, jax.random.key(0), tables)
@@ -165,12 +175,16 @@ def test_acts_within_the_bounds(policy, selection):
     algorithm = Algorithm(config(policy, "iql", action_selection=selection), S, A)
     state = jax.jit(algorithm.init)(jax.random.key(0))
     observations = np.random.default_rng(0).standard_normal((5, S)).astype(np.float32)
-    act = jax.jit(lambda *args: algorithm.act("policy", state.acting(), NORMALIZER, jax.random.key(1), *args))
+    act = jax.jit(
+        lambda *args: algorithm.act("policy", state.acting(), NORMALIZER, jax.random.key(1), *args)
+    )
     actions = act(observations, 0, np.arange(5))
     assert actions.shape == (5, A)
     assert (actions >= NORMALIZER.action_low).all()
     assert (actions <= NORMALIZER.action_high).all()
-    np.testing.assert_allclose(act(observations[2:3], 0, np.array([2])), actions[2:3], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        act(observations[2:3], 0, np.array([2])), actions[2:3], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_best_and_mean_of_the_sampled_actions():
@@ -187,7 +201,9 @@ def test_best_and_mean_of_the_sampled_actions():
     actions = algorithm.model.sample(state.behavior.average, observations[:, None], noise)
     q = algorithm.critic.q_values(state.critic.average, observations[:, None], actions)
     assert len(set(q.argmax(1).tolist())) > 1
-    np.testing.assert_allclose(found["best"], actions[np.arange(6), q.argmax(1)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found["best"], actions[np.arange(6), q.argmax(1)], rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(found["mean"], actions.mean(1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["sample"], actions[:, 0], rtol=1e-5, atol=1e-6)
 

@@ -16,4 +16,6 @@ def launcher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    return write_d4rl(tmp_path_factory.mktemp("data") / "small.hdf5", arrays(), env_id="Pendulum-v1")
+    return write_d4rl(
+        tmp_path_factory.mktemp("data") / "small.hdf5", arrays(), env_id="Pendulum-v1"
+    )

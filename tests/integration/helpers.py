@@ -2,9 +2,9 @@
 
 A *zygote* process imports what the entry points import, without starting JAX's backend, and forks a
 child for each command; the child executes `python -m launch.NAME ARGS` from there. Run as a module
-(`python -m tests.integration.helpers`) this file is that zygote: it reads one JSON request a line from
-its standard input, `{"module", "args", "cwd", "env", "out", "err"}`, and answers with the child's pid; the
-child writes its exit status into `err + ".status"`.
+(`python -m tests.integration.helpers`) this file is that zygote: it reads one JSON request a line
+from its standard input, `{"module", "args", "cwd", "env", "out", "err"}`, and answers with the
+child's pid; the child writes its exit status into `err + ".status"`.
 """
 
 import importlib
@@ -43,7 +43,9 @@ class Result(NamedTuple):
     @property
     def complaints(self):
         """Lines of the error output."""
-        return [line for line in self.err.splitlines() if line.strip() and not line.startswith(HARMLESS)]
+        return [
+            line for line in self.err.splitlines() if line.strip() and not line.startswith(HARMLESS)
+        ]
 
 
 class Process:
@@ -66,7 +68,9 @@ class Process:
         while not status.exists():
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout} s: {self._err.read_text()[-2000:]}")
+                raise TimeoutError(
+                    f"still running after {timeout} s: {self._err.read_text()[-2000:]}"
+                )
             time.sleep(0.02)
         return Result(int(status.read_text()), self._out.read_text(), self._err.read_text())
 
@@ -91,7 +95,12 @@ class Launcher:
         """Start `python -m launch.MODULE ARGS`."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
-        request = {"module": module, "args": [str(a) for a in args], "cwd": str(cwd), "env": env or {}}
+        request = {
+            "module": module,
+            "args": [str(a) for a in args],
+            "cwd": str(cwd),
+            "env": env or {},
+        }
         self._zygote.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
         self._zygote.stdin.flush()
         return Process(int(self._zygote.stdout.readline()), out, err)
@@ -118,8 +127,8 @@ def fresh(module, *args, env=None):
 def _zygote():
     # Everything heavy that the entry points import; not the entry points, which define flags.
     for module in (
-        "minari", "efm_jax.data", "efm_jax.rl.trainer", "efm_jax.training.checkpoint",
-        "efm_jax.training.metrics", "efm_jax.training.plots", "launch.cli", "launch.evaluation",
+        "minari", "efm_jax.data", "efm_jax.rl.trainer", "efm_jax.runs.checkpoint",
+        "efm_jax.runs.metrics", "efm_jax.runs.learning_curve", "launch.cli", "launch.evaluation",
     ):  # fmt: skip
         importlib.import_module(module)
     write_whole_entries()  # of all its children, some of which are killed

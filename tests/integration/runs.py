@@ -47,7 +47,9 @@ def table(path):
 
 
 def saved_steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+    return sorted(
+        int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()
+    )
 
 
 def arrays_of(workdir, step):

@@ -12,8 +12,8 @@ from efm_jax.data import fit_normalizer, load_dataset, preprocess
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.trainer import Trainer
 from efm_jax.training.parallel import Layout
-from experiments import ablations, ablations_normalizers, guidance_scale, study
-from experiments.study import SMOKE, Study
+from experiments.rl import ablations, ablations_normalizers, guidance_scale, study
+from experiments.rl.study import SMOKE, Study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,9 @@ def test_every_arm_changes_what_it_says():
     assert [name for name, _, method in labels if method == "base"] == [
         "m", "renewals", "renewals", "beta", "estimator", "sampler", "critic", "copies", "normalizer",
     ]  # fmt: skip
-    totals = {ablations.total_beta(configs[m]) for _, arm, m in labels if arm.endswith("same total")}
+    totals = {
+        ablations.total_beta(configs[m]) for _, arm, m in labels if arm.endswith("same total")
+    }
     assert totals == {ablations.total_beta(base)}
     assert {configs[m].policy_steps for _, _, m in labels} == {base.policy_steps}
     assert {arm: configs[m].critic_steps for name, arm, m in labels if name == "critic"} == {
@@ -62,9 +64,20 @@ def test_ablations(small, dataset, tmp_path, monkeypatch):
     assert ablations.main([*arguments, "--only=critic"]) == 0
     assert ablations.main([*arguments, "--only=critic,normalizer"]) == 0
     rows, renewals = read(tmp_path / "returns.csv"), read(tmp_path / "renewals.csv")
-    assert [row["method"] for row in rows] == ["base", "critic=10%", "normalizer=batch"]  # each once
-    assert {row["name"] for row in renewals if row["method"] == "normalizer=batch"} >= {"ess", "ess_share"}
-    q = {row["method"]: row["value"] for row in renewals if row["name"] == "q_data" and row["step"] == "0"}
+    assert [row["method"] for row in rows] == [
+        "base",
+        "critic=10%",
+        "normalizer=batch",
+    ]  # each once
+    assert {row["name"] for row in renewals if row["method"] == "normalizer=batch"} >= {
+        "ess",
+        "ess_share",
+    }
+    q = {
+        row["method"]: row["value"]
+        for row in renewals
+        if row["name"] == "q_data" and row["step"] == "0"
+    }
     assert q["base"] == q["normalizer=batch"] != q["critic=10%"]
     assert "| normalizer | **state** |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "ablations.png").stat().st_size > 5000
@@ -75,7 +88,9 @@ def test_ablations(small, dataset, tmp_path, monkeypatch):
     samples = preprocess(data, fit_normalizer(data), config.reward_transform)
     again = folder.trained("small", config, samples, hooks, "-again", after="-2")
     (whole,) = tmp_path.glob("stages/small-softmax_q-ot-x1.pkl")
-    for found, expected in zip(jax.tree.leaves(again.critic), pickle.loads(whole.read_bytes()), strict=True):
+    for found, expected in zip(
+        jax.tree.leaves(again.critic), pickle.loads(whole.read_bytes()), strict=True
+    ):
         np.testing.assert_array_equal(found, expected)
 
 

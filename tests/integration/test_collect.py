@@ -15,7 +15,9 @@ def minari(tmp_path, monkeypatch):
 
 
 def test_random_actions(launcher, minari):
-    result = launcher.run("collect", "--env=Pendulum-v1", "--policy=random", "--episodes=3", env=minari)
+    result = launcher.run(
+        "collect", "--env=Pendulum-v1", "--policy=random", "--episodes=3", env=minari
+    )
     assert result.status == 0, result.err
     assert result.complaints == []
     line = result.line
@@ -31,7 +33,13 @@ def test_random_actions(launcher, minari):
 
 
 def test_two_at_once_leave_one_dataset(launcher, minari):
-    flags = ("--env=Pendulum-v1", "--policy=random", "--dataset=mine/some-v3", "--steps=1000", "--seed=4")
+    flags = (
+        "--env=Pendulum-v1",
+        "--policy=random",
+        "--dataset=mine/some-v3",
+        "--steps=1000",
+        "--seed=4",
+    )
     processes = [launcher.start("collect", *flags, env=minari) for _ in range(2)]
     results = [process.wait() for process in processes]
     assert sorted(result.status for result in results) == [0, 2], results
@@ -51,7 +59,9 @@ def test_a_trained_policy(launcher, minari, dataset, tmp_path):
     actions = load_dataset("mine/policy-v0").transitions.actions
     assert actions.shape == (400, 1)
     assert len(np.unique(actions)) > 100
-    result = launcher.run("collect", f"--policy={workdir}", "--env=MountainCarContinuous-v0", env=minari)
+    result = launcher.run(
+        "collect", f"--policy={workdir}", "--env=MountainCarContinuous-v0", env=minari
+    )
     assert result.status == 2
     assert len(result.complaints) == 1
     assert "observations: expected shape (1, 3)" in result.err
@@ -66,17 +76,29 @@ RANDOM = ("--env=Pendulum-v1", "--policy=random")
         (("--env=Pendulum-v1",), "--policy: expected random, waypoints or a work directory"),
         (("--policy=random",), "--env: expected a Gymnasium id"),
         (("--env=NoSuch-v0", "--policy=random"), "'NoSuch-v0' is not known to Gymnasium"),
-        (("--env=Pendulum-v1", "--policy=waypoints"), "expected a PointMaze environment; got Pendulum-v1"),
-        (("--env=Pendulum-v1", "--policy=no/such"), "--policy=no/such: expected random, waypoints or"),
+        (
+            ("--env=Pendulum-v1", "--policy=waypoints"),
+            "expected a PointMaze environment; got Pendulum-v1",
+        ),
+        (
+            ("--env=Pendulum-v1", "--policy=no/such"),
+            "--policy=no/such: expected random, waypoints or",
+        ),
         (("--env=Pendulum-v1", "--policy=efm_jax"), "holds no run"),
         (("--policy=efm_jax",), "holds no run"),
         (("--env=CartPole-v1", "--policy=random"), "actions are discrete"),
         ((*RANDOM, "--episodes=0"), "episodes"),
         ((*RANDOM, "--steps=x"), "steps"),
         ((*RANDOM, "--seed=-1"), "seed"),
-        ((*RANDOM, "--steps=9", "--episodes=9"), "--episodes, --steps: expected one of them; got both"),
+        (
+            (*RANDOM, "--steps=9", "--episodes=9"),
+            "--episodes, --steps: expected one of them; got both",
+        ),
         ((*RANDOM, "--noise=1"), "--noise: expected another policy than random"),
-        (("--env=Pendulum-v1", "--policy=efm_jax", "--noise=-1"), "--noise: expected a finite number in [0"),
+        (
+            ("--env=Pendulum-v1", "--policy=efm_jax", "--noise=-1"),
+            "--noise: expected a finite number in [0",
+        ),
         ((*RANDOM, "--dataset=bad"), "expected a Minari id"),
         ((*RANDOM, "--dataset=efm/pendulum/scripted-v0"), "is the built-in dataset's"),
     ],

@@ -79,7 +79,9 @@ def test_exported_file_runs_in_a_clean_interpreter(launcher, run, tmp_path):
     policy = load_policy(str(run))
     for count in (1, 5):
         expected = policy(observations(count), jax.random.key(np.uint32(7)))
-        np.testing.assert_allclose(np.load(tmp_path / f"{count}.npy"), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{count}.npy"), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,9 @@ def test_evaluation_samples_in_another_way_and_is_filmed(launcher, run, tmp_path
 
 
 def test_a_video_of_another_kind_is_refused(launcher, run, tmp_path):
-    result = launcher.run("evaluate", f"--workdir={run}", "--episodes=1", f"--video={tmp_path}/film.txt")
+    result = launcher.run(
+        "evaluate", f"--workdir={run}", "--episodes=1", f"--video={tmp_path}/film.txt"
+    )
     assert result.status == 2
     assert "film.txt" in result.complaints[-1]
     assert not (tmp_path / "film.txt").exists()

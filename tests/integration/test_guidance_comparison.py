@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import guidance_comparison as comparison
-from experiments import guidance_report
-from experiments.toy2d import problems
+from experiments.paper import guidance_comparison as comparison
+from experiments.paper import guidance_report
+from experiments.paper.toy2d import problems
 
 SETTINGS = dataclasses.replace(comparison.SMOKE, betas=(0.0, 5.0))
 
@@ -30,19 +30,23 @@ def test_every_cell_is_measured(output):
     with (output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     exact = ("exact_ot", "exact_cosine", "exact_vp", "exact_cg")
-    expected = {(p, m, b) for p in ("mixture_2d", "moons") for m in ("efm_ot", *exact) for b in ("0", "5")}
+    expected = {
+        (p, m, b) for p in ("mixture_2d", "moons") for m in ("efm_ot", *exact) for b in ("0", "5")
+    }
     assert {(row["problem"], row["method"], row["beta"]) for row in rows} == expected
     for row in rows:
         for name in ("sliced_w2_ratio", "mmd_ratio", "energy_ratio", "batch_ess"):
             assert float(row[name]) > 0
-        # Finite data have no density; everything else has a likelihood, which is a constant at beta = 0.
+        # Finite data have no density; everything else has a likelihood, which is a constant at beta
+        # = 0.
         has_density = row["method"] == "efm_ot" or row["problem"] == "mixture_2d"
         assert bool(row["log_ratio_std"]) == has_density
         if has_density and row["beta"] == "0":
             assert float(row["log_ratio_std"]) < 1e-5
     by_cell = {(row["problem"], row["method"], row["beta"]): row for row in rows}
     for problem in ("mixture_2d", "moons"):
-        # 250 samples and four repeats: a floor of 1 give or take a half, and eq. 4.6 is off at beta = 5.
+        # 250 samples and four repeats: a floor of 1 give or take a half, and eq. 4.6 is off at beta
+        # = 5.
         assert float(by_cell[problem, "exact_vp", "5"]["sliced_w2_ratio"]) < 1.6
     cells = [by_cell["mixture_2d", method, "5"] for method in ("exact_vp", "exact_cg")]
     assert float(cells[1]["sliced_w2_ratio"]) > 1.5 * float(cells[0]["sliced_w2_ratio"])
@@ -51,7 +55,13 @@ def test_every_cell_is_measured(output):
 
 def test_tables_and_figures(output):
     table = (output / "table.md").read_text()
-    for part in ("energy-weighted flow, OT (EFM)", "beta = 5", "**moons**", "ESS of a batch", "## Goals"):
+    for part in (
+        "energy-weighted flow, OT (EFM)",
+        "beta = 5",
+        "**moons**",
+        "ESS of a batch",
+        "## Goals",
+    ):
         assert part in table
     for name in ("ratios", "samples_moons", "samples_mixture_2d"):
         assert imread(output / f"{name}.png").std() > 0.05

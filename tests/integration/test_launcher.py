@@ -115,7 +115,8 @@ def test_returns_file_explains_the_printed_returns(finished):
         mean = np.mean([float(row["return"]) for row in found])
         assert mean == pytest.approx(result.line[f"{name}_return"], rel=1e-9)
     seeds = {
-        name: {r["episode_seed"] for r in rows if r["policy"] == name} for name in ("behavior", "policy")
+        name: {r["episode_seed"] for r in rows if r["policy"] == name}
+        for name in ("behavior", "policy")
     }
     assert seeds["behavior"] == seeds["policy"]
     assert {int(row["total_step"]) for row in rows if row["policy"] == "policy"} == {110, TOTAL}
@@ -147,7 +148,9 @@ def test_help(launcher, module):
     assert result.status == 0
     assert "--workdir" in result.out
     assert result.complaints == []
-    for name in ("--dataset", "--config", "--seed", "--num_seeds") if module == "train" else ("--episodes",):
+    for name in (
+        ("--dataset", "--config", "--seed", "--num_seeds") if module == "train" else ("--episodes",)
+    ):
         assert name in result.out
 
 
@@ -162,7 +165,8 @@ def interrupt(launcher, flags, workdir, step, number):
     return process.wait()
 
 
-# The first checkpoint of each phase; in the policy phase in the middle of a renewal period and at its end.
+# The first checkpoint of each phase; in the policy phase in the middle of a renewal period and at
+# its end.
 @pytest.mark.parametrize(
     "signals",
     [
@@ -257,10 +261,14 @@ def test_preset_that_is_no_preset(launcher, tmp_path):
         refused(launcher.run("train", f"--config={preset}"), "preset.py")
 
 
-@pytest.mark.parametrize("value", ["{'a': 1}", "3", "ConfigDict({'a': 1})", "ConfigDict({'bet': 1})"])
+@pytest.mark.parametrize(
+    "value", ["{'a': 1}", "3", "ConfigDict({'a': 1})", "ConfigDict({'bet': 1})"]
+)
 def test_override_of_a_field_that_the_preset_lacks(launcher, tmp_path, value):
     preset = tmp_path / "preset.py"
-    preset.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return {value}\n")
+    preset.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return {value}\n"
+    )
     word = "beta does not exist" if value == "3" else "unknown field 'beta'"
     refused(launcher.run("train", f"--config={preset}", "--config.beta=1"), str(preset), word)
 
@@ -273,7 +281,9 @@ def test_preset_with_a_key_error(launcher, tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--config.beta=1",)])
 def test_preset_that_is_no_file(launcher, tmp_path, more):
-    refused(launcher.run("train", f"--config={tmp_path}", *more), f"--config={tmp_path}: is a folder")
+    refused(
+        launcher.run("train", f"--config={tmp_path}", *more), f"--config={tmp_path}: is a folder"
+    )
     refused(launcher.run("train", "--config=nosuch.py", *more), "--config=nosuch.py: no such file")
 
 
@@ -291,7 +301,9 @@ def test_installed_preset_from_another_folder(launcher, tmp_path):
     # One that is here comes first.
     (tmp_path / "experiments" / "configs").mkdir(parents=True)
     (tmp_path / preset).write_text("def get_config():\n    return 3\n")
-    refused(launcher.run("train", f"--config={preset}", cwd=tmp_path), f"--config={preset}", "got int")
+    refused(
+        launcher.run("train", f"--config={preset}", cwd=tmp_path), f"--config={preset}", "got int"
+    )
 
 
 def test_batch_that_does_not_divide_over_devices(launcher, dataset, tmp_path):
@@ -335,7 +347,10 @@ def wide(data):
 
 BAD_DATA = {
     "nan observation": (broken("observations", (7, 2), np.nan), ["observations[7][2]"]),
-    "infinite next observation": (broken("next_observations", (5, 1), np.inf), ["next_observations[5][1]"]),
+    "infinite next observation": (
+        broken("next_observations", (5, 1), np.inf),
+        ["next_observations[5][1]"],
+    ),
     "nan action": (broken("actions", (11, 0), np.nan), ["actions[11]"]),
     "infinite reward": (broken("rewards", 13, -np.inf), ["rewards[13]"]),
     "action outside": (broken("actions", (17, 0), 2.5), ["actions[17]", "2.5"]),
@@ -374,7 +389,8 @@ def test_minari_id_that_the_server_does_not_know(tmp_path):
         asked = 0
 
         def do_GET(self):
-            # The client logs and repeats a request that fails so, then ends at one that fails for good.
+            # The client logs and repeats a request that fails so, then ends at one that fails for
+            # good.
             Server.asked += self.path.startswith("/api/datasets")
             self.send_response(503 if Server.asked == 1 else 404)
             self.send_header("Content-Length", "0")
@@ -403,7 +419,9 @@ def test_minari_id_that_the_server_does_not_know(tmp_path):
 
 def test_attribute_that_is_no_text(launcher, tmp_path):
     path = write_d4rl(tmp_path / "bad.hdf5", arrays(), env_id=np.array([b"Pendulum-v1"]))
-    refused(launcher.run("train", *train_flags(path, tmp_path / "run")), "bad.hdf5", "env_id", "text")
+    refused(
+        launcher.run("train", *train_flags(path, tmp_path / "run")), "bad.hdf5", "env_id", "text"
+    )
 
 
 def test_workdir_that_is_a_file(launcher, dataset, tmp_path):
@@ -418,18 +436,29 @@ def test_checkpoints_without_the_config_file(launcher, dataset, copy):
     (copy / "config.json").unlink()
     before = contents(copy)
     for flags in (train_flags(dataset, copy, *SEEDS), train_flags(dataset, copy, *SEEDS, beta=3)):
-        refused(launcher.run("train", *flags), str(copy), "checkpoints are there", "config.json is missing")
+        refused(
+            launcher.run("train", *flags),
+            str(copy),
+            "checkpoints are there",
+            "config.json is missing",
+        )
     refused(launcher.run("evaluate", f"--workdir={copy}"), "config.json is missing")
     assert contents(copy) == before
 
 
 def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
-    other = write_d4rl(tmp_path / "other.hdf5", arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1")
+    other = write_d4rl(
+        tmp_path / "other.hdf5", arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1"
+    )
     workdir = finished[0]
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    refused(launcher.run("train", *train_flags(dataset, workdir, *SEEDS, beta=3)), "beta", str(workdir))
+    refused(
+        launcher.run("train", *train_flags(dataset, workdir, *SEEDS, beta=3)), "beta", str(workdir)
+    )
     refused(launcher.run("train", *train_flags(other, workdir, *SEEDS)), "dataset", str(workdir))
-    refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=4", "--num_seeds=2")), "seed")
+    refused(
+        launcher.run("train", *train_flags(dataset, workdir, "--seed=4", "--num_seeds=2")), "seed"
+    )
     refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=3")), "num_seeds")
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
@@ -485,8 +514,13 @@ def test_two_damaged_checkpoints_are_two_lines(launcher, dataset, finished, copy
 def test_all_checkpoints_damaged(launcher, dataset, copy, how):
     for step in saved_steps(copy):
         how(copy, step)
-    for _ in range(2):  # the second time too: nothing may have been deleted, nor training begun anew
-        refused(launcher.run("train", *train_flags(dataset, copy, *SEEDS)), f"checkpoints/{TOTAL} cannot")
+    for _ in range(
+        2
+    ):  # the second time too: nothing may have been deleted, nor training begun anew
+        refused(
+            launcher.run("train", *train_flags(dataset, copy, *SEEDS)),
+            f"checkpoints/{TOTAL} cannot",
+        )
         assert saved_steps(copy) == [TOTAL - 20, TOTAL - 10, TOTAL]
     refused(launcher.run("evaluate", f"--workdir={copy}"), f"checkpoints/{TOTAL} cannot")
 

@@ -31,7 +31,8 @@ def start_hosts(launcher, datasets, workdir, *more, **config):
     ]  # fmt: skip
 
 
-# Episodes that two hosts share unevenly, and steps for seconds: so long takes a SIGTERM to reach both.
+# Episodes that two hosts share unevenly, and steps for seconds: so long takes a SIGTERM to reach
+# both.
 RUN = {"eval_episodes": 3, "behavior_steps": 500}
 LAST = TOTAL - STEPS["behavior"] + RUN["behavior_steps"]
 
@@ -55,7 +56,11 @@ def assert_same_run(workdir, other):
     for file, key in (("metrics.csv", "loss"), ("returns.csv", "return")):
         rows, wanted = table(workdir / file), table(other / file)
         skip = (key, "steps_per_second")
-        labels = [name for name in ("phase", "step", "seed", "policy", "episode_seed") if name in wanted[0]]
+        labels = [
+            name
+            for name in ("phase", "step", "seed", "policy", "episode_seed")
+            if name in wanted[0]
+        ]
         assert [[r[n] for n in labels if n not in skip] for r in rows] == [
             [r[n] for n in labels if n not in skip] for r in wanted
         ]
@@ -73,16 +78,22 @@ def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, 
         if key.endswith("return"):
             assert results[0].line[key] == pytest.approx(value, rel=1e-3)
     # Only the first host speaks.  Threads of Gloo may tear its lines apart.
-    assert [line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)] == []
+    assert [
+        line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)
+    ] == []
     assert "4 devices, 2 hosts" in results[0].out
 
 
 def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
     flags = ("--num_seeds=4", "--seed=5")
-    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags, **RUN)
+    hosts = start_hosts(
+        launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags, **RUN
+    )
     alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags, **RUN))
     results = [host.wait() for host in hosts]
-    assert [r.status for r in (*results, alone)] == [0, 0, 0], results[0].err + results[1].err + alone.err
+    assert [r.status for r in (*results, alone)] == [0, 0, 0], (
+        results[0].err + results[1].err + alone.err
+    )
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
@@ -98,11 +109,14 @@ def wait_for_phase(workdir, phase, hosts):
     raise TimeoutError
 
 
-def test_preemption_of_one_host_stops_both_and_they_continue(launcher, dataset, two_hosts, tmp_path):
+def test_preemption_of_one_host_stops_both_and_they_continue(
+    launcher, dataset, two_hosts, tmp_path
+):
     """The same bits in the end as without it."""
     workdir = tmp_path / "run"
     hosts = start_hosts(launcher, [dataset] * 2, workdir, **RUN)
-    # Early: JAX looks for a signal about once a second, and hosts agree on a point ahead of all of them.
+    # Early: JAX looks for a signal about once a second, and hosts agree on a point ahead of all of
+    # them.
     wait_for_phase(workdir, "behavior", hosts)
     hosts[1].send(signal.SIGTERM)
     start = time.monotonic()

@@ -10,7 +10,7 @@ from tests.integration.helpers import REPOSITORY, xla_flags
 
 def test_killed_runs_end_with_the_same_bits():
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.preemption_stress", "--smoke"],
+        [sys.executable, "-m", "experiments.systems.preemption_stress", "--smoke"],
         cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": xla_flags(1)},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip

@@ -29,7 +29,9 @@ def test_page_of_a_run(launcher, finished):
         assert text.count(f"<h4>{name}</h4>") == len(phases) > 0
     line = json.loads((finished / "result.json").read_text())
     for policy in ("behavior", "policy"):
-        low, high = (f"{value:,.1f}".replace("-", "\N{MINUS SIGN}") for value in line[f"{policy}_interval"])
+        low, high = (
+            f"{value:,.1f}".replace("-", "\N{MINUS SIGN}") for value in line[f"{policy}_interval"]
+        )
         assert f"{low} to {high}" in text
     for field in json.loads((finished / "config.json").read_text())["config"]:
         assert f">{field}</th>" in text
@@ -38,7 +40,9 @@ def test_page_of_a_run(launcher, finished):
 def test_page_of_two_runs_elsewhere(launcher, dataset, finished, tmp_path):
     other = tmp_path / "unfinished"
     other.mkdir()
-    (other / "config.json").write_text((finished / "config.json").read_text().replace('"ot"', '"vp"'))
+    (other / "config.json").write_text(
+        (finished / "config.json").read_text().replace('"ot"', '"vp"')
+    )
     out = tmp_path / "new" / "page.html"
     result = launcher.run("report", f"--workdir={finished}", f"--workdir={other}", f"--out={out}")
     assert (result.status, result.complaints) == (0, [])

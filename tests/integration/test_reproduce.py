@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data.d4rl_files import D4RL_FILES
-from efm_jax.evaluation import mean_and_interval, reference_scores
+from efm_jax.envs import mean_and_interval, reference_scores
 from tests.integration.runs import CONFIG, table
 
 TASK = "halfcheetah-medium-v2"
@@ -45,7 +45,13 @@ def scores(workdir, task):
     steps = sorted({int(row["total_step"]) for row in found})
     means = [
         [
-            np.mean([float(r["return"]) for r in found if (int(r["total_step"]), r["seed"]) == (step, seed)])
+            np.mean(
+                [
+                    float(r["return"])
+                    for r in found
+                    if (int(r["total_step"]), r["seed"]) == (step, seed)
+                ]
+            )
             for seed in "01"
         ]
         for step in steps
@@ -61,7 +67,10 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
     assert result.complaints == []
     assert result.line == {"jobs": 2, "done": 2, "failed": 0, "results": str(root / "results.csv")}
     found = rows(root)
-    assert [(row["task"], row["algorithm"]) for row in found] == [(TASK, "qipo_ot"), (TASK, "qipo_diff")]
+    assert [(row["task"], row["algorithm"]) for row in found] == [
+        (TASK, "qipo_ot"),
+        (TASK, "qipo_diff"),
+    ]
     for row in found:
         assert row["published"] == "54.2"
         [workdir] = root.glob(f"{row['task']}-{row['algorithm']}-2seeds-*")
@@ -75,9 +84,13 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
             np.testing.assert_allclose(cells, mean_and_interval(values), rtol=1e-9)
             assert float(row[f"{name}_difference"]) == pytest.approx(values.mean() - 54.2)
     text = (root / "results.md").read_text()
-    assert f"{float(found[0]['last_difference']):+.1f} | {float(found[0]['best_difference']):+.1f} |" in text
+    assert (
+        f"{float(found[0]['last_difference']):+.1f} | {float(found[0]['best_difference']):+.1f} |"
+        in text
+    )
     assert "qipo_ot: 1 of 1 tasks done, 1 of them published; mean difference " in text
-    # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published number.
+    # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published
+    # number.
     logs = {path: path.stat() for path in (root / "logs").iterdir()}
     assert launcher.run("reproduce", *asked).out == result.out
     assert {path: path.stat() for path in (root / "logs").iterdir()} == logs
@@ -116,11 +129,15 @@ def test_job_list_of_everything(launcher, tmp_path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("python -m launch.train --dataset=halfcheetah-medium-expert-v2 ")
     assert "--config=experiments/configs/d4rl/locomotion.py --seed=0 " in lines[0]
-    assert lines[0].endswith("halfcheetah-medium-expert-v2-qipo_ot-8seeds --num_seeds=8 --config.path=ot")
+    assert lines[0].endswith(
+        "halfcheetah-medium-expert-v2-qipo_ot-8seeds --num_seeds=8 --config.path=ot"
+    )
     antmaze = [line for line in lines if "antmaze.py" in line]
     assert len(antmaze) == 12
     assert "--dataset=D4RL/antmaze/umaze-diverse-v1 " in antmaze[2]
-    assert antmaze[3].endswith("antmaze-umaze-diverse-v2-qipo_diff-8seeds --num_seeds=8 --config.path=vp")
+    assert antmaze[3].endswith(
+        "antmaze-umaze-diverse-v2-qipo_diff-8seeds --num_seeds=8 --config.path=vp"
+    )
 
 
 BAD_FLAGS = {

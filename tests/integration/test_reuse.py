@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.reuse import equinox_model, nnx_model, plain_function
+from experiments.examples import equinox_model, nnx_model, plain_function
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("nnx_model", "equinox_model", "plain_function")
 each_name = pytest.mark.parametrize("name", NAMES)
 NUM = 16384
-# How far 1000 steps may leave a mean or variance from the target's, beside the error of a finite sample.
-# A plain function with seeds 0, 1 and 3 was off by up to 0.02.
+# How far 1000 steps may leave a mean or variance from the target's, beside the error of a finite
+# sample. A plain function with seeds 0, 1 and 3 was off by up to 0.02.
 TRAINING_TOLERANCE = 0.03
 
 
 @each_name
 def test_the_script_samples_the_closed_form(name, monkeypatch, capsys):
     """N(0, I) reweighted by exp(-0.5 ||x - 1||^2) is N(0.5, 0.5 I)."""
-    module = importlib.import_module(f"experiments.reuse.{name}")
+    module = importlib.import_module(f"experiments.examples.{name}")
     drawn, sample = [], module.sampling.sample
 
     def recorded(*args, **options):
@@ -43,7 +43,9 @@ def test_the_script_samples_the_closed_form(name, monkeypatch, capsys):
     assert x.shape == (NUM, 2)
     # Four standard errors of the mean and of the variance of NUM normal samples of variance 0.5.
     np.testing.assert_allclose(x.mean(0), 0.5, atol=4 * math.sqrt(0.5 / NUM) + TRAINING_TOLERANCE)
-    np.testing.assert_allclose(x.var(0), 0.5, atol=4 * 0.5 * math.sqrt(2 / NUM) + TRAINING_TOLERANCE)
+    np.testing.assert_allclose(
+        x.var(0), 0.5, atol=4 * 0.5 * math.sqrt(2 / NUM) + TRAINING_TOLERANCE
+    )
     covariance = jnp.cov(x.T)[0, 1]
     assert abs(covariance) < 4 * 0.5 / math.sqrt(NUM) + TRAINING_TOLERANCE
     printed = capsys.readouterr().out
@@ -53,7 +55,7 @@ def test_the_script_samples_the_closed_form(name, monkeypatch, capsys):
 
 @each_name
 def test_the_script_is_short(name):
-    module = importlib.import_module(f"experiments.reuse.{name}")
+    module = importlib.import_module(f"experiments.examples.{name}")
     assert len(Path(module.__file__).read_text().splitlines()) < 60
 
 
@@ -63,7 +65,9 @@ def test_all_frameworks_see_one_loss_and_gradient():
     params = {name: value + 0.1 for name, value in params.items()}  # biases off 0
     key = jax.random.key(4)
 
-    (plain_loss, plain_aux), plain_grads = jax.value_and_grad(plain_function.loss, has_aux=True)(params, key)
+    (plain_loss, plain_aux), plain_grads = jax.value_and_grad(plain_function.loss, has_aux=True)(
+        params, key
+    )
 
     nnx_field = nnx_model.Field(nnx.Rngs(0))
     layers = [layer for layer in nnx_field.mlp.layers if isinstance(layer, nnx.Linear)]
@@ -84,7 +88,9 @@ def test_all_frameworks_see_one_loss_and_gradient():
     # Equinox keeps matrices as [out, in].
     values = [v for i in range(3) for v in (params[f"w{i}"].T, params[f"b{i}"])]
     eqx_field = eqx.tree_at(weights_of, equinox_model.Field(jax.random.key(0)), values)
-    (eqx_loss, eqx_aux), grads = eqx.filter_value_and_grad(equinox_model.loss, has_aux=True)(eqx_field, key)
+    (eqx_loss, eqx_aux), grads = eqx.filter_value_and_grad(equinox_model.loss, has_aux=True)(
+        eqx_field, key
+    )
     eqx_grads = {
         f"{short}{i}": array
         for i, layer in enumerate(grads.mlp.layers)
@@ -105,7 +111,7 @@ def test_all_frameworks_see_one_loss_and_gradient():
 def test_the_tutorial_runs_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tutorial", "--smoke", f"--output={tmp_path}"])
     try:
-        runpy.run_module("experiments.tutorial", run_name="__main__")
+        runpy.run_module("experiments.examples.tutorial", run_name="__main__")
     finally:
         plt.close("all")
     pictures = sorted(tmp_path.glob("*.png"))
@@ -128,7 +134,11 @@ def test_the_page_is_the_tutorial_as_it_is():
     assert len(cells) > 15
     for cell in cells:
         kind, body = cell.split("\n", 1)
-        text = body.strip().strip('"').strip() if "[markdown]" in kind else f"```python\n{body.strip()}\n```"
+        text = (
+            body.strip().strip('"').strip()
+            if "[markdown]" in kind
+            else f"```python\n{body.strip()}\n```"
+        )
         assert text in page
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
     assert len(shown) == 5

@@ -124,15 +124,30 @@ def test_tables(launcher, fake, tmp_path):
     assert result.status == 0, result.err
     table = (root / "results.md").read_text()
     assert result.out == f"\n{table}\n{json.dumps(result.line)}\n"
-    # Returns 10, 11, 14: standard deviation 2.0817, and 4.3027 is Student's t of 97.5% with 2 degrees.
+    # Returns 10, 11, 14: standard deviation 2.0817, and 4.3027 is Student's t of 97.5% with 2
+    # degrees.
     low, high = 35 / 3 - 4.3027 * 2.0817 / 3**0.5, 35 / 3 + 4.3027 * 2.0817 / 3**0.5
     expected = ["one", "experiments/configs/qipo_ot.py", "3 of 3", "3", "-3.0 (-3.0 to -3.0)"]
-    expected += ["-2.0 (-2.0 to -2.0)", f"11.7 ({low:.1f} to {high:.1f})", "", "51.0 (48.5 to 53.5)"]
+    expected += [
+        "-2.0 (-2.0 to -2.0)",
+        f"11.7 ({low:.1f} to {high:.1f})",
+        "",
+        "51.0 (48.5 to 53.5)",
+    ]
     assert cells(table, "one") == expected
     assert cells(table, "two")[1:] == expected[1:]
-    assert cells(table, "one-qipo_ot-seed2") == ["one-qipo_ot-seed2", "-3.0", "-2.0", "14.0", "", "52.0"]
+    assert cells(table, "one-qipo_ot-seed2") == [
+        "one-qipo_ot-seed2",
+        "-3.0",
+        "-2.0",
+        "14.0",
+        "",
+        "52.0",
+    ]
     found = rows(root)
-    assert [(row["dataset"], row["seed"]) for row in found] == [(d, s) for d in ("one", "two") for s in "012"]
+    assert [(row["dataset"], row["seed"]) for row in found] == [
+        (d, s) for d in ("one", "two") for s in "012"
+    ]
     assert found[5]["job"] == "two-qipo_ot-seed2"
     assert (found[5]["policy_low"], found[5]["policy_high"], found[5]["behavior_score"]) == (
         "11.0",
@@ -144,7 +159,9 @@ def test_tables(launcher, fake, tmp_path):
 
 def test_jobs_not_done_have_empty_rows(launcher, fake, tmp_path):
     root = tmp_path / "sweep"
-    assert launcher.run("sweep", "--datasets=one", "--seeds=1", f"--root={root}", env=fake).status == 0
+    assert (
+        launcher.run("sweep", "--datasets=one", "--seeds=1", f"--root={root}", env=fake).status == 0
+    )
     more = ["--datasets=one,two", "--seeds=1,2", f"--root={root}", "--collect"]
     result = launcher.run("sweep", *more, env=fake)
     assert (result.status, result.complaints) == (0, [])
@@ -167,7 +184,12 @@ def test_train_flags_reach_the_trainer_and_the_name(launcher, fake, tmp_path):
     assert names[0].startswith("one-qipo_ot-seed0-")
     assert names[1].startswith("one-qipo_ot-seed4-")
     [call] = calls(root / names[1])
-    expected = {"dataset": "one", "config": "experiments/configs/qipo_ot.py", "seed": "4", "num_seeds": "3"}
+    expected = {
+        "dataset": "one",
+        "config": "experiments/configs/qipo_ot.py",
+        "seed": "4",
+        "num_seeds": "3",
+    }
     del call["at"], call["group"]
     assert call == expected | {"workdir": str(root / names[1]), "config.beta": "5"}
     # A job of several seeds has an interval over seeds of its own.
@@ -192,7 +214,11 @@ def test_failed_job(launcher, fake, tmp_path):
     (root / "mended").touch()
     again = launcher.run("sweep", "--datasets=one,fails,two", f"--root={root}", env=fake)
     assert (again.status, again.line["done"], again.complaints) == (0, 3, [])
-    assert [len(calls(root / f"{name}-qipo_ot-seed0")) for name in ("one", "fails", "two")] == [1, 2, 1]
+    assert [len(calls(root / f"{name}-qipo_ot-seed0")) for name in ("one", "fails", "two")] == [
+        1,
+        2,
+        1,
+    ]
 
 
 def test_at_most_so_many_workers(launcher, fake, tmp_path):
@@ -219,8 +245,12 @@ def test_job_list(launcher, fake, tmp_path):
     lines = path.read_text().splitlines()
     names = ["one-qipo_ot-seed1", "two-x-qipo_ot-seed0", "two-x-qipo_ot-seed1"]
     assert [shlex.split(line)[:3] for line in lines] == 3 * [["python", "-m", "launch.train"]]
-    assert [shlex.split(line)[-1] for line in lines] == [f"--workdir={root / name}" for name in names]
-    environment = os.environ | fake | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    assert [shlex.split(line)[-1] for line in lines] == [
+        f"--workdir={root / name}" for name in names
+    ]
+    environment = (
+        os.environ | fake | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    )
     for line in lines:
         subprocess.run(["bash", "-c", line], cwd=REPOSITORY, env=environment, check=True)
     assert calls(root / names[2])[0]["dataset"] == "two 'x'"
@@ -264,7 +294,10 @@ BAD_FLAGS = {
     "positional": (["positional"], ["positional"]),
     "workers": (["--workers=0"], ["workers", "0"]),
     "no workers": (["--workers=x"], ["workers", "x"]),
-    "config": (["--configs=experiments/configs/quick.py,nosuch.py"], ["--configs=nosuch.py", "no such file"]),
+    "config": (
+        ["--configs=experiments/configs/quick.py,nosuch.py"],
+        ["--configs=nosuch.py", "no such file"],
+    ),
     "config folder": (["--configs=experiments"], ["--configs=experiments", "folder"]),
     "no config": (["--configs="], ["--configs"]),
     "no dataset": (["--datasets=a,,b"], ["--datasets"]),
@@ -273,8 +306,14 @@ BAD_FLAGS = {
     "negative seed": (["--seeds=0,-1"], ["--seeds", "-1"]),
     "same seed": (["--seeds=1,0,1"], ["one-qipo_ot-seed1"]),
     "same dataset": (["--datasets=one,two,one"], ["one-qipo_ot-seed0"]),
-    "same name": (["--datasets=x/small.hdf5,y/small.hdf5"], ["x/small.hdf5", "y/small.hdf5", "named small-"]),
-    "shared seeds": (["--seeds=0,2,5", "--train_flags=--num_seeds=3"], ["0 and 2", "--num_seeds=3"]),
+    "same name": (
+        ["--datasets=x/small.hdf5,y/small.hdf5"],
+        ["x/small.hdf5", "y/small.hdf5", "named small-"],
+    ),
+    "shared seeds": (
+        ["--seeds=0,2,5", "--train_flags=--num_seeds=3"],
+        ["0 and 2", "--num_seeds=3"],
+    ),
     "own flag": (["--train_flags=--num_seeds=2 --seed=3"], ["--train_flags", "--seed=3"]),
     "quote": (["--train_flags=--config.path='ot"], ["--train_flags", "quotation"]),
     "value apart": (["--train_flags=--num_seeds 2"], ["--train_flags", "--name=value", "'2'"]),
@@ -314,5 +353,14 @@ def test_damaged_result(launcher, fake, tmp_path):
 def test_help(launcher):
     result = launcher.run("sweep", "--help")
     assert (result.status, result.complaints) == (0, [])
-    for name in ("datasets", "configs", "seeds", "root", "workers", "train_flags", "jobs", "collect"):
+    for name in (
+        "datasets",
+        "configs",
+        "seeds",
+        "root",
+        "workers",
+        "train_flags",
+        "jobs",
+        "collect",
+    ):
         assert f"--{name}" in result.out

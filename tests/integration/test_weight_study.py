@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import weight_study
-from experiments.weight_figures import columns, read, select
+from experiments.paper import weight_study
+from experiments.paper.weight_figures import columns, read, select
 
 QUESTIONS = ("gradient", "ess", "fraction", "noise", "data")
 
@@ -42,7 +42,9 @@ def test_bias_of_the_softmax_falls_as_one_over_the_batch_and_the_dataset_has_non
             assert row["bias_noise"] < softmax["bias"] / 5
             # Independent samples: the square error is that of one, over B.
             first = select(rows, beta=beta, weights="dataset", batch_size=16)[0]["rms_error"]
-            np.testing.assert_allclose(row["rms_error"] * np.sqrt(row["batch_size"] / 16), first, rtol=0.1)
+            np.testing.assert_allclose(
+                row["rms_error"] * np.sqrt(row["batch_size"] / 16), first, rtol=0.1
+            )
     assert smallest == sorted(smallest)
 
 
@@ -60,14 +62,20 @@ def test_beta_for_ess_holds_on_fresh_data(folder):
     for fraction, tolerance in ((0.9, 0.005), (0.5, 0.02), (0.1, 0.1)):
         for row in select(rows, fraction=fraction, batch_size=largest):
             np.testing.assert_allclose(row["mean"], fraction, rtol=tolerance)
-        few, many = (select(rows, fraction=fraction, batch_size=size)[0]["std"] for size in (64, largest))
-        np.testing.assert_allclose(few / many, np.sqrt(largest / 64), rtol=0.6)  # many: of 8 batches
+        few, many = (
+            select(rows, fraction=fraction, batch_size=size)[0]["std"] for size in (64, largest)
+        )
+        np.testing.assert_allclose(
+            few / many, np.sqrt(largest / 64), rtol=0.6
+        )  # many: of 8 batches
 
 
 def test_independent_noise_costs_samples_and_a_smooth_error_moves_the_target(folder):
     rows = read(folder / "noise.csv")
     for beta in weight_study.NOISE_BETAS:
-        sigma, ratio, ess = columns(select(rows, beta=beta, error="independent"), "sigma", "ratio", "ess")
+        sigma, ratio, ess = columns(
+            select(rows, beta=beta, error="independent"), "sigma", "ratio", "ess"
+        )
         known = beta * sigma <= 1
         expected = ess[0] * np.exp(-((beta * sigma) ** 2))
         np.testing.assert_allclose(ess[known], expected[known], rtol=0.1)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import __main__ as suite
-from experiments.benchmarks import phases, products, timing
-from experiments.benchmarks.products import Product
+from experiments.systems.benchmarks import __main__ as suite
+from experiments.systems.benchmarks import phases, products, timing
+from experiments.systems.benchmarks.products import Product
 
 
 def test_products_of_loops_branches_and_batches():
@@ -58,7 +58,9 @@ def test_the_repeated_product_is_computed_in_every_turn():
 
 def test_every_alternative_has_its_turn():
     calls = []
-    times = timing.in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, seconds=0.05)
+    times = timing.in_turns(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, seconds=0.05
+    )
     assert set(times) == {"a", "b"}
     assert all(0 < time.best <= time.median for time in times.values())
     switches = sum(first != second for first, second in itertools.pairwise(calls))
@@ -88,11 +90,15 @@ def test_tables():
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "experiments.benchmarks", f"--out={tmp_path}"]
-    bad = subprocess.run([*command, "--only=phases,speed"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "experiments.systems.benchmarks", f"--out={tmp_path}"]
+    bad = subprocess.run(
+        [*command, "--only=phases,speed"], capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 2
     assert "unknown 'speed'" in bad.stderr.splitlines()[-1]
-    good = subprocess.run([*command, "--quick", "--only=acting"], capture_output=True, text=True, check=False)
+    good = subprocess.run(
+        [*command, "--quick", "--only=acting"], capture_output=True, text=True, check=False
+    )
     assert good.returncode == 0, good.stderr
     record = json.loads((tmp_path / "benchmarks.json").read_text())
     assert record["quick"]

@@ -8,14 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from efm_jax.training.checkpoint import Checkpointer, CheckpointError
+from efm_jax.runs.checkpoint import Checkpointer, CheckpointError
 from efm_jax.training.state import TrainState
 
 
 def tree(seed):
     rng = np.random.default_rng(seed)
     return {
-        "state": TrainState.create({"w": rng.standard_normal((64, 8)).astype(np.float32)}, optax.adam(1e-3)),
+        "state": TrainState.create(
+            {"w": rng.standard_normal((64, 8)).astype(np.float32)}, optax.adam(1e-3)
+        ),
         "count": np.int32(seed),
         "pair": (rng.standard_normal(3).astype(np.float32), np.array([True, False])),
     }

@@ -71,12 +71,16 @@ def test_rank_and_shape():
         checks.check_shape("x", np.ones((2, 3)), (3, 2))
 
 
-@pytest.mark.parametrize("value", [1.0, np.ones(2, np.float32), jnp.ones(2), jnp.ones(2, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "value", [1.0, np.ones(2, np.float32), jnp.ones(2), jnp.ones(2, jnp.bfloat16)]
+)
 def test_float_accepts(value):
     checks.check_float("x", value)
 
 
-@pytest.mark.parametrize("value", [1, np.ones(2, np.int32), np.ones(2, bool), np.ones(2, np.complex64)])
+@pytest.mark.parametrize(
+    "value", [1, np.ones(2, np.int32), np.ones(2, bool), np.ones(2, np.complex64)]
+)
 def test_float_refuses(value):
     with pytest.raises(TypeError, match=r"x: expected a floating-point array; got dtype"):
         checks.check_float("x", value)

@@ -44,7 +44,11 @@ def run(tmp_path):
             text=True,
             timeout=30,
         )
-        return done.returncode, [json.loads(line) for line in calls.read_text().splitlines()], done.stderr
+        return (
+            done.returncode,
+            [json.loads(line) for line in calls.read_text().splitlines()],
+            done.stderr,
+        )
 
     return run
 
@@ -85,7 +89,9 @@ def commands(text):
     text = re.sub(r"\\\n[#\s]*", " ", text)
     return [
         (module, words.split())
-        for module, words in re.findall(r"python -m launch\.(train|sweep|evaluate)\b([^\n`|&;#]*)", text)
+        for module, words in re.findall(
+            r"python -m launch\.(train|sweep|evaluate)\b([^\n`|&;#]*)", text
+        )
     ]
 
 
@@ -98,14 +104,18 @@ def test_every_file_is_checked():
     assert names == {"jobset.yaml", "skypilot.yaml", "slurm_array.sh", "tpu_vm.sh"}
 
 
-@pytest.mark.parametrize("path", [*sorted(CLUSTER.iterdir()), REPOSITORY / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(CLUSTER.iterdir()), REPOSITORY / "README.md"], ids=lambda p: p.name
+)
 def test_commands_name_flags_that_exist(path):
     for module, words in commands(path.read_text()):
         check_flags(module, words)
 
 
 def test_commands_are_found():
-    assert commands("# python -m launch.sweep --a=1 \\\n#   --b | x --c\n") == [("sweep", ["--a=1", "--b"])]
+    assert commands("# python -m launch.sweep --a=1 \\\n#   --b | x --c\n") == [
+        ("sweep", ["--a=1", "--b"])
+    ]
     assert commands(SLURM.read_text())
 
 
@@ -116,13 +126,19 @@ def test_jobset():
     [container] = job["template"]["spec"]["containers"]
     check_flags("train", container["args"])
     assert "--multihost" in container["args"]
-    x, y = map(int, job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    x, y = map(
+        int, job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    )
     hosts, chips = job["parallelism"], container["resources"]["limits"]["google.com/tpu"]
     assert job["completions"] == hosts
     assert hosts * chips == x * y
     # Exit status 2, bad flags, ends it; any other starts all hosts again.
     [rule] = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [2],
+    }
     assert spec["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
     assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
 
@@ -135,7 +151,11 @@ def test_skypilot(tmp_path, gpu):
     for step in ("setup", "run"):
         (tmp_path / step).write_text(task[step])
     # The programs of setup and run print what they were called with.
-    for path in (tmp_path / "python3", tmp_path / ".venv" / "bin" / "python", tmp_path / "nvidia-smi"):
+    for path in (
+        tmp_path / "python3",
+        tmp_path / ".venv" / "bin" / "python",
+        tmp_path / "nvidia-smi",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
         path.chmod(0o755)
@@ -156,7 +176,12 @@ def test_skypilot(tmp_path, gpu):
 
     assert ("jax[cuda12]" if gpu else "jax[tpu]") in lines("setup")
     called = lines("run")
-    assert called == ["-m", "launch.train", "--workdir=gs://a b/c", *shlex.split(task["envs"]["FLAGS"])]
+    assert called == [
+        "-m",
+        "launch.train",
+        "--workdir=gs://a b/c",
+        *shlex.split(task["envs"]["FLAGS"]),
+    ]
     check_flags("train", called)
 
 
@@ -214,11 +239,19 @@ def test_tpu_vm(run, state, steps):
         assert "--accelerator-type=v6e-16" in calls[steps.index("create")]
     assert calls[-1][7] == "--worker=all"
     # What every host then does.
-    [remote] = [word.removeprefix("--command=") for word in calls[-1] if word.startswith("--command=")]
-    code, calls, errors = run("-c", remote, programs=["gcloud", "sudo"], sudo_DOES="[[ $2 != stop ]]")
+    [remote] = [
+        word.removeprefix("--command=") for word in calls[-1] if word.startswith("--command=")
+    ]
+    code, calls, errors = run(
+        "-c", remote, programs=["gcloud", "sudo"], sudo_DOES="[[ $2 != stop ]]"
+    )
     assert code == 0, errors
     docker = [call[2:] for call in calls if call[:2] == ["sudo", "docker"]]
-    assert [call[0] for call in docker] == ["login", "stop", "run"]  # nothing to remove where none ran
+    assert [call[0] for call in docker] == [
+        "login",
+        "stop",
+        "run",
+    ]  # nothing to remove where none ran
     assert docker[0][-1] == "us-docker.pkg.dev"
     started = docker[-1].index(SLICE["IMAGE"])
     assert docker[-1][started + 1 :] == ["--multihost", *flags]

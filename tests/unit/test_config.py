@@ -66,14 +66,17 @@ def replaced(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, field in FIELDS.items() for value in WRONG_TYPES[field.type]]
+    ("name", "value"),
+    [(name, value) for name, field in FIELDS.items() for value in WRONG_TYPES[field.type]],
 )
 def test_wrong_type_names_the_field(name, value):
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*; got "):
         replaced(name, value).validate()
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG_VALUES.items() for v in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in WRONG_VALUES.items() for v in values]
+)
 def test_wrong_value_names_the_field(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*; got "):
         replaced(name, value).validate()
@@ -81,7 +84,11 @@ def test_wrong_value_names_the_field(name, value):
 
 def test_every_field_that_can_be_wrong_is_checked():
     # preprocess, which owns the choices, refuses an unknown reward_transform.
-    assert set(FIELDS) - set(WRONG_VALUES) == {"layer_norm", "critic_layer_norm", "reward_transform"}
+    assert set(FIELDS) - set(WRONG_VALUES) == {
+        "layer_norm",
+        "critic_layer_norm",
+        "reward_transform",
+    }
 
 
 @pytest.mark.parametrize(("name", "value"), BOUNDARIES.items())
@@ -91,7 +98,10 @@ def test_values_at_a_boundary_are_accepted(name, value):
 
 @pytest.mark.parametrize(
     "config",
-    [QIPOConfig(), QIPOConfig(path="vp", hidden_dims=(8, 4), beta=3.5, critic="iql", layer_norm=True)],
+    [
+        QIPOConfig(),
+        QIPOConfig(path="vp", hidden_dims=(8, 4), beta=3.5, critic="iql", layer_norm=True),
+    ],
 )
 def test_dict_round_trip_through_json(config):
     assert QIPOConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -28,7 +28,9 @@ def batch(seed=0):
 
 def parameters(critic):
     """Parameters and, different from them, targets."""
-    params, target = (jax.jit(critic.init, static_argnums=(1, 2))(jax.random.key(k), S, A) for k in (0, 1))
+    params, target = (
+        jax.jit(critic.init, static_argnums=(1, 2))(jax.random.key(k), S, A) for k in (0, 1)
+    )
     return params, target
 
 
@@ -46,7 +48,9 @@ def test_softmax_q_loss(beta_q):
     critic, (samples, next_actions) = SoftmaxQ(Q, beta_q), batch()
     params, target = parameters(critic)
     observations = np.repeat(samples.next_observations[:, None], M, axis=1)
-    next_q = apply(Q, target["q"], observations, next_actions).min(0)  # the twins' minimum, per action
+    next_q = apply(Q, target["q"], observations, next_actions).min(
+        0
+    )  # the twins' minimum, per action
     weights = np.exp(beta_q * (next_q - next_q.max(1, keepdims=True)))
     next_value = (weights * next_q).sum(1) / weights.sum(1)
     y = samples.rewards + samples.discounts * next_value
@@ -103,13 +107,22 @@ def test_iql_is_semi_gradient_descent():
     error = apply(Q, params["q"], data.observations, data.actions) - y
 
     def surrogate(p):  # linear in the networks, with the slopes of the squared errors
-        value = V.apply(p["v"], data.observations) @ np.float32(-2 * np.where(gap > 0, 0.7, 0.3) * gap / B)
-        return value + jnp.sum(Q.apply(p["q"], data.observations, data.actions) * np.float32(2 * error / B))
+        value = V.apply(p["v"], data.observations) @ np.float32(
+            -2 * np.where(gap > 0, 0.7, 0.3) * gap / B
+        )
+        return value + jnp.sum(
+            Q.apply(p["q"], data.observations, data.actions) * np.float32(2 * error / B)
+        )
 
     found, expected = jax.jit(
-        lambda p: (jax.grad(lambda p: critic.loss(p, target, None, b)[0])(p), jax.grad(surrogate)(p))
+        lambda p: (
+            jax.grad(lambda p: critic.loss(p, target, None, b)[0])(p),
+            jax.grad(surrogate)(p),
+        )
     )(params)
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected
+    )
 
 
 @pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
@@ -138,8 +151,9 @@ def test_q_values_are_the_least_of_the_ensemble():
     assert len(set(every.argmin(0).ravel())) == 3
 
 
-# A chain of 3 states: +1 moves right, -1 left (state 0 stays). Right of state 2 is the end, worth 1; every
-# other step costs 0.1.  One more row tells a time limit from an end: it is not terminal, so it bootstraps.
+# A chain of 3 states: +1 moves right, -1 left (state 0 stays). Right of state 2 is the end, worth
+# 1; every other step costs 0.1.  One more row tells a time limit from an end: it is not terminal,
+# so it bootstraps.
 DISCOUNT = 0.9
 ACTIONS = np.float32([-1, 1])
 
@@ -154,7 +168,11 @@ def chain():
     state, action, reward, following, ended = map(np.array, zip(*rows, strict=True))
     one_hot = np.eye(3, dtype=np.float32)
     return Transitions(
-        one_hot[state], np.float32(action)[:, None], np.float32(reward), one_hot[following], np.float32(ended)
+        one_hot[state],
+        np.float32(action)[:, None],
+        np.float32(reward),
+        one_hot[following],
+        np.float32(ended),
     )
 
 
@@ -177,11 +195,17 @@ def test_solution_by_hand():
 @pytest.mark.parametrize(
     ("options", "share_of_best"),
     [
-        ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),  # the value of the behavior, uniform over both
+        (
+            {"critic": "softmax_q", "beta_q": 0.0},
+            0.5,
+        ),  # the value of the behavior, uniform over both
         ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),  # the value of the best policy in support
         ({"critic": "iql", "expectile": 0.5}, 0.5),
         ({"critic": "ensemble", "expectile": 0.9, "num_critics": 3, "pessimism": 0.0}, 0.9),
-        ({"critic": "iql", "expectile": 0.9}, 0.9),  # of two equally likely values, the expectile by hand
+        (
+            {"critic": "iql", "expectile": 0.9},
+            0.9,
+        ),  # of two equally likely values, the expectile by hand
     ],
 )
 def test_critic_solves_the_chain(options, share_of_best):
@@ -234,7 +258,9 @@ def test_lower_confidence_bound_of_the_advantage():
     v = apply(ENSEMBLE.v_network, params["v"], samples.observations)
     expected = q.mean(0) - 0.5 * (q - v[:, :, None]).std(0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5
+    )
 
 
 # ---- n-step samples ----

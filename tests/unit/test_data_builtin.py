@@ -5,7 +5,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, builtin, load_dataset, recording
-from efm_jax.data.controllers import BEST
+from efm_jax.envs.pendulum import BEST
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data import DataError, load_dataset
-from efm_jax.data import environments as environments_module
+from efm_jax.envs import environments as environments_module
 from tests.unit.data_fixtures import SHARED_DATA, d4rl_arrays, write_d4rl
 
 # rows:      0  1  2  3  4  5  6  7    episodes: 0-2 terminal, 3-5 timeout, 6-7 unfinished
@@ -47,7 +47,14 @@ def test_without_next_observations_drops_timeouts_and_the_unfinished_last_row(tm
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
     data = load(tmp_path, arrays).transitions
     rows = [0, 1, 2, 3, 4, 6]  # 5 timed out, 7 is last: their next observations are not in the file
-    following = [1, 2, 2, 4, 5, 7]  # the terminal row 2 has its own in the place of one that is never used
+    following = [
+        1,
+        2,
+        2,
+        4,
+        5,
+        7,
+    ]  # the terminal row 2 has its own in the place of one that is never used
     np.testing.assert_array_equal(data.observations, arrays["observations"][rows])
     np.testing.assert_array_equal(data.next_observations, arrays["observations"][following])
     np.testing.assert_array_equal(data.actions, arrays["actions"][rows])
@@ -210,7 +217,9 @@ def test_beyond_float32_is_not_finite(tmp_path):
     fails(tmp_path, arrays, "rewards[3]")
 
 
-@pytest.mark.parametrize("name", ["actions", "rewards", "terminals", "timeouts", "next_observations"])
+@pytest.mark.parametrize(
+    "name", ["actions", "rewards", "terminals", "timeouts", "next_observations"]
+)
 def test_lengths_that_disagree(tmp_path, name):
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
     arrays["next_observations"] = arrays["observations"].copy()
@@ -222,7 +231,9 @@ def test_shapes_that_disagree(tmp_path):
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
     fails(tmp_path, arrays | {"rewards": np.zeros((8, 2), np.float32)}, "rewards", "(8, 2)")
     fails(tmp_path, arrays | {"actions": arrays["actions"][:, 0]}, "actions", "(8,)")
-    fails(tmp_path, arrays | {"next_observations": arrays["observations"][:, :2]}, "(8, 3)", "(8, 2)")
+    fails(
+        tmp_path, arrays | {"next_observations": arrays["observations"][:, :2]}, "(8, 3)", "(8, 2)"
+    )
 
 
 def test_empty(tmp_path):
@@ -297,7 +308,9 @@ def test_shared_halfcheetah():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         dataset = load_dataset(str(path))
-    assert dataset.transitions.size == 100_000 - 100  # every episode times out, with no next observation
+    assert (
+        dataset.transitions.size == 100_000 - 100
+    )  # every episode times out, with no next observation
     assert len(dataset.episode_returns) == 100
     assert dataset.episode_returns.mean() == pytest.approx(8296, abs=1)
     assert (dataset.observation_size, dataset.action_size) == (17, 6)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data import DataError, Folders, d4rl_files, load_dataset
-from efm_jax.data import environments as environments_module
+from efm_jax.envs import environments as environments_module
 from tests.unit.data_fixtures import box, d4rl_arrays, episode, write_d4rl, write_minari
 
 ANTMAZE = "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse"
@@ -115,11 +115,23 @@ def test_antmaze_terminals_do_not_end_episodes(tmp_path):
     arrays = antmaze_arrays()
     dataset = load_dataset(write_d4rl(tmp_path / f"{ANTMAZE}_fixed.hdf5", arrays))
     data = dataset.transitions
-    rows = [0, 1, 2, 3, 4, 6, 7, 8]  # 5 and 9 timed out: their next observations are not in the file
+    rows = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        8,
+    ]  # 5 and 9 timed out: their next observations are not in the file
     np.testing.assert_array_equal(data.observations, arrays["observations"][rows])
-    np.testing.assert_array_equal(data.next_observations, arrays["observations"][np.array(rows) + 1])
+    np.testing.assert_array_equal(
+        data.next_observations, arrays["observations"][np.array(rows) + 1]
+    )
     np.testing.assert_array_equal(data.terminated, np.array(TERMINALS)[rows])
-    # As the environment counts: the first reaches the goal in its third step, once; the second never does.
+    # As the environment counts: the first reaches the goal in its third step, once; the second
+    # never does.
     np.testing.assert_array_equal(dataset.episode_returns, [1, 0])
     np.testing.assert_array_equal(dataset.episode_lengths, [3, 4])
     assert dataset.env_spec is None  # not Ant-v5, though the file's name begins with Ant
@@ -137,10 +149,14 @@ def test_terminals_end_episodes_in_other_files(tmp_path):
     np.testing.assert_array_equal(dataset.episode_lengths, [3, 1, 2, 4])
 
 
-@pytest.mark.parametrize("name", [f"{ANTMAZE}.hdf5", "antmaze-medium-play-v1.hdf5", "antmaze-umaze-v2.hdf5"])
+@pytest.mark.parametrize(
+    "name", [f"{ANTMAZE}.hdf5", "antmaze-medium-play-v1.hdf5", "antmaze-umaze-v2.hdf5"]
+)
 def test_jumps_end_episodes_of_early_antmaze_files(tmp_path, name):
     arrays = antmaze_arrays()
-    arrays["observations"][8:, :2] += 5  # the file does not say that row 7 is the last before a reset
+    arrays["observations"][8:, :2] += (
+        5  # the file does not say that row 7 is the last before a reset
+    )
     dataset = load_dataset(write_d4rl(tmp_path / name, arrays))
     marked = name.endswith("v2.hdf5")  # in v2, what the file says is believed
     np.testing.assert_array_equal(dataset.episode_lengths, [3, 4] if marked else [3, 2, 2])
@@ -166,7 +182,9 @@ def test_kitchen_without_timeouts(tmp_path):
     assert dataset.transitions.terminated.sum() == 2
 
 
-@pytest.mark.parametrize(("file", "limit"), [("pen-v0_demos_clipped.hdf5", 100), ("door-human-v0.hdf5", 200)])
+@pytest.mark.parametrize(
+    ("file", "limit"), [("pen-v0_demos_clipped.hdf5", 100), ("door-human-v0.hdf5", 200)]
+)
 def test_adroit_without_timeouts(tmp_path, file, limit):
     arrays = d4rl_arrays(np.zeros(2 * limit + 5, bool), observation_size=4)
     dataset = load_dataset(write_d4rl(tmp_path / file, arrays))
@@ -190,4 +208,6 @@ def test_parts_of_an_antmaze_file_are_the_whole(tmp_path):
     for field in whole.transitions._fields:
         joined = np.concatenate([getattr(part.transitions, field) for part in parts])
         np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
-    np.testing.assert_array_equal(np.concatenate([p.episode_returns for p in parts]), whole.episode_returns)
+    np.testing.assert_array_equal(
+        np.concatenate([p.episode_returns for p in parts]), whole.episode_returns
+    )

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import DataError, environments
-from efm_jax.evaluation import evaluate
+from efm_jax.data import DataError
+from efm_jax.envs import environments, evaluate
 
 ROOT = Path(__file__).parents[2]
 MAZE = "PointMaze_UMaze-v3"
@@ -42,7 +42,9 @@ def test_missing_robotics_is_named(without_robotics):
     with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:
         evaluate(still, MAZE, episode_seeds=[0])
     assert "\n" not in str(caught.value)
-    spec = EnvSpec(MAZE, "gymnasium_robotics.envs.maze.point_maze:PointMazeEnv", max_episode_steps=3)
+    spec = EnvSpec(
+        MAZE, "gymnasium_robotics.envs.maze.point_maze:PointMazeEnv", max_episode_steps=3
+    )
     with pytest.raises(ValueError, match=f"{MAZE} cannot run here.*{hint}") as caught:
         evaluate(still, spec.to_json(), episode_seeds=[0])
     assert "\n" not in str(caught.value)
@@ -59,7 +61,7 @@ def test_what_cannot_be_made_is_one_line():
 def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
     code = (
         "import numpy as np\n"
-        "from efm_jax.evaluation import evaluate\n"
+        "from efm_jax.envs import evaluate\n"
         f"rollouts = evaluate(lambda o, s: np.zeros((1, 2, 2)), '{MAZE}', episode_seeds=[0, 1])\n"
         "print(rollouts.lengths.tolist())\n"
     )

@@ -9,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from efm_jax.data import DataError, load_dataset
-from efm_jax.data.flatten import flat_size, flatten_observation
+from efm_jax.envs.flatten import flat_size, flatten_observation
 from tests.unit.data_fixtures import SHARED_DATA, box, episode, write_minari
 
 
@@ -67,7 +67,12 @@ def test_environment_and_reference_scores(folder):
 
     scores = {"ref_min_score": -10.0, "ref_max_score": 5.0}
     write_minari(
-        "test/a-v0", steps, **options, env="Pendulum-v1", eval_env="MountainCarContinuous-v0", **scores
+        "test/a-v0",
+        steps,
+        **options,
+        env="Pendulum-v1",
+        eval_env="MountainCarContinuous-v0",
+        **scores,
     )
     assert spec("test/a-v0") == "MountainCarContinuous-v0"
     assert spec("test/a-v0", env="Pendulum-v1") == "Pendulum-v1"
@@ -102,7 +107,9 @@ GOAL_SPACE = spaces.Dict(
 def test_flatten_is_gymnasiums():
     GOAL_SPACE.seed(0)
     samples = [GOAL_SPACE.sample() for _ in range(5)]
-    expected = np.stack([spaces.flatten(GOAL_SPACE, sample) for sample in samples]).astype(np.float32)
+    expected = np.stack([spaces.flatten(GOAL_SPACE, sample) for sample in samples]).astype(
+        np.float32
+    )
     one = flatten_observation(GOAL_SPACE, samples[0], 0)
     assert one.dtype == np.float32
     np.testing.assert_array_equal(one, expected[0])
@@ -118,7 +125,9 @@ def test_flatten_is_gymnasiums():
 
 def test_flatten_sorts_keys_whatever_the_order_of_the_space():
     space = spaces.Dict(OrderedDict(b=box(1), a=box(1)))
-    np.testing.assert_array_equal(flatten_observation(space, {"b": [[2.0]], "a": [[1.0]]}, 1), [[1, 2]])
+    np.testing.assert_array_equal(
+        flatten_observation(space, {"b": [[2.0]], "a": [[1.0]]}, 1), [[1, 2]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,9 @@ def test_flatten_refuses(space, observation, word):
 
 
 def test_dict_observations():
-    space = spaces.Dict(observation=box(2, np.inf), desired_goal=box(1, np.inf), achieved_goal=box(1, np.inf))
+    space = spaces.Dict(
+        observation=box(2, np.inf), desired_goal=box(1, np.inf), achieved_goal=box(1, np.inf)
+    )
     observations = {
         "observation": rows(0, 2, 2),
         "desired_goal": rows(20, 2, 1),
@@ -179,7 +190,11 @@ def test_non_finite(folder, value):
 
 
 def test_lengths_that_disagree(folder):
-    for name, key in [("test/a-v0", "rewards"), ("test/b-v0", "observations"), ("test/c-v0", "terminations")]:
+    for name, key in [
+        ("test/a-v0", "rewards"),
+        ("test/b-v0", "observations"),
+        ("test/c-v0", "terminations"),
+    ]:
         write_minari(name, [episode(3, rows(0, 3)), episode(3, rows(0, 3))])
 
         def shorten(file, key=key):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from efm_jax.data import DataError, Folders, load_dataset, ogbench_source
+from efm_jax.data import DataError, Folders, load_dataset, ogbench
 
 # rows:      0  1  2  3  4  5  6    trajectories of states: 0-3, 4-6
 TERMINALS = [0, 0, 0, 1, 0, 0, 1]
@@ -54,7 +54,7 @@ class Goal(gymnasium.Env):
 
 
 @pytest.fixture
-def ogbench(monkeypatch):
+def ogbench_package(monkeypatch):
     """A package that labels as `ogbench` does: a row is done where its qpos is the environment's goal."""
 
     def relabel_dataset(env_name, env, dataset):
@@ -71,7 +71,9 @@ def ogbench(monkeypatch):
     for name, goal in (("box-single-singletask-v0", 1), ("box-single-singletask-task4-v0", 5)):
         gymnasium.register(name, entry_point=Goal, kwargs={"goal": goal}, max_episode_steps=9)
     # Specs with functions have no JSON; a real one has a path.
-    monkeypatch.setattr("efm_jax.data.environments.spec_json", lambda source, spec: f'{{"id": "{spec.id}"}}')
+    monkeypatch.setattr(
+        "efm_jax.envs.environments.spec_json", lambda source, spec: f'{{"id": "{spec.id}"}}'
+    )
     yield module
     for name in ("box-single-singletask-v0", "box-single-singletask-task4-v0"):
         gymnasium.registry.pop(name)
@@ -87,7 +89,9 @@ def test_rows_are_states(tmp_path, without_ogbench):
     dataset = load_dataset(write(tmp_path / "a.npz", content))
     data = dataset.transitions
     np.testing.assert_array_equal(data.observations, content["observations"][STEPS])
-    np.testing.assert_array_equal(data.next_observations, content["observations"][np.array(STEPS) + 1])
+    np.testing.assert_array_equal(
+        data.next_observations, content["observations"][np.array(STEPS) + 1]
+    )
     np.testing.assert_array_equal(data.actions, content["actions"][STEPS])
     np.testing.assert_array_equal(data.rewards, REWARDS[STEPS])
     np.testing.assert_array_equal(data.terminated, [0, 1, 0, 0, 0])  # masks, never terminals
@@ -103,7 +107,8 @@ def test_rows_are_states(tmp_path, without_ogbench):
 def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
     content = labeled()
     states = load_dataset(write(tmp_path / "a.npz", content))
-    # compact_dataset=True: the last step of a trajectory is marked too, and `valids` says what is a step.
+    # compact_dataset=True: the last step of a trajectory is marked too, and `valids` says what is a
+    # step.
     compact = content | {
         "terminals": np.array([0, 0, 1, 1, 0, 1, 1], np.float32),
         "valids": 1 - content["terminals"],
@@ -127,7 +132,9 @@ def test_parts_are_the_whole(tmp_path):
     for field in whole.transitions._fields:
         joined = np.concatenate([getattr(part.transitions, field) for part in parts])
         np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
-    np.testing.assert_array_equal(np.concatenate([p.episode_returns for p in parts]), whole.episode_returns)
+    np.testing.assert_array_equal(
+        np.concatenate([p.episode_returns for p in parts]), whole.episode_returns
+    )
     assert [part.first_row for part in parts] == [0, 2, 4]
 
 
@@ -149,7 +156,7 @@ def test_parts_are_the_whole(tmp_path):
     ],
 )
 def test_names(name, file, env):
-    assert ogbench_source.parse_name(name) == (file, env)
+    assert ogbench.parse_name(name) == (file, env)
 
 
 @pytest.mark.parametrize(
@@ -166,19 +173,21 @@ def test_names_of_other_things(name, words, without_ogbench):
 
 
 def test_a_name_needs_ogbench_before_a_download(tmp_path, without_ogbench, monkeypatch):
-    monkeypatch.setattr(ogbench_source, "URL", (tmp_path / "remote").as_uri() + "/")
+    monkeypatch.setattr(ogbench, "URL", (tmp_path / "remote").as_uri() + "/")
     fails(
-        "box-single-play-singletask-v0", "pip install ogbench", folders=Folders(ogbench=str(tmp_path / "x"))
+        "box-single-play-singletask-v0",
+        "pip install ogbench",
+        folders=Folders(ogbench=str(tmp_path / "x")),
     )
     assert not (tmp_path / "x").exists()
 
 
-def test_rewards_of_the_task_in_the_name(tmp_path, ogbench, monkeypatch):
+def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch):
     qpos = np.arange(7, dtype=np.float64)[:, None]
     remote = tmp_path / "remote"
     remote.mkdir()
     write(remote / "box-single-play-v0.npz", arrays(qpos=qpos))
-    monkeypatch.setattr(ogbench_source, "URL", remote.as_uri() + "/")
+    monkeypatch.setattr(ogbench, "URL", remote.as_uri() + "/")
     folders = Folders(ogbench=str(tmp_path / "local"))
     for name, done in (
         ("box-single-play-singletask-v0", 1),
@@ -188,11 +197,13 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench, monkeypatch):
         assert dataset.name == name
         np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == done)
         np.testing.assert_array_equal(dataset.transitions.rewards, (np.array(STEPS) == done) - 1.0)
-        assert dataset.env_spec == f'{{"id": "{name.removeprefix("ogbench:").replace("-play", "")}"}}'
+        assert (
+            dataset.env_spec == f'{{"id": "{name.removeprefix("ogbench:").replace("-play", "")}"}}'
+        )
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["box-single-play-v0.npz"]
 
 
-def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench):
+def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench_package):
     path = write(tmp_path / "mine.npz", arrays(qpos=np.arange(7.0)[:, None]))
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
     np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
@@ -203,7 +214,7 @@ def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench):
     np.testing.assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
 
 
-def test_files_without_rewards(tmp_path, ogbench):
+def test_files_without_rewards(tmp_path, ogbench_package):
     path = write(tmp_path / "a.npz", arrays())
     fails(path, "no 'rewards'", "singletask", "pip install ogbench")
     fails(path, "neither 'rewards' nor 'qpos'", env="box-single-singletask-v0")
@@ -217,7 +228,7 @@ def test_task_needs_ogbench(tmp_path, without_ogbench):
     fails(path, "pip install ogbench", env="box-single-singletask-v0")
 
 
-def test_environments_that_do_not_fit(tmp_path, ogbench):
+def test_environments_that_do_not_fit(tmp_path, ogbench_package):
     path = write(tmp_path / "a.npz", labeled())
     fails(path, "Nothing-v3", env="Nothing-v3")
     fails(path, "Pendulum-v1", "(1,)", "(2,)", env="Pendulum-v1")

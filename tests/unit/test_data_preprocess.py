@@ -17,7 +17,9 @@ def make_dataset(n=500, returns=(10.0, 30.0), **changes):
     } | changes
     return Dataset(
         name="made up",
-        transitions=Transitions(**{name: np.asarray(array, np.float32) for name, array in arrays.items()}),
+        transitions=Transitions(
+            **{name: np.asarray(array, np.float32) for name, array in arrays.items()}
+        ),
         episode_returns=np.array(returns),
         episode_lengths=np.array([n] * len(returns)),
         action_low=np.array([-2, 0], np.float32),
@@ -53,13 +55,17 @@ def test_bounds_become_exactly_one():
     low, high = np.float32(-0.1), np.float32(0.3)
     dataset = make_dataset(2, actions=[[low, low], [high, high]])
     dataset = dataset._replace(action_low=np.array([low] * 2), action_high=np.array([high] * 2))
-    np.testing.assert_array_equal(preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]])
+    np.testing.assert_array_equal(
+        preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]]
+    )
 
 
 def test_constant_dimensions_are_only_centered():
     # 0, a value that float32 cannot hold, a large one; and small variations that are real.
     observations = np.tile(np.array([0, 0.1, 1e6], np.float32), (500, 1))
-    dataset = make_dataset(observations=observations, next_observations=observations + np.float32(1))
+    dataset = make_dataset(
+        observations=observations, next_observations=observations + np.float32(1)
+    )
     normalizer = fit_normalizer(dataset)
     np.testing.assert_array_equal(normalizer.observation_std, [1, 1, 1])
     data = preprocess(dataset, normalizer)
@@ -76,13 +82,17 @@ def test_reward_transforms():
     rewards = dataset.transitions.rewards
     locomotion = preprocess(dataset, normalizer, "locomotion").rewards
     np.testing.assert_allclose(locomotion, rewards * 1000 / 20, rtol=1e-6)
-    np.testing.assert_allclose(preprocess(dataset, normalizer, "antmaze").rewards, rewards - 1, atol=1e-6)
+    np.testing.assert_allclose(
+        preprocess(dataset, normalizer, "antmaze").rewards, rewards - 1, atol=1e-6
+    )
     assert locomotion.dtype == np.float32
     with pytest.raises(ValueError, match="reward_transform"):
         preprocess(dataset, normalizer, "other")
 
 
-@pytest.mark.parametrize(("returns", "word"), [((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")])
+@pytest.mark.parametrize(
+    ("returns", "word"), [((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")]
+)
 def test_locomotion_refuses(returns, word):
     dataset = make_dataset(returns=returns)
     with pytest.raises(DataError, match=word):

@@ -59,7 +59,13 @@ def up(_):
 
 
 def record(name=NAME, env=None, begin=lambda episode: up, **arguments):
-    defaults = {"seed": 0, "episodes": 4, "algorithm_name": "up", "code_permalink": "x", "description": "x"}
+    defaults = {
+        "seed": 0,
+        "episodes": 4,
+        "algorithm_name": "up",
+        "code_permalink": "x",
+        "description": "x",
+    }
     return recording.record(name, env or make_walk(), begin, **defaults | arguments)
 
 
@@ -101,18 +107,27 @@ def test_references_are_means_on_the_same_starts():
     rng = np.random.default_rng([0, 4])
     starts = [np.random.Generator(np.random.PCG64(seed)).uniform(-1, 1) for seed in seeds]
     assert best == pytest.approx(np.mean(starts) + 1, rel=1e-5)
-    assert worst == pytest.approx(np.mean([start + rng.uniform(-1, 1) for start in starts]), rel=1e-5)
+    assert worst == pytest.approx(
+        np.mean([start + rng.uniform(-1, 1) for start in starts]), rel=1e-5
+    )
 
 
 def test_steps_finish_their_episode():
     for version, steps in enumerate((14, 15)):
-        arguments = {"env": make_walk(7), "begin": lambda _: lambda _: [-1], "steps": steps, "episodes": None}
+        arguments = {
+            "env": make_walk(7),
+            "begin": lambda _: lambda _: [-1],
+            "steps": steps,
+            "episodes": None,
+        }
         recorded = record(f"efm/test/steps-v{version}", **arguments)
         assert recorded.lengths.tolist() == [7] * (2 + version)
 
 
 def noisy(seed):
-    return recording.batched(make_walk(), lambda observations, key: observations[:, 1:2] / 2, seed, noise=0.5)
+    return recording.batched(
+        make_walk(), lambda observations, key: observations[:, 1:2] / 2, seed, noise=0.5
+    )
 
 
 def test_same_bytes_for_the_same_arguments(folder, monkeypatch):
@@ -124,7 +139,9 @@ def test_same_bytes_for_the_same_arguments(folder, monkeypatch):
         found.append((files(folder / name), load_dataset(NAME).transitions))
     assert found[0][0] == found[1][0] != found[2][0]
     for many, few in zip(found[0][1], found[3][1], strict=True):
-        np.testing.assert_array_equal(many[: len(few)], few)  # more episodes begin with the same ones
+        np.testing.assert_array_equal(
+            many[: len(few)], few
+        )  # more episodes begin with the same ones
 
 
 def test_batched_policy_sees_flat_observations_and_a_key_of_its_own():
@@ -140,7 +157,10 @@ def test_batched_policy_sees_flat_observations_and_a_key_of_its_own():
         act = begin(episode)
         for _ in range(2):
             assert act(env.reset(seed=0)[0]) == [0.5]
-    assert all(observations.shape == (1, 3) and observations.dtype == np.float32 for observations, _ in seen)
+    assert all(
+        observations.shape == (1, 3) and observations.dtype == np.float32
+        for observations, _ in seen
+    )
     assert len({key for _, key in seen}) == 4
     again = recording.batched(env, policy, seed=5)(1)
     again(env.reset(seed=0)[0])
@@ -149,7 +169,9 @@ def test_batched_policy_sees_flat_observations_and_a_key_of_its_own():
 
 def test_noise_is_in_units_of_half_the_range():
     env = make_walk(action_space=spaces.Box(-3.0, 3.0, (1,)))
-    act = recording.batched(env, lambda observations, key: 0 * observations[:, :1], seed=0, noise=0.5)(0)
+    act = recording.batched(
+        env, lambda observations, key: 0 * observations[:, :1], seed=0, noise=0.5
+    )(0)
     observation = env.reset(seed=0)[0]
     assert np.std([act(observation) for _ in range(300)]) == pytest.approx(1.5, rel=0.1)
 
@@ -163,7 +185,12 @@ def test_two_processes_at_once(folder):
         "builtin.record(num_episodes=20)\n"
         "print(load_dataset(BUILTIN_DATASET).fingerprint())\n"
     )
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     processes = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), **options)
         for _ in range(2)
@@ -202,7 +229,9 @@ def test_killed_recording_is_never_loaded(folder, monkeypatch, stage):
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, stage, kill)
-        patch.setattr(recording.shutil, "rmtree", lambda *a, **k: None)  # a killed process tidies nothing up
+        patch.setattr(
+            recording.shutil, "rmtree", lambda *a, **k: None
+        )  # a killed process tidies nothing up
         with pytest.raises(Killed):
             record()
     assert not (folder / NAME).exists()

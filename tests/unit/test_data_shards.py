@@ -22,7 +22,9 @@ def name(request, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     if request.param == "minari":
         observations = [rng.standard_normal((n + 1, 3)).astype(np.float32) for n in (3, 1, 5, 3)]
-        write_minari("test/shards-v0", [episode(len(o) - 1, o, terminated=True) for o in observations])
+        write_minari(
+            "test/shards-v0", [episode(len(o) - 1, o, terminated=True) for o in observations]
+        )
         return "test/shards-v0"
     arrays = d4rl_arrays(TERMINALS, TIMEOUTS)
     arrays["observations"] = rng.standard_normal(arrays["observations"].shape).astype(np.float32)
@@ -95,7 +97,11 @@ def test_fingerprint_sees_every_number_and_its_place(name):
     seen = {whole.fingerprint()}
     for field, array in whole.transitions._asdict().items():
         for change in (array + np.float32(1), np.roll(array, 1, axis=0)):
-            seen.add(whole._replace(transitions=whole.transitions._replace(**{field: change})).fingerprint())
+            seen.add(
+                whole._replace(
+                    transitions=whole.transitions._replace(**{field: change})
+                ).fingerprint()
+            )
         assert np.abs(array - np.roll(array, 1, axis=0)).max() > 0
     assert len(seen) == 11
     assert whole._replace(first_row=1).fingerprint() not in seen

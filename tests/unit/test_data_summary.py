@@ -13,7 +13,9 @@ from tests.unit.data_fixtures import box, d4rl_arrays, episode, write_d4rl, writ
 SPEC = '{"id": "Pendulum-v1"}'
 
 
-def recording(lengths=(60, 50, 40), *, terminated=(True, False, False), observation_size=3, action_size=2):
+def recording(
+    lengths=(60, 50, 40), *, terminated=(True, False, False), observation_size=3, action_size=2
+):
     """Episodes of random walks, without anything to complain about."""
     rng = np.random.default_rng(0)
     walks = [np.cumsum(rng.normal(size=(n + 1, observation_size)), axis=0) for n in lengths]
@@ -54,7 +56,14 @@ def test_numbers():
     summary = json.loads(json.dumps(summarize(dataset)))
     assert (summary["dataset"], summary["environment"]) == ("made/up-v0", "Pendulum-v1")
     assert (summary["transitions"], summary["episodes"]) == (150, 3)
-    assert summary["lengths"] == {"min": 40, "q25": 45, "median": 50, "q75": 55, "max": 60, "mean": 50}
+    assert summary["lengths"] == {
+        "min": 40,
+        "q25": 45,
+        "median": 50,
+        "q75": 55,
+        "max": 60,
+        "mean": 50,
+    }
     assert summary["returns"]["mean"] == pytest.approx(dataset.episode_returns.mean())
     assert summary["ends"] == {
         "trajectories": 3,
@@ -100,7 +109,9 @@ def test_sparse_and_useless_rewards():
     assert problems(changed(dataset, rewards=np.zeros(150, np.float32))) == [
         "every reward is 0: there is nothing to learn from"
     ]
-    assert problems(dataset._replace(episode_returns=np.full(3, 7.0))) == ["every episode returned 7"]
+    assert problems(dataset._replace(episode_returns=np.full(3, 7.0))) == [
+        "every episode returned 7"
+    ]
 
 
 def test_copies_are_exact():
@@ -125,23 +136,28 @@ def test_observations_that_never_change_or_are_far_off():
     observations = dataset.transitions.observations.copy()
     observations[:, 1] = 5 + 1e-7 * np.arange(11_000) / 11_000
     observations[:, 2] = np.where(np.arange(11_000) == 0, 1e6, 0)
-    data = changed(dataset, observations=observations, next_observations=np.roll(observations, -1, axis=0))
+    data = changed(
+        dataset, observations=observations, next_observations=np.roll(observations, -1, axis=0)
+    )
     found = summarize(data)
     assert found["observations"]["constant"] == [1]
     assert "observation dimensions 1 never change" in found["problems"]
-    assert any("dimensions 2 have values farther than 100" in problem for problem in found["problems"])
+    assert any(
+        "dimensions 2 have values farther than 100" in problem for problem in found["problems"]
+    )
 
 
 def test_many_dimensions_are_not_all_named():
     dataset = recording(observation_size=12)
     observations = np.zeros((150, 12), np.float32)
-    assert problems(changed(dataset, observations=observations, next_observations=observations))[-1] == (
-        "observation dimensions 0, 1, 2, 3, 4, 5, 6, 7 and 4 more never change"
-    )
+    assert problems(changed(dataset, observations=observations, next_observations=observations))[
+        -1
+    ] == ("observation dimensions 0, 1, 2, 3, 4, 5, 6, 7 and 4 more never change")
 
 
 def test_ends_that_are_not_marked(tmp_path):
-    # Two episodes by the file, four by its observations: rows 2 and 6 lead to what row 3 and 7 are not.
+    # Two episodes by the file, four by its observations: rows 2 and 6 lead to what row 3 and 7 are
+    # not.
     arrays = d4rl_arrays(np.zeros(9), [0, 0, 0, 0, 1, 0, 0, 0, 1])
     arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
     for row in (2, 4, 6, 8):
@@ -152,7 +168,8 @@ def test_ends_that_are_not_marked(tmp_path):
     # One more than the episodes may be a recording that stops.
     assert summary["problems"][:2] == [
         "names no environment: training needs one to evaluate in",
-        "1 ends of trajectories are not marked: returns and lengths there are of several episodes together",
+        "1 ends of trajectories are not marked: returns and lengths there are of several episodes "
+        "together",
     ]
 
 
@@ -175,7 +192,9 @@ def test_trajectories_of_files_without_next_observations(tmp_path):
 def test_trajectories_of_minari_datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     walks = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
-    write_minari("test/a-v0", [episode(4, walks[0], terminated=True), episode(4, walks[1])], box(3, np.inf))
+    write_minari(
+        "test/a-v0", [episode(4, walks[0], terminated=True), episode(4, walks[1])], box(3, np.inf)
+    )
     ends = summarize(load_dataset("test/a-v0"))["ends"]
     assert (ends["trajectories"], ends["terminated"], ends["truncated"]) == (2, 1, 1)
 
@@ -194,7 +213,9 @@ def test_transitions_over_a_reset():
     following[:, 1] = np.arange(1, 501) > 250
     assert not any(
         "as far" in text
-        for text in problems(changed(dataset, observations=observations, next_observations=following))
+        for text in problems(
+            changed(dataset, observations=observations, next_observations=following)
+        )
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from efm_jax.evaluation import mmd, sliced_wasserstein
+from efm_jax.distances import mmd, sliced_wasserstein
 
 
 def normal(seed, *shape):
@@ -35,13 +35,17 @@ def test_mmd_matches_numpy(x64):
 
     def mean_kernel(a, b):
         squares = cdist(a, b) ** 2
-        return np.mean([np.exp(-squares / (2 * h**2)).mean() for h in np.sqrt(2) * np.array([0.25, 0.5, 1])])
+        return np.mean(
+            [np.exp(-squares / (2 * h**2)).mean() for h in np.sqrt(2) * np.array([0.25, 0.5, 1])]
+        )
 
     expected = np.sqrt(mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y))
     np.testing.assert_allclose(mmd(x, y), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("distance", [mmd, lambda x, y: sliced_wasserstein(jax.random.key(0), x, y)])
+@pytest.mark.parametrize(
+    "distance", [mmd, lambda x, y: sliced_wasserstein(jax.random.key(0), x, y)]
+)
 def test_distances_are_metrics_of_samples_and_compile(distance):
     x, y = normal(0, 500, 2).astype(np.float32), normal(1, 500, 2).astype(np.float32)
     assert float(distance(x, x[::-1])) < 1e-3  # the order of a sample does not matter

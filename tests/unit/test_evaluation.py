@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from efm_jax.evaluation import evaluate, mean_and_interval, normalized_score, reference_scores
+from efm_jax.envs import evaluate, mean_and_interval, normalized_score, reference_scores
 
 SEEDS = [3, 11, 7]
 
@@ -91,7 +91,9 @@ def _environments():
 
 
 def swing(gain, observation, step):
-    return np.array([gain * observation[..., 1] * observation[..., 2] + 0.1 * np.sin(step)], np.float32)
+    return np.array(
+        [gain * observation[..., 1] * observation[..., 2] + 0.1 * np.sin(step)], np.float32
+    )
 
 
 def zeros(observations, step):
@@ -111,7 +113,9 @@ def test_pendulum_matches_a_plain_loop():
             ]
         )
 
-    result = evaluate(act, gymnasium.spec("Pendulum-v1").to_json(), num_policies=2, episode_seeds=SEEDS)
+    result = evaluate(
+        act, gymnasium.spec("Pendulum-v1").to_json(), num_policies=2, episode_seeds=SEEDS
+    )
 
     expected = np.zeros((2, 3))
     for k, gain in enumerate(gains):
@@ -135,7 +139,8 @@ def test_episode_seeds_belong_to_episodes_not_to_policies():
     np.testing.assert_array_equal(result.returns[0], result.returns[1])
     assert len(set(result.returns[0])) == 3
     np.testing.assert_array_equal(
-        evaluate(zeros, "Pendulum-v1", episode_seeds=SEEDS[::-1]).returns[0], result.returns[0, ::-1]
+        evaluate(zeros, "Pendulum-v1", episode_seeds=SEEDS[::-1]).returns[0],
+        result.returns[0, ::-1],
     )
 
 
@@ -152,7 +157,11 @@ def test_nothing_leaks_into_a_finished_episode(truncates):
 
     spec.entry_point = f"{__name__}:Countdown"
     result = evaluate(
-        act, spec.to_json(), num_policies=2, episode_seeds=seeds, progress=lambda *done: calls.append(done)
+        act,
+        spec.to_json(),
+        num_policies=2,
+        episode_seeds=seeds,
+        progress=lambda *done: calls.append(done),
     )
     lengths = np.array([2, 6, 4])
     np.testing.assert_array_equal(result.lengths, [lengths, lengths])
@@ -197,7 +206,9 @@ def test_infinite_action_is_not_clipped_to_a_bound():
 
 def test_dict_observations_are_flattened_by_key_and_actions_clipped():
     def act(observations, step):
-        np.testing.assert_array_equal(observations, np.broadcast_to([1.0, 2.0, 5.0, 6.0], (2, 2, 4)))
+        np.testing.assert_array_equal(
+            observations, np.broadcast_to([1.0, 2.0, 5.0, 6.0], (2, 2, 4))
+        )
         return np.array([[[-5.0], [-0.5]], [[0.5], [5.0]]])
 
     result = evaluate(act, "efmtest/Maze-v0", num_policies=2, episode_seeds=[0, 1])
@@ -210,7 +221,9 @@ def test_length_must_be_bounded():
     result = evaluate(zeros, "efmtest/Endless-v0", episode_seeds=[0, 4], max_steps=3)
     assert result.lengths.tolist() == [[2, 3]]
     assert result.returns.tolist() == [[11.0, 3.0]]
-    assert evaluate(zeros, "efmtest/Maze-v0", episode_seeds=[0], max_steps=100).lengths.tolist() == [[4]]
+    assert evaluate(
+        zeros, "efmtest/Maze-v0", episode_seeds=[0], max_steps=100
+    ).lengths.tolist() == [[4]]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +244,9 @@ def test_bad_environment_is_one_line(environment, words):
 
 
 def test_missing_simulator_names_the_extra(monkeypatch):
-    for module in [name for name in sys.modules if name.startswith(("gymnasium.envs.mujoco", "mujoco"))]:
+    for module in [
+        name for name in sys.modules if name.startswith(("gymnasium.envs.mujoco", "mujoco"))
+    ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ValueError, match=r"Hopper-v5 .*pip install -e \.\[mujoco\]") as caught:
@@ -264,7 +279,10 @@ def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("Hopper-v5", "Hopper-v2", "hopper-medium-v2", "hopper-full-replay-v2"), (-20.272305, 3234.3)),
+        (
+            ("Hopper-v5", "Hopper-v2", "hopper-medium-v2", "hopper-full-replay-v2"),
+            (-20.272305, 3234.3),
+        ),
         (("HalfCheetah-v4", "halfcheetah-medium-expert-v2"), (-280.178953, 12135.0)),
         (("Walker2d-v5", "walker2d-medium-replay-v2"), (1.629008, 4592.3)),
         (("Ant-v5", "ant-random-v2"), (-325.6, 3879.7)),
@@ -275,7 +293,10 @@ def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
         (("AdroitHandHammer-v1", "hammer-expert-v1"), (-274.856578, 12794.134825156867)),
         (("AdroitHandRelocate-v1", "relocate-human-v1"), (-6.425911, 4233.877797728884)),
         (("maze2d-umaze-v1", "D4RL/pointmaze/umaze-v2"), (23.85, 161.86)),
-        (("maze2d-large-dense-v1", "D4RL/pointmaze/large-dense-v2"), (30.569041, 303.4857382709002)),
+        (
+            ("maze2d-large-dense-v1", "D4RL/pointmaze/large-dense-v2"),
+            (30.569041, 303.4857382709002),
+        ),
         (("mujoco/hopper/medium-v0", "mujoco/hopper/expert-v0"), (-20.272305, 3234.3)),
         (("mujoco/ant/simple-v0", "mujoco/ant/expert-finetuned-v0"), (-325.6, 3879.7)),
         (("D4RL/antmaze/umaze-v1", "D4RL/antmaze/large-diverse-v2"), (0.0, 1.0)),
@@ -321,7 +342,9 @@ def test_normalized_score():
     references = reference_scores("Hopper-v5")
     assert normalized_score(-20.272305, references) == 0.0
     assert normalized_score(3234.3, references) == 100.0
-    np.testing.assert_allclose(normalized_score(np.array([[0.5], [2.0]]), (0.0, 1.0)), [[50.0], [200.0]])
+    np.testing.assert_allclose(
+        normalized_score(np.array([[0.5], [2.0]]), (0.0, 1.0)), [[50.0], [200.0]]
+    )
     assert normalized_score(5.0, None) is None
     with pytest.raises(ValueError, match="references"):
         normalized_score(5.0, (1.0, 1.0))
@@ -333,7 +356,12 @@ def test_mean_and_interval():
     margin = 2.7764451 * np.sqrt(2.5 / 5)
     np.testing.assert_allclose([mean, low, high], [3.0, 3.0 - margin, 3.0 + margin], rtol=1e-7)
     assert mean_and_interval([4.0]) == (4.0, 4.0, 4.0)
-    for values, confidence in (([], 0.95), ([[1.0, 2.0]], 0.95), ([1.0, 2.0], 1.0), ([1.0, 2.0], 0.0)):
+    for values, confidence in (
+        ([], 0.95),
+        ([[1.0, 2.0]], 0.95),
+        ([1.0, 2.0], 1.0),
+        ([1.0, 2.0], 0.0),
+    ):
         with pytest.raises(ValueError, match=r"values|confidence"):
             mean_and_interval(values, confidence)
 

@@ -43,10 +43,14 @@ def test_posterior_mean_velocity_and_score_match_numpy(x64, name, n, weights):
 
     @jax.jit
     def everything(*inputs):
-        return {f: getattr(exact, f)(path, *inputs) for f in ("posterior", "x0", "velocity", "score")}
+        return {
+            f: getattr(exact, f)(path, *inputs) for f in ("posterior", "x0", "velocity", "score")
+        }
 
     for function, got in everything(x, t, data, *extra).items():
-        expected = getattr(reference, REFERENCE_NAMES.get(function, function))(ref, x, t, data, *extra)
+        expected = getattr(reference, REFERENCE_NAMES.get(function, function))(
+            ref, x, t, data, *extra
+        )
         assert got.dtype == jnp.float64
         np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9, err_msg=function)
 
@@ -78,16 +82,22 @@ def test_infinite_energies(x64, name):
     energy[[0, 3]] = np.inf
     inputs = path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
     got = exact.intermediate_energy(*inputs, jnp.asarray(energy), 1.7)
-    np.testing.assert_allclose(got, reference.intermediate_energy(ref, x, t, data, energy, 1.7), rtol=1e-8)
+    np.testing.assert_allclose(
+        got, reference.intermediate_energy(ref, x, t, data, energy, 1.7), rtol=1e-8
+    )
     probability = np.where(np.isinf(energy), 0.0, 0.5 + 0.1 * np.arange(7) / 7)
     got = exact.cg_score(*inputs, jnp.asarray(probability), 2.0)
-    np.testing.assert_allclose(got, reference.cg_score(ref, x, t, data, probability, 2.0), rtol=1e-8)
+    np.testing.assert_allclose(
+        got, reference.cg_score(ref, x, t, data, probability, 2.0), rtol=1e-8
+    )
 
 
 def test_constant_energy_passes_through(x64):
     path, _ = PATHS["ot"]
     x, t, data, _ = problem(7)
-    got = exact.intermediate_energy(path, jnp.asarray(x), t, jnp.asarray(data), jnp.full(7, 1e6), 2.0)
+    got = exact.intermediate_energy(
+        path, jnp.asarray(x), t, jnp.asarray(data), jnp.full(7, 1e6), 2.0
+    )
     np.testing.assert_allclose(got, 2e6, rtol=1e-12)
 
 
@@ -96,7 +106,9 @@ def test_gradient_of_the_energy_is_the_difference_of_scores(x64, name):
     """Eq. 4.3: ``q_t ∝ p_t exp(-E_t)``, so ``grad E_t = score_p - score_q``."""
     path, _ = PATHS[name]
     x, t, data, energy = (jnp.asarray(a) for a in problem(7))
-    gradient = jax.jit(jax.grad(lambda x: exact.intermediate_energy(path, x, t, data, energy, 2.0).sum()))(x)
+    gradient = jax.jit(
+        jax.grad(lambda x: exact.intermediate_energy(path, x, t, data, energy, 2.0).sum())
+    )(x)
     expected = exact.score(path, x, t, data) - exact.score(path, x, t, data, -2.0 * energy)
     np.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
 
@@ -111,7 +123,9 @@ def test_score_is_the_gradient_of_the_log_density(x64, name):
         distance = ((x[:, None] - mu * data) ** 2).sum(-1) / (2 * sigma**2)
         return jax.nn.logsumexp(log_weights - distance, axis=-1).sum()
 
-    got = exact.score(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
+    got = exact.score(
+        path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
+    )
     np.testing.assert_allclose(got, jax.grad(log_density)(jnp.asarray(x)), rtol=1e-7, atol=1e-8)
 
 
@@ -195,7 +209,9 @@ def test_float32_towards_time_zero(name, time):
     velocity, score = (getattr(exact, f)(*inputs, log_weights) for f in ("velocity", "score"))
     expected = reference_paths.velocity(ref, data, noise, t)
     np.testing.assert_allclose(velocity, expected, atol=lost * ref.sigma_dot(t)[0] + 1e-5)
-    np.testing.assert_allclose(score, reference_paths.score(ref, noise, t), atol=(lost + 1e-5) / sigma)
+    np.testing.assert_allclose(
+        score, reference_paths.score(ref, noise, t), atol=(lost + 1e-5) / sigma
+    )
 
 
 @each_path
@@ -224,14 +240,18 @@ def test_float32_energy_keeps_its_digits(name, time):
     )
     got = jax.jit(lambda x, t: exact.intermediate_energy(path, x, t, data, energy, 2.0))(x, t)
     wide = [a.astype(np.float64) for a in (x, t, data, energy)]
-    np.testing.assert_allclose(got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3
+    )
 
 
 @each_path
 def test_float32_keeps_its_digits(name):
     path, ref = PATHS[name]
     x, t, data, log_weights = (a.astype(np.float32) for a in problem(500))
-    got = exact.velocity(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights))
+    got = exact.velocity(
+        path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
+    )
     expected = reference.velocity(ref, *(a.astype(np.float64) for a in (x, t, data, log_weights)))
     np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
 
@@ -244,7 +264,9 @@ def test_at_time_zero_on_a_data_point(x64, name):
     np.testing.assert_allclose(posterior, np.eye(7), atol=1e-12)
     velocity = exact.velocity(path, jnp.asarray(data), jnp.asarray(zero), jnp.asarray(data))
     assert np.isfinite(velocity).all()
-    energy = exact.intermediate_energy(path, jnp.asarray(data), zero, jnp.asarray(data), jnp.arange(7.0), 2.0)
+    energy = exact.intermediate_energy(
+        path, jnp.asarray(data), zero, jnp.asarray(data), jnp.arange(7.0), 2.0
+    )
     np.testing.assert_allclose(energy, 2.0 * np.arange(7), rtol=1e-9)
 
 
@@ -258,9 +280,13 @@ def test_streaming_in_several_blocks(x64, monkeypatch, block_elements):
     log_weights[: n // 4] = log_weights[-n // 4 :] = -np.inf
     inputs = jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
     got = exact.x0(path, *inputs, jnp.asarray(log_weights))
-    np.testing.assert_allclose(got, reference.posterior_mean(ref, x, t, data, log_weights), rtol=1e-8)
+    np.testing.assert_allclose(
+        got, reference.posterior_mean(ref, x, t, data, log_weights), rtol=1e-8
+    )
     got = exact.velocity(path, *inputs, jnp.asarray(log_weights))
-    np.testing.assert_allclose(got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(
+        got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9
+    )
     got = exact.intermediate_energy(path, *inputs, jnp.asarray(-log_weights), 1.3)
     expected = reference.intermediate_energy(ref, x, t, data, -log_weights, 1.3)
     np.testing.assert_allclose(got, expected, rtol=1e-8)
@@ -271,8 +297,11 @@ def test_two_hundred_thousand_points():
     data = normal(4, 200_000, 4).astype(np.float32)
     x, t, energy = normal(5, B, 4).astype(np.float32), TIMES.astype(np.float32), data[:, 0]
     velocity = jax.jit(lambda x: exact.velocity(path, x, t, data, -energy))(x)
-    some = 20_000  # the reference on all of them takes seconds: a tenth is close by the law of large numbers
-    expected = reference.velocity(ref, *(a.astype(np.float64) for a in (x, t, data[:some], -energy[:some])))
+    # the reference on all of them takes seconds: a tenth is close by the law of large numbers
+    some = 20_000
+    expected = reference.velocity(
+        ref, *(a.astype(np.float64) for a in (x, t, data[:some], -energy[:some]))
+    )
     assert velocity.shape == (B, 4)
     np.testing.assert_allclose(velocity[1:], expected[1:], atol=0.15)
     assert np.isfinite(exact.intermediate_energy(path, x, t, data, energy, 1.0)).all()
@@ -283,13 +312,18 @@ def test_memory_does_not_hold_every_pair():
     path, batch, n, d = PATHS["ot"][0], 64, 1_000_000, 16
 
     def work_space(function):
-        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, d), (batch,), (n, d), (n,))]
+        shapes = [
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((batch, d), (batch,), (n, d), (n,))
+        ]
         memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
         return memory.temp_size_in_bytes / (4 * batch * n * d)
 
     assert work_space(lambda x, t, data, w: exact.x0(path, x, t, data, w)) < 0.05
     assert work_space(lambda x, t, data, w: exact.velocity(path, x, t, data, w)) < 0.05
-    assert work_space(lambda x, t, data, w: exact.intermediate_energy(path, x, t, data, w, 1.0)) < 0.05
+    assert (
+        work_space(lambda x, t, data, w: exact.intermediate_energy(path, x, t, data, w, 1.0)) < 0.05
+    )
     assert work_space(lambda x, t, data, w: exact.cg_score(path, x, t, data, w, 2.0)) < 0.05
 
     def gradient(x, t, data, w):

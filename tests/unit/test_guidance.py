@@ -8,7 +8,11 @@ import pytest
 
 from efm_jax import exact, guidance, paths
 
-PATHS = {"ot": paths.conditional_ot(), "vp_linear": paths.vp_linear(), "vp_cosine": paths.vp_cosine()}
+PATHS = {
+    "ot": paths.conditional_ot(),
+    "vp_linear": paths.vp_linear(),
+    "vp_cosine": paths.vp_cosine(),
+}
 each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
@@ -62,11 +66,14 @@ def test_contrastive_guidance_gives_the_guided_score_at_every_beta(path, problem
         # Any function of t may be added: it has no gradient in x.
         lambda x, t: 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta),
     )
-    np.testing.assert_allclose(guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7)
+    np.testing.assert_allclose(
+        guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7
+    )
 
 
 def test_classifier_free_guidance_commutes_with_conversions(problem):
-    # Velocities are affine in scores with coefficients that sum to one field: guiding either is the same.
+    # Velocities are affine in scores with coefficients that sum to one field: guiding either is the
+    # same.
     x, t, data, energy = problem
     path = paths.conditional_ot()
     scores = [lambda x, t, w=w: exact.score(path, x, t, data, w) for w in (None, -energy)]
@@ -77,7 +84,8 @@ def test_classifier_free_guidance_commutes_with_conversions(problem):
 
 
 def test_classifier_loss_is_least_at_the_posterior_probability(x64):
-    # One time, two data points in one dimension, and a logit for each cell of x: the minimizer is known.
+    # One time, two data points in one dimension, and a logit for each cell of x: the minimizer is
+    # known.
     path, data = paths.conditional_ot(), jnp.array([[-1.0], [1.0]])
     prob = jnp.array([0.9, 0.2])
     x0 = jnp.tile(data, (40_000, 1))
@@ -87,9 +95,9 @@ def test_classifier_loss_is_least_at_the_posterior_probability(x64):
         return lambda x, t: table[jnp.digitize(x[:, 0], edges)]
 
     def loss(table):
-        return guidance.classifier_loss(logit_fn(table), path, jax.random.key(0), x0, jnp.tile(prob, 40_000))[
-            0
-        ]
+        return guidance.classifier_loss(
+            logit_fn(table), path, jax.random.key(0), x0, jnp.tile(prob, 40_000)
+        )[0]
 
     table = jnp.zeros(5)
     optimizer = optax.adam(0.1)
@@ -111,9 +119,9 @@ def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_
     x0, prob = jnp.ones((4, 2)), jnp.array([0.0, 1.0, 0.3, 0.7])
 
     def loss(prob):
-        return guidance.classifier_loss(lambda x, t: 1e4 * x[:, 0], PATHS["ot"], jax.random.key(0), x0, prob)[
-            0
-        ]
+        return guidance.classifier_loss(
+            lambda x, t: 1e4 * x[:, 0], PATHS["ot"], jax.random.key(0), x0, prob
+        )[0]
 
     value, gradient = jax.value_and_grad(loss)(prob)
     assert jnp.isfinite(value)

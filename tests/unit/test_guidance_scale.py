@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.guidance_scale_regression import reference_log_ratios, within_regression
+from experiments.rl.guidance_scale_regression import reference_log_ratios, within_regression
 
 N, M = 200, 12
 

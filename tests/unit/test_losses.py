@@ -51,7 +51,9 @@ class Recorder:
         self.calls = []
 
     def __call__(self, x, t):
-        jax.debug.callback(lambda x, t: self.calls.append((whole(*x), whole(*t))), halves(x), halves(t))
+        jax.debug.callback(
+            lambda x, t: self.calls.append((whole(*x), whole(*t))), halves(x), halves(t)
+        )
         return self.field(x, t)
 
     def seen(self, ref, x0):
@@ -98,10 +100,14 @@ def test_errors_per_sample(x64, name):
         return linear(x, t)
 
     velocity = jax.vmap(lambda *a: losses.cfm_error(field, path, *a))(x0, noise, t)
-    np.testing.assert_allclose(velocity, reference.cfm_errors(ref, predict, x0, noise, t), rtol=1e-10)
+    np.testing.assert_allclose(
+        velocity, reference.cfm_errors(ref, predict, x0, noise, t), rtol=1e-10
+    )
     score = jax.vmap(lambda *a: losses.dsm_error(field, path, *a))(x0, noise, t)
     np.testing.assert_allclose(score, reference.dsm_errors(ref, predict, noise, t), rtol=1e-10)
-    alone = losses.cfm_error(field, path, jnp.asarray(x0[0]), jnp.asarray(noise[0]), jnp.asarray(t[0]))
+    alone = losses.cfm_error(
+        field, path, jnp.asarray(x0[0]), jnp.asarray(noise[0]), jnp.asarray(t[0])
+    )
     assert alone.shape == ()
 
 
@@ -110,7 +116,9 @@ def test_the_true_conditional_field_has_no_error(x64, name):
     path, _ = PATHS[name]
     x0, noise, t = jnp.asarray(normal(0, D)), jnp.asarray(normal(1, D)), jnp.asarray(0.4)
     velocity, score = path.velocity(x0, noise, t), path.score(noise, t)
-    assert losses.cfm_error(lambda x, t: velocity, path, x0, noise, t) == pytest.approx(0.0, abs=1e-20)
+    assert losses.cfm_error(lambda x, t: velocity, path, x0, noise, t) == pytest.approx(
+        0.0, abs=1e-20
+    )
     assert losses.dsm_error(lambda x, t: score, path, x0, noise, t) == pytest.approx(0.0, abs=1e-20)
 
 
@@ -139,7 +147,9 @@ def test_cefm_and_ced_match_numpy(x64, name, beta):
     np.testing.assert_allclose(value, expected, rtol=1e-8)
     np.testing.assert_allclose(aux["ess"], ess, rtol=1e-8)
     value, aux, x, t, noise = recorded(ref, x0, losses.ced, *arguments)
-    np.testing.assert_allclose(value, reference.ced(ref, linear(x, t), noise, t, energy, beta), rtol=1e-8)
+    np.testing.assert_allclose(
+        value, reference.ced(ref, linear(x, t), noise, t, energy, beta), rtol=1e-8
+    )
     np.testing.assert_allclose(aux["ess"], ess, rtol=1e-8)
 
 
@@ -171,7 +181,9 @@ def test_time_weight_replaces_sigma_squared(x64):
     def weight(t):
         return 1.0 + t**3
 
-    value, _, x, t, noise = recorded(ref, x0, losses.dsm, path, key, jnp.asarray(x0), time_weight=weight)
+    value, _, x, t, noise = recorded(
+        ref, x0, losses.dsm, path, key, jnp.asarray(x0), time_weight=weight
+    )
     np.testing.assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t, weight), rtol=1e-8)
     arguments = (path, key, jnp.asarray(x0), jnp.asarray(energy), 2.0)
     value, _, x, t, noise = recorded(ref, x0, losses.ced, *arguments, time_weight=weight)
@@ -243,7 +255,9 @@ def test_cep_is_stationary_at_its_weights(x64):
     def at(f):
         return losses.cep(lambda x, t: f, path, jax.random.key(1), x0, energy, 2.0)[0]
 
-    np.testing.assert_allclose(jax.grad(at)(-2.0 * energy), 0.0, atol=1e-12)  # f = -beta E is stationary
+    np.testing.assert_allclose(
+        jax.grad(at)(-2.0 * energy), 0.0, atol=1e-12
+    )  # f = -beta E is stationary
     assert np.abs(jax.grad(at)(2.0 * energy)).max() > 0.01
 
 
@@ -254,10 +268,16 @@ def test_cep_is_stationary_at_its_weights(x64):
 def test_beta_zero_is_the_plain_mean_with_the_same_key(x64, name):
     path, _ = PATHS[name]
     x0, energy, key = jnp.asarray(normal(2, B, D)), jnp.asarray(normal(3, B)), jax.random.key(KEY)
-    plain, weighted = losses.cfm(linear, path, key, x0)[0], losses.cefm(linear, path, key, x0, energy, 0.0)
+    plain, weighted = (
+        losses.cfm(linear, path, key, x0)[0],
+        losses.cefm(linear, path, key, x0, energy, 0.0),
+    )
     np.testing.assert_allclose(weighted[0], plain, rtol=1e-12)
     np.testing.assert_allclose(weighted[1]["ess"], B, rtol=1e-12)
-    plain, weighted = losses.dsm(linear, path, key, x0)[0], losses.ced(linear, path, key, x0, energy, 0.0)
+    plain, weighted = (
+        losses.dsm(linear, path, key, x0)[0],
+        losses.ced(linear, path, key, x0, energy, 0.0),
+    )
     np.testing.assert_allclose(weighted[0], plain, rtol=1e-12)
 
 
@@ -268,20 +288,26 @@ def test_one_lowest_energy_picks_one_sample(x64, lowest):
     energy[5] = lowest
     arguments = (path, jax.random.key(KEY), jnp.asarray(x0), jnp.asarray(energy), 1.0)
     value, aux, x, t, noise = recorded(ref, x0, losses.cefm, *arguments)
-    np.testing.assert_allclose(value, reference.cfm_errors(ref, linear(x, t), x0, noise, t)[5], rtol=1e-8)
+    np.testing.assert_allclose(
+        value, reference.cfm_errors(ref, linear(x, t), x0, noise, t)[5], rtol=1e-8
+    )
     np.testing.assert_allclose(aux["ess"], 1.0)
 
 
 def test_gradient_is_the_hand_weighted_one(x64):
     path, ref = PATHS["ot"]
     x0, energy, beta, key = normal(2, B, D), normal(3, B), 1.5, jax.random.key(KEY)
-    _, _, x, t, noise = recorded(ref, x0, losses.cefm, path, key, jnp.asarray(x0), jnp.asarray(energy), beta)
+    _, _, x, t, noise = recorded(
+        ref, x0, losses.cefm, path, key, jnp.asarray(x0), jnp.asarray(energy), beta
+    )
     weights, target = softmax(-beta * energy), reference_paths.velocity(ref, x0, noise, t)
     theta = normal(6, D, D)
     expected = 2.0 * x.T @ (weights[:, None] * (x @ theta - target))
 
     def loss(theta):
-        return losses.cefm(lambda x, t: x @ theta, path, key, jnp.asarray(x0), jnp.asarray(energy), beta)[0]
+        return losses.cefm(
+            lambda x, t: x @ theta, path, key, jnp.asarray(x0), jnp.asarray(energy), beta
+        )[0]
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(theta)), expected, rtol=1e-7, atol=1e-9)
 
@@ -291,7 +317,9 @@ def test_keys_matter_and_repeat(x64):
     x0 = normal(2, 64, D)
     _, _, _, t, noise = recorded(ref, x0, losses.cfm, path, jax.random.key(0), jnp.asarray(x0))
     _, _, _, again, _ = recorded(ref, x0, losses.cfm, path, jax.random.key(0), jnp.asarray(x0))
-    _, _, _, other, other_noise = recorded(ref, x0, losses.cfm, path, jax.random.key(1), jnp.asarray(x0))
+    _, _, _, other, other_noise = recorded(
+        ref, x0, losses.cfm, path, jax.random.key(1), jnp.asarray(x0)
+    )
     np.testing.assert_array_equal(t, again)
     assert not np.intersect1d(t, other).size
     assert np.abs(np.corrcoef(noise.ravel(), other_noise.ravel())[0, 1]) < 0.3
@@ -313,7 +341,9 @@ def test_parts_of_a_batch_draw_what_it_draws_at_once(x64, name):
     path, x0 = PATHS["vp_cosine"][0], jnp.asarray(normal(0, 6, 3, D))
     keys = losses.sample_keys(jax.random.key(KEY), 6)
     batches = [(jax.random.key(KEY), x0), *((keys[i : i + 2], x0[i : i + 2]) for i in (0, 2, 4))]
-    whole, *parts = (SEPARABLE[name](lambda x, t: x * t[..., None], path, *batch) for batch in batches)
+    whole, *parts = (
+        SEPARABLE[name](lambda x, t: x * t[..., None], path, *batch) for batch in batches
+    )
     np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-12)
     with pytest.raises(ValueError, match=r"key: expected shape \(6,\)"):
         SEPARABLE[name](lambda x, t: x, path, keys[:2], x0)
@@ -366,7 +396,9 @@ def test_shares_of_four_parts_sum_to_the_whole(x64, name):
 
         return jax.value_and_grad(function, has_aux=True)(theta)
 
-    (expected, expected_aux), expected_gradient = jax.jit(lambda x, e: gradient(x, e, None))(x0, energy)
+    (expected, expected_aux), expected_gradient = jax.jit(lambda x, e: gradient(x, e, None))(
+        x0, energy
+    )
     parts = jax.jit(jax.vmap(lambda x, e: gradient(x, e, "i"), axis_name="i"))
     (value, aux), share = parts(x0.reshape(4, B // 4, D), energy.reshape(4, B // 4))
     np.testing.assert_allclose(value.sum(), expected, rtol=1e-10)
@@ -428,7 +460,9 @@ def test_dsm_of_the_zero_score_is_the_dimension(x64, name):
     """``lambda = sigma^2`` makes it noise prediction: ``E||eps||^2 = d`` on every path."""
     path, _ = PATHS[name]
     x0 = jnp.asarray(normal(2, 128, 3))
-    mean, error = mean_and_error(lambda key: losses.dsm(lambda x, t: 0.0 * x, path, key, x0)[0], 200)
+    mean, error = mean_and_error(
+        lambda key: losses.dsm(lambda x, t: 0.0 * x, path, key, x0)[0], 200
+    )
     assert abs(mean - 3.0) < 4 * error
 
 
@@ -437,7 +471,10 @@ def test_the_guided_field_minimizes_cefm(x64, name):
     """Thm 4.3: at Thm 4.1's field the gradient vanishes in any direction; at the unguided one it does not."""
     path, _ = PATHS[name]
     data, energy, beta = jnp.asarray(1.5 * normal(7, 6, 2)), jnp.asarray(normal(8, 6)), 2.0
-    x0, energies = jnp.tile(data, (32, 1)), jnp.tile(energy, 32)  # every batch holds p_0 itself: no bias
+    x0, energies = (
+        jnp.tile(data, (32, 1)),
+        jnp.tile(energy, 32),
+    )  # every batch holds p_0 itself: no bias
 
     def gradient(key, log_weights):
         def loss(theta):
@@ -456,10 +493,11 @@ def test_the_guided_field_minimizes_cefm(x64, name):
 
 
 def linear_gradient(name, theta, data, weight):
-    """The gradient in theta of the loss of the field ``x @ theta``, integrated over t and noise by hand.
+    """The gradient in theta of the loss of the field ``x @ theta``, integrated over t and noise by
+    hand.
 
-    On the conditional OT path ``E[x x^T] = (x0 x0^T + I) / 3`` and ``E[x u^T] = (I - x0 x0^T) / 2``; on
-    cosine VP ``E[sigma^2 x x^T] = x0 x0^T / 8 + 3 I / 8`` and ``E[sigma x eps^T] = I / 2``.
+    On the conditional OT path ``E[x x^T] = (x0 x0^T + I) / 3`` and ``E[x u^T] = (I - x0 x0^T) /
+    2``; on cosine VP ``E[sigma^2 x x^T] = x0 x0^T / 8 + 3 I / 8`` and ``E[sigma x eps^T] = I / 2``.
     """
     second, identity = (weight[:, None] * data).T @ data, weight.sum() * np.eye(data.shape[1])
     if name == "cefm":
@@ -543,7 +581,9 @@ def test_no_gradient_flows_into_the_weights(x64):
     path, x0, energy = PATHS["ot"][0], jnp.asarray(normal(2, B, D)), jnp.asarray(normal(3, B))
 
     def loss(energy, beta, log_z):
-        return losses.cefm(linear, path, jax.random.key(0), x0, energy, beta, log_normalizer=log_z)[0]
+        return losses.cefm(linear, path, jax.random.key(0), x0, energy, beta, log_normalizer=log_z)[
+            0
+        ]
 
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(energy, 1.0, 0.3):
         np.testing.assert_array_equal(gradient, 0)
@@ -552,7 +592,9 @@ def test_no_gradient_flows_into_the_weights(x64):
 def test_cep_does_not_hide_a_nan_energy():
     energy = jnp.array([jnp.nan, *np.ones(B - 1)])
     x0 = jnp.asarray(normal(0, B, D), jnp.float32)
-    loss, aux = losses.cep(lambda x, t: x.sum(-1), paths.vp_linear(), jax.random.key(0), x0, energy, 1.0)
+    loss, aux = losses.cep(
+        lambda x, t: x.sum(-1), paths.vp_linear(), jax.random.key(0), x0, energy, 1.0
+    )
     assert jnp.isnan(loss)
     assert jnp.isnan(aux["ess"])
 

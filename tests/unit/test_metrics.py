@@ -7,8 +7,8 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from efm_jax.training.metrics import CsvTable, MetricsWriter, read_table, return_rows, write_returns
-from efm_jax.training.plots import plot_learning_curve
+from efm_jax.runs.learning_curve import plot_learning_curve
+from efm_jax.runs.metrics import CsvTable, MetricsWriter, read_table, return_rows, write_returns
 
 
 def events(workdir):
@@ -61,7 +61,9 @@ def test_rows_are_on_disk_before_close(tmp_path):
 def test_tensorboard_holds_means_over_seeds_at_the_total_step(tmp_path):
     writer = MetricsWriter(tmp_path, None)
     writer.write(10, "behavior", 10, {"loss": [1.0, 2.0]})
-    writer.write(110, "policy", 100, {"loss": [np.nan, 2.0], "ess": [None, 4.0], "top_weight": None})
+    writer.write(
+        110, "policy", 100, {"loss": [np.nan, 2.0], "ess": [None, 4.0], "top_weight": None}
+    )
     writer.close()
     found = scalars(tmp_path)
     assert found[("behavior/loss", 10)] == 1.5
@@ -74,18 +76,22 @@ def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path):
     def log(writer, steps):
         for step in steps:
             writer.write(
-                step, "policy", step, {"loss": [float(step), 0.0]} | ({"q": 1.0} if step > 20 else {})
+                step,
+                "policy",
+                step,
+                {"loss": [float(step), 0.0]} | ({"q": 1.0} if step > 20 else {}),
             )
             write_returns(
-                tmp_path, return_rows(step, "policy", np.full((2, 1), step), np.ones((2, 1), int), [5])
+                tmp_path,
+                return_rows(step, "policy", np.full((2, 1), step), np.ones((2, 1), int), [5]),
             )
 
     writer = MetricsWriter(tmp_path, None)
     log(writer, [10, 20, 30, 40])
     writer.close()
     expected = [(tmp_path / name).read_text() for name in ("metrics.csv", "returns.csv")]
-    # A process killed while it wrote: half a line, whose cut total step (4 of 40) must not pass for an
-    # earlier one.
+    # A process killed while it wrote: half a line, whose cut total step (4 of 40) must not pass for
+    # an earlier one.
     for name in ("metrics.csv", "returns.csv"):
         with (tmp_path / name).open("a") as file:
             file.write("4")
@@ -165,7 +171,9 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected the keys"):
         write_returns(tmp_path, [{"total_step": 1, "return": 2.0}])
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"metrics\.csv: expected a table with a column 'total_step'"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.csv: expected a table with a column 'total_step'"
+    ):
         MetricsWriter(tmp_path, 5)
 
 
@@ -188,11 +196,15 @@ def sample_run(workdir, phases, seeds, evaluated):
                 returns = np.add.outer(step + np.arange(seeds), np.arange(4.0))
                 write_returns(
                     workdir,
-                    return_rows(total + step, "policy", returns, np.ones((seeds, 4), int), range(4)),
+                    return_rows(
+                        total + step, "policy", returns, np.ones((seeds, 4), int), range(4)
+                    ),
                 )
         total += 1000
         if evaluated and phase == "behavior":
-            returns = return_rows(total, "behavior", np.ones((seeds, 4)), np.ones((seeds, 4), int), range(4))
+            returns = return_rows(
+                total, "behavior", np.ones((seeds, 4)), np.ones((seeds, 4), int), range(4)
+            )
             write_returns(workdir, returns)
     writer.close()
 
@@ -238,7 +250,9 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     writer.write(1, "policy", 1, {"loss": [np.nan]})
     writer.close()
     with pytest.raises(ValueError, match="no finite number"):
-        plot_learning_curve(tmp_path / "metrics.csv", tmp_path / "returns.csv", tmp_path / "out.png")
+        plot_learning_curve(
+            tmp_path / "metrics.csv", tmp_path / "returns.csv", tmp_path / "out.png"
+        )
     with pytest.raises(FileNotFoundError):
         plot_learning_curve(tmp_path / "absent.csv", tmp_path / "returns.csv", tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()

@@ -37,7 +37,9 @@ def problem(d=D, k=3, dtype=np.float64):
     rng = np.random.default_rng(k + 10 * d)
     weights, means = rng.dirichlet(np.ones(k)), 2 * rng.normal(size=(k, d))
     variances, center = rng.uniform(0.05, 1.0, k), rng.normal(size=d)
-    ours = exact.GaussianMixture(*(jnp.asarray(a, dtype) for a in (np.log(6 * weights), means, variances)))
+    ours = exact.GaussianMixture(
+        *(jnp.asarray(a, dtype) for a in (np.log(6 * weights), means, variances))
+    )
     energy = exact.QuadraticEnergy(*(jnp.asarray(a, dtype) for a in (center, 1.4, -0.3)))
     return ours, energy, (weights, means, variances), (center, 1.4, -0.3)
 
@@ -79,7 +81,9 @@ def test_density_guided_mixture_and_normalizer_match_numpy(x64, d):
     mixture, energy, ref_mixture, ref_energy = problem(d)
     x = normal(1, B, d)
     np.testing.assert_allclose(energy(x), reference.energy_at(ref_energy, x), rtol=1e-12)
-    np.testing.assert_allclose(mixture.log_density(x), reference.log_density(ref_mixture, x), rtol=1e-10)
+    np.testing.assert_allclose(
+        mixture.log_density(x), reference.log_density(ref_mixture, x), rtol=1e-10
+    )
     (weights, means, variances), log_z = reference.guided(ref_mixture, ref_energy, BETA)
     guided = mixture.guided(energy, BETA)
     np.testing.assert_allclose(np.exp(guided.log_weights), weights, rtol=1e-9)
@@ -103,7 +107,11 @@ def in_one_dimension(mixture, energy):
     """Scalar NumPy functions ``p_0`` and ``E``, written out here."""
     weights = np.exp(mixture.log_weights) / np.exp(mixture.log_weights).sum()
     means, stds = np.asarray(mixture.means)[:, 0], np.sqrt(mixture.variances)
-    center, curvature, offset = float(energy.center[0]), float(energy.curvature), float(energy.offset)
+    center, curvature, offset = (
+        float(energy.center[0]),
+        float(energy.curvature),
+        float(energy.offset),
+    )
     return (
         lambda x: (weights * norm.pdf(x, means, stds)).sum(),
         lambda x: offset + curvature * (x - center) ** 2 / 2,
@@ -141,7 +149,10 @@ def test_fields_by_integration_over_the_posterior(x64, name, time):
     tilt = integral(lambda x0: joint(x0) * np.exp(-BETA * e(x0)), mixture) / total
     mean = integral(lambda x0: joint(x0) * x0, mixture) / total
     plain = integral(lambda x0: joint(x0) * conditional_velocity(x0), mixture) / total
-    flux = integral(lambda x0: joint(x0) * np.exp(-BETA * e(x0)) * conditional_velocity(x0), mixture) / total
+    flux = (
+        integral(lambda x0: joint(x0) * np.exp(-BETA * e(x0)) * conditional_velocity(x0), mixture)
+        / total
+    )
     got = everything(path, mixture, energy, jnp.full((1, 1), x), jnp.full(1, t))
     np.testing.assert_allclose(got["marginal_log_density"], np.log(total), rtol=1e-7)
     np.testing.assert_allclose(got["intermediate_energy"], -np.log(tilt), rtol=1e-7)
@@ -195,7 +206,9 @@ def test_guidance_composes(x64):
     """``beta = 0`` changes nothing, and two guidances in turn are one with the sum of the scales."""
     mixture, energy, _, _ = problem()
     unchanged = mixture.guided(energy, 0.0)
-    np.testing.assert_allclose(unchanged.log_weights, jax.nn.log_softmax(mixture.log_weights), rtol=1e-12)
+    np.testing.assert_allclose(
+        unchanged.log_weights, jax.nn.log_softmax(mixture.log_weights), rtol=1e-12
+    )
     np.testing.assert_allclose(unchanged.means, mixture.means, rtol=1e-12)
     np.testing.assert_allclose(unchanged.variances, mixture.variances, rtol=1e-12)
     np.testing.assert_allclose(mixture.log_normalizer(energy, 0.0), 0.0, atol=1e-12)
@@ -266,7 +279,9 @@ def test_values_at_the_ends_are_the_limits(x64, name):
     if name != "ot_sigma_min":  # all others start from the data themselves
         data = ENDS == 0
         np.testing.assert_allclose(at_ends["x0"][data], x[data], rtol=1e-12)
-        np.testing.assert_allclose(at_ends["intermediate_energy"][data], BETA * energy(x[data]), rtol=1e-12)
+        np.testing.assert_allclose(
+            at_ends["intermediate_energy"][data], BETA * energy(x[data]), rtol=1e-12
+        )
         np.testing.assert_allclose(
             at_ends["marginal_log_density"][data], mixture.log_density(x[data]), rtol=1e-12
         )
@@ -372,13 +387,17 @@ def test_the_guided_flow_takes_noise_to_the_guided_mixture(name):
 
     @jax.jit
     def run(noise):
-        return sampling.sample(lambda x, t: guided.velocity(path, x, t), noise, solver="rk4", num_steps=40)
+        return sampling.sample(
+            lambda x, t: guided.velocity(path, x, t), noise, solver="rk4", num_steps=40
+        )
 
     samples = np.asarray(run(noise))
     mean, covariance = moments(guided)
     # The linear VP path is not quite noise at t = 1: mu_1 = 0.0066.
     slack = 0.02 if name == "vp_linear" else 0.0
-    assert (np.abs(samples.mean(0) - mean) < 4.5 * np.sqrt(np.diag(covariance) / number) + slack).all()
+    assert (
+        np.abs(samples.mean(0) - mean) < 4.5 * np.sqrt(np.diag(covariance) / number) + slack
+    ).all()
     np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.05 * np.trace(covariance))
 
 
@@ -405,7 +424,9 @@ def test_float32_with_huge_energies(name, offset):
     path, ref = PATHS[name]
     mixture, _, ref_mixture, _ = problem(dtype=np.float32)
     center = np.array([40.0, -30.0])
-    energy = exact.QuadraticEnergy(jnp.asarray(center, jnp.float32), jnp.float32(8.0), jnp.float32(offset))
+    energy = exact.QuadraticEnergy(
+        jnp.asarray(center, jnp.float32), jnp.float32(8.0), jnp.float32(offset)
+    )
     x, t = normal(0, B, D).astype(np.float32), INNER.astype(np.float32)
     assert np.min(energy(x)) > 8e3
     got = everything(path, mixture, energy, x, t, 1.0)
@@ -438,7 +459,9 @@ def test_any_leading_axes_jit_and_vmap(x64):
     expected = everything(path, mixture, energy, x, t)
     compiled = everything._cache_size()
     everything(path, mixture.guided(energy, 1.0), energy, x, t)
-    assert everything._cache_size() == compiled  # mixtures are data: another one needs no compilation
+    assert (
+        everything._cache_size() == compiled
+    )  # mixtures are data: another one needs no compilation
 
     @jax.jit
     def fields(x, t, mixture=mixture):
@@ -489,8 +512,16 @@ def test_points_and_times_that_disagree_are_refused(field):
         ({"means": jnp.ones(3)}, ValueError, r"means: expected shape \[K, d\]"),
         ({"variances": jnp.ones(2)}, ValueError, r"variances: expected shape \(3,\); got \(2,\)"),
         ({"variances": jnp.ones((3, 2))}, ValueError, r"variances: expected shape \(3,\)"),
-        ({"log_weights": jnp.ones(4)}, ValueError, r"log_weights: expected shape \(3,\); got \(4,\)"),
-        ({"means": jnp.ones((3, 2), jnp.int32)}, TypeError, r"means: expected a floating-point array"),
+        (
+            {"log_weights": jnp.ones(4)},
+            ValueError,
+            r"log_weights: expected shape \(3,\); got \(4,\)",
+        ),
+        (
+            {"means": jnp.ones((3, 2), jnp.int32)},
+            TypeError,
+            r"means: expected a floating-point array",
+        ),
     ],
 )
 def test_mixtures_that_do_not_fit_are_refused(change, error, message):

@@ -34,7 +34,9 @@ def apply(network, params, *inputs):
 def randomized(params):
     """Parameters with nothing left at zero, so that no term is hidden by its initial value."""
     rng = np.random.default_rng(9)
-    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), jax.device_get(params))
+    return jax.tree.map(
+        lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), jax.device_get(params)
+    )
 
 
 def test_fourier_features_are_octaves_of_a_quarter_turn():
@@ -72,7 +74,11 @@ def test_joint_dense_is_initialised_for_the_joint_fan_in():
 @pytest.mark.parametrize(("layer_norm", "conditional"), [(False, True), (True, False)])
 def test_fields_on_any_leading_axes(name, layer_norm, conditional):
     network = FIELDS[name]((8, 6, 4), "silu", layer_norm, 6)
-    x, t, s = normal(0, 3, 4, A), np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), normal(2, 3, 4, S)
+    x, t, s = (
+        normal(0, 3, 4, A),
+        np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4),
+        normal(2, 3, 4, S),
+    )
     conditions = (s,) if conditional else ()
     params = randomized(init(network, x, t, *conditions))
     out = apply(network, params, x, t, *conditions)
@@ -84,7 +90,11 @@ def test_fields_on_any_leading_axes(name, layer_norm, conditional):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_shared_state_equals_the_repeated_state(name):
     network = FIELDS[name]((16, 8))
-    x, t, s = normal(0, 3, 4, A), np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4), normal(2, 3, 1, S)
+    x, t, s = (
+        normal(0, 3, 4, A),
+        np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4),
+        normal(2, 3, 1, S),
+    )
     params = randomized(init(network, x, t, s))
     repeated = np.broadcast_to(s, (3, 4, S))
     shared = apply(network, params, x, t, s)
@@ -189,7 +199,9 @@ def test_unknown_activation_is_refused(network):
 
 @pytest.mark.parametrize("network", [MLPField(()), UNetField(())])
 def test_no_hidden_layer_is_refused(network):
-    with pytest.raises(ValueError, match=r"hidden_dims: expected at least one hidden layer; got none"):
+    with pytest.raises(
+        ValueError, match=r"hidden_dims: expected at least one hidden layer; got none"
+    ):
         init(network, jnp.ones((3, A)), jnp.ones(3))
 
 
@@ -216,7 +228,8 @@ def test_bfloat16_is_what_products_compute_in_and_nothing_else_is(name):
     assert products
     assert set(products) == {jnp.dtype(jnp.bfloat16)}
     found, expected = (
-        apply(FIELDS[name]((32, 16), layer_norm=True, dtype=d), params, x, t, s) for d in ("bfloat16", None)
+        apply(FIELDS[name]((32, 16), layer_norm=True, dtype=d), params, x, t, s)
+        for d in ("bfloat16", None)
     )
     assert found.dtype == jnp.float32
     # Eight bits, through four layers.

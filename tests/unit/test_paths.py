@@ -14,7 +14,10 @@ PATHS = {
     "ot": (paths.conditional_ot(), reference.conditional_ot()),
     "ot_floor": (paths.conditional_ot(sigma_min=0.1), reference.conditional_ot(0.1)),
     "vp_linear": (paths.vp_linear(), reference.vp_linear()),
-    "vp_linear_wide": (paths.vp_linear(beta_min=0.2, beta_max=15.0), reference.vp_linear(0.2, 15.0)),
+    "vp_linear_wide": (
+        paths.vp_linear(beta_min=0.2, beta_max=15.0),
+        reference.vp_linear(0.2, 15.0),
+    ),
     "vp_cosine": (paths.vp_cosine(), reference.vp_cosine()),
 }
 CONVERSIONS = [
@@ -42,7 +45,12 @@ FINITE = {  # conversions with a finite limit, for fixed value and x, at (t = 0,
     "vp_linear_wide": (AT_ZERO | {"score_from_velocity"}, set(CONVERSIONS)),
     "vp_cosine": (AT_ZERO | {"velocity_from_noise"}, AT_ONE),
 }
-COEFFICIENTS = {"mean_coef": "mu", "std": "sigma", "mean_coef_dot": "mu_dot", "std_dot": "sigma_dot"}
+COEFFICIENTS = {
+    "mean_coef": "mu",
+    "std": "sigma",
+    "mean_coef_dot": "mu_dot",
+    "std_dot": "sigma_dot",
+}
 INTERIOR = np.linspace(0.02, 0.98, 25)
 
 each_path = pytest.mark.parametrize("name", PATHS)
@@ -60,7 +68,9 @@ def test_coefficients_match_numpy(x64, name, coefficient):
     got = getattr(path, coefficient)(jnp.asarray(t))
     assert got.shape == t.shape
     assert got.dtype == jnp.float64
-    np.testing.assert_allclose(got, getattr(ref, COEFFICIENTS[coefficient])(t), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(
+        got, getattr(ref, COEFFICIENTS[coefficient])(t), rtol=1e-10, atol=1e-14
+    )
 
 
 @each_path
@@ -80,7 +90,9 @@ def test_derivatives_match_autodiff_and_differences(x64, name, coefficient):
     t = jnp.asarray(INTERIOR)
     np.testing.assert_allclose(jax.vmap(jax.grad(function))(t), dot(t), rtol=1e-9)
     h = 1e-5
-    np.testing.assert_allclose((function(t + h) - function(t - h)) / (2 * h), dot(t), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        (function(t + h) - function(t - h)) / (2 * h), dot(t), rtol=1e-5, atol=1e-8
+    )
 
 
 @each_path
@@ -90,7 +102,9 @@ def test_ends_of_time(x64, name):
     assert path.mean_coef(zero) == 1.0
     assert path.std(zero) == (0.1 if name == "ot_floor" else 0.0)
     np.testing.assert_allclose(path.std(one), 1.0, atol=1e-3)
-    np.testing.assert_allclose(path.mean_coef(one), 0.0, atol=0.03 if "vp_linear" in name else 1e-12)
+    np.testing.assert_allclose(
+        path.mean_coef(one), 0.0, atol=0.03 if "vp_linear" in name else 1e-12
+    )
     for t in (zero, one):
         assert np.isfinite([path.mean_coef(t), path.std(t), path.mean_coef_dot(t)]).all()
     assert np.isfinite(path.std_dot(one))
@@ -127,8 +141,12 @@ def test_sample_velocity_score(x64, name, t_shape, x_shape):
     path, ref = PATHS[name]
     t = np.random.default_rng(0).uniform(0.05, 0.95, t_shape)
     x0, noise = normal(1, *x_shape), normal(2, *x_shape)
-    np.testing.assert_allclose(path.sample(x0, noise, t), reference.sample(ref, x0, noise, t), rtol=1e-12)
-    np.testing.assert_allclose(path.velocity(x0, noise, t), reference.velocity(ref, x0, noise, t), rtol=1e-9)
+    np.testing.assert_allclose(
+        path.sample(x0, noise, t), reference.sample(ref, x0, noise, t), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        path.velocity(x0, noise, t), reference.velocity(ref, x0, noise, t), rtol=1e-9
+    )
     np.testing.assert_allclose(path.score(noise, t), reference.score(ref, noise, t), rtol=1e-12)
 
 
@@ -183,16 +201,25 @@ def test_conversions_match_numpy(x64, name, t_shape, x_shape):
 def test_conversions_reach_their_limit_at_the_ends(x64, name, end, dtype, tolerance):
     path, ref = PATHS[name]
     value, x, t = normal(4, 2, 3), normal(5, 2, 3), np.full(2, abs(end - 1e-11))
-    got = convert_all(path, sorted(FINITE[name][end]), dtype(value), dtype(x), np.full(2, end, dtype))
+    got = convert_all(
+        path, sorted(FINITE[name][end]), dtype(value), dtype(x), np.full(2, end, dtype)
+    )
     for conversion, result in got.items():
         assert result.dtype == dtype
         expected = reference.convert(ref, *conversion.split("_from_"), value, x, t)
-        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance, err_msg=conversion)
+        np.testing.assert_allclose(
+            result, expected, rtol=tolerance, atol=tolerance, err_msg=conversion
+        )
 
 
 def test_limits_written_by_hand(x64):
     ot, vp, cosine = (PATHS[n][0] for n in ("ot", "vp_linear", "vp_cosine"))
-    value, x, zero, one = jnp.asarray(normal(4, 3)), jnp.asarray(normal(5, 3)), jnp.zeros(()), jnp.ones(())
+    value, x, zero, one = (
+        jnp.asarray(normal(4, 3)),
+        jnp.asarray(normal(5, 3)),
+        jnp.zeros(()),
+        jnp.ones(()),
+    )
     half = np.pi / 2
 
     def same(got, expected):
@@ -218,12 +245,18 @@ def test_limits_written_by_hand(x64):
 
 
 @each_path
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(t=st.floats(0.01, 0.99), seed=st.integers(0, 1000))
 def test_conversions_round_trip(x64, name, t, seed):
     path, _ = PATHS[name]
     x0, noise, t = jnp.asarray(normal(seed, 3)), jnp.asarray(normal(seed + 1, 3)), jnp.asarray(t)
-    x, velocity, score = path.sample(x0, noise, t), path.velocity(x0, noise, t), path.score(noise, t)
+    x, velocity, score = (
+        path.sample(x0, noise, t),
+        path.velocity(x0, noise, t),
+        path.score(noise, t),
+    )
     truth = {"velocity": velocity, "score": score, "noise": noise, "x0": x0}
     for conversion in CONVERSIONS:
         target, source = conversion.split("_from_")
@@ -241,7 +274,9 @@ def test_bad_sigma_min_raises(sigma_min):
 def test_whole_number_times_are_times(path):
     for name in ("mean_coef", "std", "mean_coef_dot", "std_dot"):
         coefficient = getattr(path, name)
-        np.testing.assert_allclose(coefficient(jnp.array([1])), coefficient(jnp.array([1.0])), rtol=1e-6)
+        np.testing.assert_allclose(
+            coefficient(jnp.array([1])), coefficient(jnp.array([1.0])), rtol=1e-6
+        )
     x0, noise, t = jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.array([1, 1])
     velocity = path.velocity(x0, noise, t)
     back = path.noise_from_velocity(velocity, path.sample(x0, noise, t), t)

@@ -107,7 +107,11 @@ def test_weights_of_advantages():
 
 def test_without_a_value_network_the_behaviours_mean_is_the_value():
     config = QIPOConfig(
-        policy="reweight", critic="softmax_q", hidden_dims=(8,), critic_hidden_dims=(8,), support_size=64
+        policy="reweight",
+        critic="softmax_q",
+        hidden_dims=(8,),
+        critic_hidden_dims=(8,),
+        support_size=64,
     )
     algorithm = Algorithm(config.validate(), 3, 2)
     assert algorithm.critic.values(None, None) is None

@@ -12,9 +12,9 @@ from tensorboardX import record_writer
 
 from efm_jax.data import load_dataset
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.workdir import RunInfo
-from efm_jax.training.metrics import MetricsWriter, read_table, return_rows, write_returns
-from efm_jax.training.plots import plot_learning_curve
+from efm_jax.runs.learning_curve import plot_learning_curve
+from efm_jax.runs.metrics import MetricsWriter, read_table, return_rows, write_returns
+from efm_jax.runs.workdir import RunInfo
 from launch.workdir import RESULT_FILE, resolve, write_json
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
 
@@ -83,6 +83,10 @@ def test_metrics_returns_and_curve(workdir):
     assert len(list((workdir / "tensorboard").iterdir())) == 2
     curve = workdir / "learning_curve.png"
     plot_learning_curve(
-        workdir / "metrics.csv", workdir / "returns.csv", curve, dataset_return=0.5, title="in memory"
+        workdir / "metrics.csv",
+        workdir / "returns.csv",
+        curve,
+        dataset_return=0.5,
+        title="in memory",
     )
     assert matplotlib.image.imread(io.BytesIO(curve.read_bytes())).std() > 0

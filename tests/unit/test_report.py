@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from efm_jax.training.metrics import MetricsWriter, return_rows, write_returns
-from launch import report_page
-from launch.report_page import build_page
-from launch.report_runs import load_runs
+from efm_jax.runs.metrics import MetricsWriter, return_rows, write_returns
+from launch.report import page as report_page
+from launch.report.page import build_page
+from launch.report.runs import load_runs
 
 VOID = {"br", "img", "meta"}
 CONFIG = {
@@ -66,7 +66,9 @@ class Page(html.parser.HTMLParser):
         """Texts of elements."""
         wanted = attributes.items()
         return [
-            "".join(text) for name, found, text in self.elements if name == tag and wanted <= found.items()
+            "".join(text)
+            for name, found, text in self.elements
+            if name == tag and wanted <= found.items()
         ]
 
     def attribute(self, name):
@@ -78,7 +80,9 @@ class Page(html.parser.HTMLParser):
 
     def rows(self, caption):
         """Cells of the table whose caption starts so; lines of a cell are separated."""
-        [start] = [m.start() for m in re.finditer(f'<table aria-label="{re.escape(caption)}', self.source)]
+        [start] = [
+            m.start() for m in re.finditer(f'<table aria-label="{re.escape(caption)}', self.source)
+        ]
         source = self.source[start : self.source.index("</table>", start)]
         table = Page(re.sub("<div[^>]*>", " ", source).replace("</div>", "") + "</table>")
         rows, cells = [], iter(table.elements)
@@ -114,9 +118,19 @@ PHASES = {
     "behavior": [
         (step, {"loss": [1.0 / step, 2.0 / step], "grad_norm": [0.5, 0.7]}) for step in (10, 20, 30)
     ],
-    "critic": [(step, {"loss": [3.0, 4.0], "q_mean": [-step, -step - 1.0]}) for step in (10, 20, 30)],
+    "critic": [
+        (step, {"loss": [3.0, 4.0], "q_mean": [-step, -step - 1.0]}) for step in (10, 20, 30)
+    ],
     "policy": [
-        (step, {"loss": [0.1, 0.2], "ess": [3.5, 2.5], "ess_low": [1.2, 1.4], "top_weight": [0.6, 0.7]})
+        (
+            step,
+            {
+                "loss": [0.1, 0.2],
+                "ess": [3.5, 2.5],
+                "ess_low": [1.2, 1.4],
+                "top_weight": [0.6, 0.7],
+            },
+        )
         for step in (10, 20, 30)
     ],
 }
@@ -172,11 +186,15 @@ def test_everything_of_a_run_is_there(run):
 
 def test_one_seed_has_an_interval_over_episodes_and_one_episode_has_none(tmp_path):
     # Student's t of 97.5% with 2 degrees is 4.3027; the standard deviation is 10.
-    folder = write(tmp_path / "a", returns={("behavior", 5): [[7.0]], ("policy", 9): [[10.0, 20.0, 30.0]]})
+    folder = write(
+        tmp_path / "a", returns={("behavior", 5): [[7.0]], ("policy", 9): [[10.0, 20.0, 30.0]]}
+    )
     page = page_of(folder)
     margin = 4.3027 * 10 / 3**0.5
     interval = f"-{margin - 20:.1f} to {margin + 20:.1f}"
-    words = f"Improved policy: mean return 20.0, score 102.0 (95% interval {interval} over 3 episodes)"
+    words = (
+        f"Improved policy: mean return 20.0, score 102.0 (95% interval {interval} over 3 episodes)"
+    )
     assert words in page.text
     assert "Behavior model: mean return 7.0, score 100.7 (one episode, no interval)" in page.text
     behavior, policy = page.rows("All evaluations")[1:]
@@ -233,7 +251,9 @@ def test_returns_of_different_environments_are_not_drawn_together(run, tmp_path)
 
 def lines(page, metric, phase):
     """Stroke attributes of the curves in a metric's figure."""
-    [svg] = re.findall(f'<svg[^>]*aria-label="{metric} against {phase} step.*?</svg>', page.source, re.DOTALL)
+    [svg] = re.findall(
+        f'<svg[^>]*aria-label="{metric} against {phase} step.*?</svg>', page.source, re.DOTALL
+    )
     return re.findall(r'<path [^>]*style="([^"]*var\(--run-[^"]*)"', svg)
 
 
@@ -243,7 +263,9 @@ def test_seeds_are_thin_and_their_mean_is_thick(tmp_path):
     found = lines(page, "loss", "critic")
     assert ["stroke-width: 0.8" in style for style in found] == [True, True, True, False]
     assert "stroke-width: 2.2" in found[3]
-    [alt] = [alt for alt in page.attribute("aria-label") if alt.startswith("loss against critic step")]
+    [alt] = [
+        alt for alt in page.attribute("aria-label") if alt.startswith("loss against critic step")
+    ]
     assert "a, mean of 3 seeds: 2.333 at step 1, 5 at step 3" in alt
 
 
@@ -273,12 +295,16 @@ def test_unfinished_runs(tmp_path):
     fresh = write(tmp_path / "fresh", result=None)
     page = page_of(half, fresh)
     assert (
-        "path ot on some/data-v0, seed 0, unfinished: step 30 of 200 of phase behavior is logged" in page.text
+        "path ot on some/data-v0, seed 0, unfinished: step 30 of 200 of phase behavior is logged"
+        in page.text
     )
     assert "unfinished: nothing has been logged yet." in page.text
     assert "No policy has been evaluated yet." in page.text
     assert "Effective sample sizes" not in page.find("h2")
-    assert [row[4] for row in page.rows("Last evaluation")[1:]] == ["30 unfinished", "none unfinished"]
+    assert [row[4] for row in page.rows("Last evaluation")[1:]] == [
+        "30 unfinished",
+        "none unfinished",
+    ]
     assert build_page(load_runs([str(fresh)]), "today")
 
 
@@ -286,7 +312,11 @@ NASTY = """--></svg></style><script>alert(1)</script>&amp;<b>'"$x^{$ """
 
 
 def test_texts_are_escaped(tmp_path):
-    spec = {"env_spec": json.dumps({"id": NASTY}), "dataset": NASTY, "config": {"path": NASTY, NASTY: NASTY}}
+    spec = {
+        "env_spec": json.dumps({"id": NASTY}),
+        "dataset": NASTY,
+        "config": {"path": NASTY, NASTY: NASTY},
+    }
     points = [
         (1, {"loss": [1.0], NASTY: [2.0], "ess": [2.0]}),
         (2, {"loss": [1.5], NASTY: [2.0], "ess": [2.0]}),
@@ -322,7 +352,9 @@ def test_the_page_needs_nothing_else(run, tmp_path):
     assert policy.startswith("default-src 'none'")
     ids = page.attribute("id")
     assert len(ids) == len(set(ids))
-    assert {value[1:] for value in page.attribute("xlink:href") + page.attribute("href")} <= set(ids)
+    assert {value[1:] for value in page.attribute("xlink:href") + page.attribute("href")} <= set(
+        ids
+    )
 
 
 def test_figures_have_descriptions_and_the_colors_of_the_page(run):
@@ -348,7 +380,9 @@ def test_videos(run, monkeypatch):
         "data:video/mp4;base64",
         "data:image/gif;base64",
     ]
-    assert [base64.b64decode(source.partition(",")[2]) for source in sources] == list(contents.values())
+    assert [base64.b64decode(source.partition(",")[2]) for source in sources] == list(
+        contents.values()
+    )
     [video] = [found for tag, found, _ in page.elements if tag == "video"]
     assert "controls" in video
     assert "video.mp4: an episode of run a in Pendulum-v1" in video["aria-label"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data.d4rl_files import D4RL_FILES
-from efm_jax.evaluation import reference_scores
+from efm_jax.envs import reference_scores
 from launch.reproduce import ANTMAZE, LOCOMOTION, PUBLISHED, seed_scores
 
 
@@ -29,8 +29,17 @@ def test_presets_are_the_papers(name, path, algorithm):
     config = dataclasses.replace(preset(name), path=path).validate()
     assert config.algorithm == algorithm
     assert list(config.phase_steps.values()) == [600_000, 500_000, 100_000]
-    assert (config.beta, config.support_size, config.sample_steps, config.batch_size) == (3.0, 64, 15, 4096)
-    assert (config.critic, config.num_critics, config.critic_hidden_dims) == ("softmax_q", 2, (256,) * 3)
+    assert (config.beta, config.support_size, config.sample_steps, config.batch_size) == (
+        3.0,
+        64,
+        15,
+        4096,
+    )
+    assert (config.critic, config.num_critics, config.critic_hidden_dims) == (
+        "softmax_q",
+        2,
+        (256,) * 3,
+    )
     assert (config.discount, config.polyak, config.beta_q) == (0.99, 0.005, 1.0)
     assert (config.learning_rate, config.critic_learning_rate) == (1e-4, 3e-4)
     assert config.reward_transform == name

@@ -83,7 +83,10 @@ def test_reference_velocity_agrees_with_its_flow_map(name):
     """The two closed forms of the reference against each other, by a difference in time."""
     _, ref = PATHS[name]
     t, h = 0.6, 1e-6
-    ends = [gaussian.flow_map(ref, NOISE, np.asarray(t), np.asarray(t + s * h), MEAN, SCALE) for s in (1, -1)]
+    ends = [
+        gaussian.flow_map(ref, NOISE, np.asarray(t), np.asarray(t + s * h), MEAN, SCALE)
+        for s in (1, -1)
+    ]
     velocity = gaussian.velocity(ref, NOISE, np.full(32, t), MEAN, SCALE)
     np.testing.assert_allclose((ends[0] - ends[1]) / (2 * h), velocity, rtol=1e-6, atol=1e-6)
 
@@ -92,7 +95,9 @@ def test_reference_velocity_agrees_with_its_flow_map(name):
 def test_dopri5_reaches_the_closed_form_flow_and_dpmpp_agrees(x64, name):
     path, ref = PATHS[name]
     end = 1e-6 if name == "vp_linear" else 0.0
-    got = sample(velocity_of(path), jnp.asarray(NOISE), solver="dopri5", t_end=end, rtol=1e-9, atol=1e-9)
+    got = sample(
+        velocity_of(path), jnp.asarray(NOISE), solver="dopri5", t_end=end, rtol=1e-9, atol=1e-9
+    )
     np.testing.assert_allclose(got, flow_end(ref), atol=1e-5)
     np.testing.assert_allclose(dpmpp(path, 2, 100), got, atol=4e-3)
 
@@ -131,11 +136,18 @@ def test_dpmpp_steps_match_numpy(x64, name, order):
     assert t[0] > 0.98
     x0 = [
         reference_paths.convert(
-            ref, "x0", "score", gaussian.score(ref, x[k], np.full(32, t[k]), MEAN, SCALE), x[k], t[k]
+            ref,
+            "x0",
+            "score",
+            gaussian.score(ref, x[k], np.full(32, t[k]), MEAN, SCALE),
+            x[k],
+            t[k],
         )
         for k in range(len(t))
     ]
-    first = 1 if ref.mu(t[0]) < 1e-12 else 0  # log SNR of pure noise is -inf: the first step has a limit only
+    first = (
+        1 if ref.mu(t[0]) < 1e-12 else 0
+    )  # log SNR of pure noise is -inf: the first step has a limit only
     for k in range(first, len(t) - 1):
         previous = (x0[k - 1], t[k - 1]) if order == 2 and k > first else ()
         expected = reference_solvers.dpmpp_step(ref, x[k], x0[k], t[k], t[k + 1], *previous)
@@ -157,7 +169,10 @@ def test_dpmpp_one_step(x64, name):
     path, _ = PATHS[name]
 
     def score(x, t):
-        return -(x - path.mean_coef(t)[:, None] * jnp.asarray(MEAN, x.dtype)) / path.std(t)[:, None] ** 2
+        return (
+            -(x - path.mean_coef(t)[:, None] * jnp.asarray(MEAN, x.dtype))
+            / path.std(t)[:, None] ** 2
+        )
 
     for order in (1, 2):
         got = sample_dpmpp(score, path, jnp.asarray(NOISE), num_steps=1, order=order)
@@ -209,20 +224,28 @@ def test_hutchinson_is_unbiased(x64):
     """Averaged over keys it is the exact divergence; the field must be one whose estimate varies at all."""
     keys = jax.random.split(jax.random.key(2), 400)
     estimates = jax.jit(
-        jax.vmap(lambda key: log_likelihood(linear, jnp.asarray(POINTS), key=key, num_steps=8, solver="rk4"))
+        jax.vmap(
+            lambda key: log_likelihood(
+                linear, jnp.asarray(POINTS), key=key, num_steps=8, solver="rk4"
+            )
+        )
     )(keys)
     assert estimates.shape == (400, 5)
     mean, error = estimates.mean(0), estimates.std(0, ddof=1) / np.sqrt(400)
     assert (error > 1e-4).all()
     assert (np.abs(mean - linear_answer()) < 4.5 * error + 1e-4).all()
-    assert np.abs(np.corrcoef(np.asarray(estimates).T) - np.eye(5)).max() < 0.3  # a probe for every point
+    assert (
+        np.abs(np.corrcoef(np.asarray(estimates).T) - np.eye(5)).max() < 0.3
+    )  # a probe for every point
 
 
 def test_log_likelihood_jit_grad_and_float32():
     points = jnp.asarray(POINTS, jnp.float32)
 
     def total(scale):
-        return log_likelihood(lambda x, t: scale * linear(x, t), points, num_steps=20, solver="rk4").sum()
+        return log_likelihood(
+            lambda x, t: scale * linear(x, t), points, num_steps=20, solver="rk4"
+        ).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(1.0)
     np.testing.assert_allclose(value, linear_answer().sum(), rtol=1e-4)

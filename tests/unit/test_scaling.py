@@ -11,12 +11,14 @@ import jax.extend
 import pytest
 
 from efm_jax.rl.config import QIPOConfig
-from experiments import scaling
-from experiments.benchmarks.products import flops, products
+from experiments.systems import scaling
+from experiments.systems.benchmarks.products import flops, products
 
 CONFIG = QIPOConfig(hidden_dims=(32, 24), critic_hidden_dims=(16, 20), support_size=4)
 SMALL = scaling.Workload(CONFIG, 3, 2, 512)
-SIZE = scaling.Sizes("small", "policy full", 40_000, 160_000, 2e5, 1e6, 9e5, 1e6, 2e5, 200, 1e5, 40_012, 1)
+SIZE = scaling.Sizes(
+    "small", "policy full", 40_000, 160_000, 2e5, 1e6, 9e5, 1e6, 2e5, 200, 1e5, 40_012, 1
+)
 PROFILE = scaling.PROFILES["H100"]
 profiles = pytest.mark.parametrize("profile", scaling.PROFILES.values(), ids=list(scaling.PROFILES))
 
@@ -56,7 +58,8 @@ def test_limits_of_a_step():
     ideal = dataclasses.replace(PROFILE, launch=0.0, overhead=0.0, slowness=0.0)
     pure = dataclasses.replace(SIZE, flops_fixed=0.0, bytes_fixed=0.0)
     assert scaling.efficiency(pure, ideal, 256, 65_536) == pytest.approx(1)
-    # Under the floor D devices are as slow as one, and D seeds on one device cost no more than one seed.
+    # Under the floor D devices are as slow as one, and D seeds on one device cost no more than one
+    # seed.
     floor = dataclasses.replace(PROFILE, launch=1.0, overhead=0.0, slowness=0.0)
     assert scaling.efficiency(SIZE, floor, 64, 256) == pytest.approx(1 / 64)
     assert scaling.efficiency(SIZE, floor, 64, 256, "seeds", 64) == pytest.approx(1 / 64)
@@ -71,7 +74,8 @@ def test_limits_of_a_step():
 
 
 def test_allreduce_by_hand():
-    # TPU v5e: 2 devices are one hop each way on one axis; 32 are a mesh of 4 x 8, its two axes used at once.
+    # TPU v5e: 2 devices are one hop each way on one axis; 32 are a mesh of 4 x 8, its two axes used
+    # at once.
     v5e = scaling.PROFILES["TPU v5e"]
     assert scaling.allreduce_time(5e10, v5e, 2) == pytest.approx(2e-6 + 1.0)
     assert scaling.allreduce_time(5e10, v5e, 32, rounds=3) == pytest.approx(3 * 20e-6 + 31 / 32)
@@ -131,8 +135,9 @@ def test_xla_counts_the_dense_layers_and_little_else():
 def test_collectives_are_the_gradients_and_a_few_scalars(devices, phase):
     state = scaling.build(SMALL, phase, 8, 8)[2]
     leaves = [scaling.nbytes(leaf) for leaf in jax.tree.leaves(state.params)]
-    # The loss; the critic's mean of Q; the support losses' two diagnostics, none of them for their weights.
-    # A batch-normalized loss: least energy, sum of weights; two sums and a maximum of its diagnostics.
+    # The loss; the critic's mean of Q; the support losses' two diagnostics, none of them for their
+    # weights. A batch-normalized loss: least energy, sum of weights; two sums and a maximum of its
+    # diagnostics.
     scalars = {"behavior": 1, "policy resample": 1, "critic": 2, "policy full": 3, "cefm": 6}[phase]
     found, left = scaling.collectives(SMALL, phase, 4 if phase == "policy full" else 2)
     assert sorted(found) == sorted([*leaves, *[4] * scalars])
@@ -153,4 +158,6 @@ def test_every_table_has_one_place_on_the_page():
     for name, table in tables.items():
         rows = table.splitlines()
         assert len({row.count("|") for row in rows}) == 1, name  # as many cells in every row
-        assert f"<!-- table: {name} -->\n\n{rows[0].split(';')[0][:7]}" in page  # and it has been filled
+        assert (
+            f"<!-- table: {name} -->\n\n{rows[0].split(';')[0][:7]}" in page
+        )  # and it has been filled

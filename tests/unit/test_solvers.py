@@ -39,7 +39,9 @@ def compiled(solver, num_steps, t_start=1.0, t_end=0.0):
 @pytest.mark.parametrize("solver", FIXED)
 @pytest.mark.parametrize(("num_steps", "t_start", "t_end"), [(1, 1.0, 0.0), (4, 0.8, 0.3)])
 def test_steps_match_numpy(x64, solver, num_steps, t_start, t_end):
-    got = sample(field, jnp.asarray(NOISE), solver=solver, num_steps=num_steps, t_start=t_start, t_end=t_end)
+    got = sample(
+        field, jnp.asarray(NOISE), solver=solver, num_steps=num_steps, t_start=t_start, t_end=t_end
+    )
 
     def plain(x, t):
         turned = np.stack([-x[:, 1], x[:, 0]], -1)

@@ -81,7 +81,9 @@ def test_support_rows(algorithm, state, rows):
     np.testing.assert_array_equal(support.actions[:, 0], data.actions[indices])
     assert np.abs(support.actions).max() <= 1
     assert len(np.unique(np.asarray(support.actions[:, 1:]).reshape(-1, A), axis=0)) == 3 * M
-    q = algorithm.critic.q_values(state.critic.average, data.observations[indices][:, None], support.actions)
+    q = algorithm.critic.q_values(
+        state.critic.average, data.observations[indices][:, None], support.actions
+    )
     np.testing.assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
     # The actions are those of renewed_params.
     moved = rows(state.replace(renewed_params=state.policy.params), jax.random.key(0), 0, indices)
@@ -204,8 +206,12 @@ def test_weights_of_extreme_values():
 
 def support_tables(state, rows):
     support = rows(state, jax.random.key(0), 0, np.arange(ROWS))
-    q = 2.0 * support.actions.sum(-1) + jnp.linspace(-50, 50, ROWS)[:, None]  # a level that must not matter
-    return Tables(jax.tree.map(jnp.asarray, samples()), policy=weigh(SupportSet(support.actions, q), 3.0))
+    q = (
+        2.0 * support.actions.sum(-1) + jnp.linspace(-50, 50, ROWS)[:, None]
+    )  # a level that must not matter
+    return Tables(
+        jax.tree.map(jnp.asarray, samples()), policy=weigh(SupportSet(support.actions, q), 3.0)
+    )
 
 
 def gradients(options, state, tables, keys):
@@ -219,7 +225,9 @@ def gradients(options, state, tables, keys):
         grads = jax.grad(lambda p: loss(p, None, loss_key, batch)[0])(state.policy.params)
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
 
-    return np.asarray(jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=100))(keys), np.float64)
+    return np.asarray(
+        jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=100))(keys), np.float64
+    )
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])
@@ -233,7 +241,9 @@ def test_both_estimators_have_the_same_expected_gradient(path, state, rows):
     assert np.abs(z).max() < 5.0
     # The comparison can see what matters: without weights the gradient is another.
     uniform = tables.policy._replace(log_weights=jnp.zeros_like(tables.policy.log_weights))
-    flat = gradients({"path": path, "estimator": "resample"}, state, tables.replace(policy=uniform), keys)
+    flat = gradients(
+        {"path": path, "estimator": "resample"}, state, tables.replace(policy=uniform), keys
+    )
     assert np.abs((full.mean(0) - flat.mean(0)) / np.maximum(error, 1e-12)).max() > 10
 
 
@@ -264,7 +274,9 @@ def test_resampled_actions_follow_the_weights(state, rows):
     g = np.exp(3.0 * q[0].astype(np.float64))
     g /= g.sum()
     np.testing.assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
-    np.testing.assert_array_equal(np.asarray(drawn.log_weights).ravel(), table.log_weights[0][chosen])
+    np.testing.assert_array_equal(
+        np.asarray(drawn.log_weights).ravel(), table.log_weights[0][chosen]
+    )
 
 
 @pytest.mark.parametrize("path", ["ot", "vp", "vp_cosine"])
@@ -290,7 +302,9 @@ def test_a_model_in_bfloat16_has_about_the_same_field_in_float32(path):
     params = jax.jit(exact.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
     x = np.random.default_rng(0).standard_normal((ROWS, A)).astype(np.float32)
     observations, t = transitions().observations, np.full(ROWS, 0.5, np.float32)
-    expected, found = (jax.jit(model.field(params, observations))(x, t) for model in (exact, rounded))
+    expected, found = (
+        jax.jit(model.field(params, observations))(x, t) for model in (exact, rounded)
+    )
     assert found.dtype == jnp.float32
     assert 0 < np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
@@ -328,13 +342,16 @@ CURVATURE, BEST, MEAN, STD, BETA = 5.0, 0.5, 0.1, 0.3, 1.0
 
 
 def reference(renewals):
-    """Mean and standard deviation in state +1 by the algorithm itself, without networks: each particle is
-    replaced by one of its support set (a data action, M particles), drawn by its weight."""
+    """Mean and standard deviation in state +1 by the algorithm itself, without networks: each
+    particle is replaced by one of its support set (a data action, M particles), drawn by its
+    weight."""
     rng, count = np.random.default_rng(5), 50_000
     data = np.clip(MEAN + STD * rng.standard_normal(count), -1, 1)
     particles = data
     for _ in range(renewals + 1):
-        support = np.concatenate([rng.choice(data, (count, 1)), rng.choice(particles, (count, 16))], axis=1)
+        support = np.concatenate(
+            [rng.choice(data, (count, 1)), rng.choice(particles, (count, 16))], axis=1
+        )
         gumbel = rng.gumbel(size=support.shape)
         choice = np.argmax(-0.5 * BETA * CURVATURE * (support - BEST) ** 2 + gumbel, axis=1)
         particles = support[np.arange(count), choice]
@@ -374,7 +391,9 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     actions = np.clip(MEAN * states + STD * rng.standard_normal((rows, 1)), -1, 1)
     data = Transitions(states, actions, np.zeros(rows), states, np.zeros(rows))
     one_device = Layout.create(devices=jax.devices()[:1])
-    trainer = Trainer(options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0], one_device)
+    trainer = Trainer(
+        options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0], one_device
+    )
     hooks = Quiet()
     state = trainer.run(trainer.init_state(), hooks)
     assert hooks.renewals == [0, 400, 800]

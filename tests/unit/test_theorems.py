@@ -16,7 +16,11 @@ from scipy.stats import norm
 from efm_jax import exact, losses, paths, sampling
 from efm_jax.weights import energy_weights
 
-PATHS = {"ot": paths.conditional_ot(), "vp_linear": paths.vp_linear(), "vp_cosine": paths.vp_cosine()}
+PATHS = {
+    "ot": paths.conditional_ot(),
+    "vp_linear": paths.vp_linear(),
+    "vp_cosine": paths.vp_cosine(),
+}
 each_path = pytest.mark.parametrize("name", PATHS)
 # NumPy, since 64-bit types are enabled only inside a test.
 DATA = np.array([-1.6, -0.7, 0.1, 0.9, 2.0])[:, None]
@@ -82,9 +86,12 @@ def marginal_gradient(field, path, time_weight, beta):
     def at(t, time_weight):
         x, column = jnp.asarray(grid)[:, None], jnp.full(grid.shape, t)
         density = jnp.mean(
-            jax.scipy.stats.norm.pdf(x, path.mean_coef(t) * jnp.asarray(DATA)[:, 0], path.std(t)), axis=-1
+            jax.scipy.stats.norm.pdf(x, path.mean_coef(t) * jnp.asarray(DATA)[:, 0], path.std(t)),
+            axis=-1,
         )
-        energy = exact.intermediate_energy(path, x, column, jnp.asarray(DATA), jnp.asarray(ENERGY), beta)
+        energy = exact.intermediate_energy(
+            path, x, column, jnp.asarray(DATA), jnp.asarray(ENERGY), beta
+        )
         target = field(path, x, column, jnp.asarray(DATA), -beta * jnp.asarray(ENERGY))
         # Where the density vanishes the intermediate energy may be anything.
         weight = time_weight * step * density * jnp.exp(-energy) / z
@@ -109,7 +116,9 @@ def difference(a, b):
 def test_cefm_has_the_gradient_of_efm(x64, name):
     """Thm 4.3; and at ``beta = 0`` Thm 3.1."""
     path = PATHS[name]
-    conditional = {b: conditional_gradient(losses.cfm_error, path, jnp.ones_like, b) for b in (0.0, BETA)}
+    conditional = {
+        b: conditional_gradient(losses.cfm_error, path, jnp.ones_like, b) for b in (0.0, BETA)
+    }
     marginal = {b: marginal_gradient(exact.velocity, path, jnp.ones_like, b) for b in (0.0, BETA)}
     for beta in (0.0, BETA):
         assert difference(conditional[beta], marginal[beta]) < 1e-8
@@ -134,7 +143,9 @@ def test_ced_has_the_gradient_of_ed(x64, name, time_weight):
 def log_guided_density(path, x, t, data, log_weights):
     """``log q_t(x)`` up to a constant, at one point: ``sum_i exp(l_i) N(x; mu x_i, sigma^2 I)``."""
     residual = x - path.mean_coef(t) * data
-    log_normal = -jnp.sum(residual**2, -1) / (2 * path.std(t) ** 2) - data.shape[1] * jnp.log(path.std(t))
+    log_normal = -jnp.sum(residual**2, -1) / (2 * path.std(t) ** 2) - data.shape[1] * jnp.log(
+        path.std(t)
+    )
     return jax.nn.logsumexp(log_weights + log_normal)
 
 
@@ -189,7 +200,8 @@ def test_continuity_equation_on_a_mixture(x64, name):
     parts = rng.normal(size=3), 2 * rng.normal(size=(3, 2)), rng.uniform(0.05, 1.0, 3)
     mixture = exact.GaussianMixture(*map(jnp.asarray, parts))
     guided = mixture.guided(exact.QuadraticEnergy(jnp.array([1.0, -0.5]), 1.2, 0.4), BETA)
-    # OT and cosine are smooth in t up to both ends; the linear VP path's sigma is a square root at 0.
+    # OT and cosine are smooth in t up to both ends; the linear VP path's sigma is a square root at
+    # 0.
     t = jnp.asarray(np.append(rng.uniform(0.0, 1.0, 38), [1e-3, 1.0]))
     x = jnp.asarray(rng.normal(size=(40, 2)))
 
@@ -221,7 +233,9 @@ def test_the_guided_flow_reaches_the_weighted_data(x64, name):
     distance = np.abs(np.asarray(run(noise)) - DATA[:, 0])
     fraction = np.bincount(distance.argmin(-1), minlength=5) / number
     # The linear VP path starts from N(mu_1 x_i, sigma_1^2), mu_1 = 0.0066, and not from N(0, 1).
-    np.testing.assert_allclose(fraction, softmax(-BETA * ENERGY), atol=0.01 if name == "vp_linear" else 0.004)
+    np.testing.assert_allclose(
+        fraction, softmax(-BETA * ENERGY), atol=0.01 if name == "vp_linear" else 0.004
+    )
     assert np.abs(fraction - 0.2).max() > 0.1
     assert np.quantile(distance.min(-1), 0.9) < 0.1
 
@@ -270,7 +284,9 @@ def test_classifier_guidance_by_gradients_of_densities(x64, name):
 @each_path
 def test_classifier_guidance_on_a_mixture(x64, name):
     path, rng = PATHS[name], np.random.default_rng(5)
-    mixture = exact.GaussianMixture(jnp.zeros(2), jnp.array([[-1.5, 0.0], [1.5, 0.5]]), jnp.array([0.1, 0.2]))
+    mixture = exact.GaussianMixture(
+        jnp.zeros(2), jnp.array([[-1.5, 0.0], [1.5, 0.5]]), jnp.array([0.1, 0.2])
+    )
     energy = exact.QuadraticEnergy(jnp.array([0.5, 1.0]), 1.0)
     x, t = jnp.asarray(rng.normal(size=(12, 2))), jnp.asarray(rng.uniform(0.2, 0.9, 12))
 
@@ -312,10 +328,14 @@ def test_minus_the_intermediate_energy_minimizes_cep(x64, name, time):
 
     def loss(theta, sign):
         def log_ratio(x, t):
-            features = jnp.stack([x[:, 0], jnp.sin(2 * x[:, 0]), jnp.tanh(3 * x[:, 0] - 1), x[:, 0] ** 2 / 4])
+            features = jnp.stack(
+                [x[:, 0], jnp.sin(2 * x[:, 0]), jnp.tanh(3 * x[:, 0] - 1), x[:, 0] ** 2 / 4]
+            )
             t = jnp.full_like(t, time)
             log_ratio = -sign * exact.intermediate_energy(path, x, t, data, energy, BETA)
-            return log_ratio + jnp.cos(5 * t) + theta @ features + log_weight  # with any function of t
+            return (
+                log_ratio + jnp.cos(5 * t) + theta @ features + log_weight
+            )  # with any function of t
 
         population = QuadraturePath(path, time)
         return losses.cep(log_ratio, population, jax.random.key(0), pairs, energies, BETA)[0]

@@ -12,7 +12,7 @@ from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import Layout
 from efm_jax.types import Normalizer, Transitions
-from experiments.benchmarks.memory import temporaries
+from experiments.systems.benchmarks.memory import temporaries
 
 ROWS, S, A = 96, 3, 2
 
@@ -56,7 +56,9 @@ class Recorder:
         self.renewals.append((step, summary))
 
     def on_metrics(self, phase, step, values):
-        self.metrics.append((phase, step, {k: v for k, v in values.items() if k != "steps_per_second"}))
+        self.metrics.append(
+            (phase, step, {k: v for k, v in values.items() if k != "steps_per_second"})
+        )
 
     def on_evaluate(self, step, params):
         self.phases.append(("evaluate", step))
@@ -74,12 +76,18 @@ def layout(devices=1, parallel="data", seeds=1):
     return Layout.create(parallel, seeds, jax.devices()[:devices])
 
 
-def train(config, seeds=(0,), *, devices=1, parallel="data", stop_at=None, state=None, dtype=np.float32):
-    trainer = Trainer(config, transitions(dtype=dtype), seeds, layout(devices, parallel, len(seeds)))
+def train(
+    config, seeds=(0,), *, devices=1, parallel="data", stop_at=None, state=None, dtype=np.float32
+):
+    trainer = Trainer(
+        config, transitions(dtype=dtype), seeds, layout(devices, parallel, len(seeds))
+    )
     hooks = Recorder(stop_at)
     if state is None:
         state = trainer.init_state()
-        state = jax.tree.map(lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x, state)
+        state = jax.tree.map(
+            lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x, state
+        )
     try:
         state = trainer.run(state, hooks)
     except StoppedError:
@@ -95,7 +103,9 @@ def assert_close(found, expected, tolerance):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 VARIANTS = {
@@ -147,7 +157,9 @@ def test_data_on_many_devices_in_float64(x64, one_device, variant, devices):
 
 def test_seeds_on_eight_devices_in_float64(x64, one_device):
     seeds, variant = tuple(range(8)), "iql resample"
-    many = train(config(**VARIANTS[variant], **LONG), seeds, devices=8, parallel="seeds", dtype=np.float64)
+    many = train(
+        config(**VARIANTS[variant], **LONG), seeds, devices=8, parallel="seeds", dtype=np.float64
+    )
     assert_same_run(many, one_device(variant, np.float64, seeds), 1e-9)
 
 
@@ -173,7 +185,8 @@ def compiled():
 
 def test_renewals_and_evaluations_compile_nothing_again(compiled):
     counts = []
-    event = "/jax/core/compile/backend_compile_duration"  # also where a program comes from a cache on disk
+    # also where a program comes from a cache on disk
+    event = "/jax/core/compile/backend_compile_duration"
     trainer = Trainer(config(renew_every=5, eval_every=5), transitions(), (0,), layout())
     normalizer = Normalizer(np.zeros(S), np.ones(S), -np.ones(A), np.ones(A))
 
@@ -196,7 +209,9 @@ def test_renewals_and_evaluations_compile_nothing_again(compiled):
 def test_a_seed_of_two_equals_itself_alone():
     both, hooks = train(config(), (3, 4))
     alone, own = train(config(), (4,))
-    assert_close(jax.tree.map(lambda leaf: leaf[1], both), jax.tree.map(lambda leaf: leaf[0], alone), 1e-4)
+    assert_close(
+        jax.tree.map(lambda leaf: leaf[1], both), jax.tree.map(lambda leaf: leaf[0], alone), 1e-4
+    )
     for a, b in zip(hooks.metrics, own.metrics, strict=True):
         assert_close({n: v[1] for n, v in a[2].items()}, {n: v[0] for n, v in b[2].items()}, 1e-4)
     different = [np.abs(leaf[0] - leaf[1]).max() for leaf in jax.tree.leaves(both.policy.params)]
@@ -206,9 +221,15 @@ def test_a_seed_of_two_equals_itself_alone():
 def test_what_a_run_tells_its_hooks():
     state, hooks = train(config(eval_every=10))
     assert hooks.phases == [*((phase, 0, 20) for phase in PHASES), ("evaluate", 10)]
-    assert [m[:2] for m in hooks.metrics] == [(phase, step) for phase in PHASES for step in (5, 10, 15, 20)]
+    assert [m[:2] for m in hooks.metrics] == [
+        (phase, step) for phase in PHASES for step in (5, 10, 15, 20)
+    ]
     assert [step for step, _ in hooks.renewals] == [0, 10]
-    assert {name for name, _, _ in hooks.tables} == {"next actions", "support set 1", "support set 2"}
+    assert {name for name, _, _ in hooks.tables} == {
+        "next actions",
+        "support set 1",
+        "support set 2",
+    }
     steps = [tuple(int(getattr(s, phase).step[0]) for phase in PHASES) for s in hooks.saved]
     assert steps == [(10, 0, 0), (20, 0, 0), (20, 10, 0), (20, 20, 0), (20, 20, 10), (20, 20, 20)]
     assert_same_tree(jax.tree.map(np.asarray, state), hooks.saved[-1])
@@ -223,7 +244,8 @@ def step_of(hooks):
     return int(hooks.saved[-1].policy.step[0])
 
 
-# Seen one chunk later: these stop at behavior step 10, critic step 20, and in the renewal at policy step 10.
+# Seen one chunk later: these stop at behavior step 10, critic step 20, and in the renewal at policy
+# step 10.
 @pytest.mark.parametrize("stop_at", [("behavior", 5), ("critic", 15), ("policy", 10)])
 def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
     whole, logged = whole_run
@@ -236,7 +258,9 @@ def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
     expected = dict(logged.renewals)
     for step, summary in first.renewals + second.renewals:
         assert_same_tree(summary, expected[step])
-    assert [step for step, _ in second.renewals] == [s for s in (0, 10) if s >= step_of(first) // 10 * 10]
+    assert [step for step, _ in second.renewals] == [
+        s for s in (0, 10) if s >= step_of(first) // 10 * 10
+    ]
 
 
 @pytest.fixture(scope="module")

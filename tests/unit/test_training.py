@@ -68,7 +68,9 @@ def test_step_sums_shares_of_the_loss_over_an_axis():
     np.testing.assert_allclose(metrics["loss"], np.full(4, losses), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "part_size", "seen"), [(8, 2, 2), (8, 3, 2), (8, 8, 8), (7, 3, 7)])
+@pytest.mark.parametrize(
+    ("size", "part_size", "seen"), [(8, 2, 2), (8, 3, 2), (8, 8, 8), (7, 3, 7)]
+)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen, devices):
     """Its losses draw; (8, 3) has no two or three equal parts of at most 3, and 7 none at all."""
@@ -77,7 +79,9 @@ def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen,
     def loss(params, average, key, batch):
         sizes.append(batch.shape[0])
         axis = None if devices == 1 else "i"
-        value, aux = losses.cfm(lambda x, t: x * params["x"] + t[:, None], path, key, batch, axis_name=axis)
+        value, aux = losses.cfm(
+            lambda x, t: x * params["x"] + t[:, None], path, key, batch, axis_name=axis
+        )
         mean = batch.mean() if axis is None else jax.lax.pmean(batch.mean(), axis)
         return value, aux | {"mean": mean, "average": average["x"].sum()}
 
@@ -102,7 +106,10 @@ def noisy_chunk(length):
 
     def loss(params, average, key, batch):
         noise = jax.random.normal(key)
-        return jnp.sum((params["x"] - batch.mean() - noise) ** 2), {"index": batch.sum(), "noise": noise}
+        return jnp.sum((params["x"] - batch.mean() - noise) ** 2), {
+            "index": batch.sum(),
+            "noise": noise,
+        }
 
     def draw(key, table):
         return table[sample_rows(key, 4, table.shape[0])]
@@ -119,7 +126,10 @@ def test_chunks_of_any_length_draw_the_same():
         for _ in range(10 // length):
             state, metrics = chunk(state, jax.random.key(1), table)
             logged.append(metrics)
-        results[length] = state, {k: np.mean([m[k] for m in logged]) for k in ("index", "noise", "loss")}
+        results[length] = (
+            state,
+            {k: np.mean([m[k] for m in logged]) for k in ("index", "noise", "loss")},
+        )
         if length == 1:  # a new batch and new noise in every step
             assert len({float(m["index"]) for m in logged}) > 5
             assert len({float(m["noise"]) for m in logged}) == 10
@@ -223,5 +233,7 @@ def test_pipe_emits_in_order_one_chunk_behind():
 def test_pipe_stops_at_a_loss_that_is_not_finite():
     pipe = MetricsPipe(lambda *_: pytest.fail("must not be emitted"), first_copy)
     pipe.run("policy", 20, 30, lambda: chunk_result(1.0, (-1, 4)))
-    with pytest.raises(NonFiniteLossError, match=r"policy phase: the loss of seed number 1 .* at step 25"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"policy phase: the loss of seed number 1 .* at step 25"
+    ):
         pipe.drain()

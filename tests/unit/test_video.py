@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efm_jax.evaluation import evaluate
-from efm_jax.evaluation.video import record_video
+from efm_jax.envs import evaluate
+from efm_jax.envs.video import record_video
 
 HEIGHT, WIDTH = 33, 47  # odd: H.264 needs even ones
 
@@ -35,7 +35,13 @@ class Clock(gymnasium.Env):
     def step(self, action):
         assert abs(action[0]) <= 1
         self._time += 1
-        return self._observation(), self._draw + float(action[0]), self._time == self._end, False, {}
+        return (
+            self._observation(),
+            self._draw + float(action[0]),
+            self._time == self._end,
+            False,
+            {},
+        )
 
     def _observation(self):
         return np.array([self._draw, self._time])
@@ -162,7 +168,12 @@ REFUSED = {
     "no picture": (act, {"picture": "text"}, "episode.mp4", ["uint8", "str"]),
     "another size": (act, {"picture": "grows"}, "episode.mp4", ["[33, 47, 3]", "(33, 49, 3)"]),
     "not finite": (diverged, "Clock-v0", "episode.mp4", ["non-finite", "step 3"]),
-    "shape": (lambda *_: np.zeros((1, 1)), "Clock-v0", "episode.mp4", ["actions", "(1, 1, 1)", "(1, 1)"]),
+    "shape": (
+        lambda *_: np.zeros((1, 1)),
+        "Clock-v0",
+        "episode.mp4",
+        ["actions", "(1, 1, 1)", "(1, 1)"],
+    ),
 }
 
 

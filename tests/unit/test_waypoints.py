@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import environments, load_dataset, recording, waypoints
-from efm_jax.data.waypoints import BEST, Gains, Maze, routes, steer, wanderer
-from efm_jax.evaluation import evaluate, normalized_score
+from efm_jax.data import load_dataset, recording
+from efm_jax.envs import environments, evaluate, normalized_score
+from efm_jax.envs import pointmaze as waypoints
+from efm_jax.envs.pointmaze import BEST, Gains, Maze, routes, steer, wanderer
 
 
 def draw(*rows, scale=1.0):
@@ -69,7 +70,9 @@ def test_routes_are_as_long_as_an_independent_search_says():
         distance[goal] = 0
         for _ in range(free.size):
             padded = np.pad(distance, 1, constant_values=np.inf)
-            near = np.min([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]], axis=0)
+            near = np.min(
+                [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]], axis=0
+            )
             distance = np.where(free, np.minimum(distance, near + 1), np.inf)
         reached = {tuple(int(i) for i in cell) for cell in np.argwhere(np.isfinite(distance))}
         assert set(routes(maze, goal)) == reached
@@ -86,7 +89,9 @@ def test_positions_and_cells():
         for cell in grid.cells:
             x, y = grid.middle(cell)
             reach = 0.49 * grid.scale
-            assert {grid.cell(x + dx, y + dy) for dx in (-reach, reach) for dy in (-reach, reach)} == {cell}
+            assert {
+                grid.cell(x + dx, y + dy) for dx in (-reach, reach) for dy in (-reach, reach)
+            } == {cell}
     for x, y in [(0.0, 2.0), (9.0, 0.0), (0.0, -9.0), (-2.6, 0.0)]:
         with pytest.raises(ValueError, match="expected a place in a free cell"):
             U.cell(x, y)
@@ -114,10 +119,16 @@ def test_a_push_off_the_route_is_recovered():
 def test_steering_is_a_pd_law_towards_the_next_cell():
     goal = np.array(U.middle((1, 1)))
     gains = Gains(position=3.0, velocity=2.0)
-    state = np.array([-0.9, -1.1, 0.5, -0.25])  # in (3, 1); next is the middle of (3, 2), at (0, -1)
-    np.testing.assert_allclose(steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25])
+    state = np.array(
+        [-0.9, -1.1, 0.5, -0.25]
+    )  # in (3, 1); next is the middle of (3, 2), at (0, -1)
+    np.testing.assert_allclose(
+        steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25]
+    )
     state = np.array([-0.9, 1.1, 0.5, -0.25])  # in the goal's cell: the goal itself
-    np.testing.assert_allclose(steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25])
+    np.testing.assert_allclose(
+        steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25]
+    )
 
 
 def test_no_route_is_an_error():
@@ -163,7 +174,9 @@ def spec(name, **kwargs):
 
 
 def test_task_has_one_goal_and_continues():
-    plain = spec("PointMaze_UMaze-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5], reward_type="sparse")
+    plain = spec(
+        "PointMaze_UMaze-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5], reward_type="sparse"
+    )
     before = copy.deepcopy(plain)
     task = waypoints.task(plain)
     assert task.kwargs == {
@@ -172,10 +185,14 @@ def test_task_has_one_goal_and_continues():
     }  # fmt: skip
     assert plain == before
     assert waypoints.is_point_maze(plain)
-    assert not waypoints.is_point_maze(EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv"))
+    assert not waypoints.is_point_maze(
+        EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
+    )
     marked = waypoints.task(spec("PointMaze_Medium_Diverse_GR-v3", maze_map=[[1, "c", 0, 1]]))
     assert marked.kwargs["maze_map"] == [[1, "c", 0, 1]]
-    dense = waypoints.task(spec("PointMaze_UMazeDense-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5]))
+    dense = waypoints.task(
+        spec("PointMaze_UMazeDense-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5])
+    )
     assert dense.kwargs["maze_map"][1][1] == "g"
 
 
@@ -207,7 +224,8 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     assert set(dataset.episode_lengths) == {300}
     assert not dataset.transitions.terminated.any()
     assert set(np.unique(dataset.transitions.rewards)) == {0, 1}
-    # Rewards are the evaluated task's: near the goal that is observed (the first four numbers are goals).
+    # Rewards are the evaluated task's: near the goal that is observed (the first four numbers are
+    # goals).
     after = dataset.transitions.next_observations
     distances = np.hypot(*(after[:, :2] - after[:, 2:4]).T)
     np.testing.assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
@@ -224,6 +242,8 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     seeds = range(1000, 1020)
     returns = evaluate(act, dataset.env_spec, episode_seeds=seeds).returns
     assert 90 < normalized_score(returns.mean(), dataset.reference_scores) < 110
-    still = evaluate(lambda observations, step: np.zeros((1, 20, 2)), dataset.env_spec, episode_seeds=seeds)
+    still = evaluate(
+        lambda observations, step: np.zeros((1, 20, 2)), dataset.env_spec, episode_seeds=seeds
+    )
     assert still.returns.max() == 0
     assert normalized_score(dataset.episode_returns.mean(), dataset.reference_scores) < 30

@@ -12,7 +12,9 @@ from scipy.special import logsumexp
 from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
 from tests.reference import weights as reference
 
-quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def normal(seed, *shape):
@@ -45,14 +47,22 @@ def test_huge_energies_stay_finite(x64, scale, dtype):
 
 
 def test_beta_of_huge_size_does_not_overflow():
-    np.testing.assert_array_equal(energy_weights(jnp.array([1e30, -1e30, 0.0]), 1e30), [0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(
+        energy_weights(jnp.array([1e30, -1e30, 0.0]), 1e30), [0.0, 1.0, 0.0]
+    )
 
 
 def test_minus_infinity_takes_all_and_ties_share():
     inf = jnp.inf
-    np.testing.assert_array_equal(energy_weights(jnp.array([0.0, -inf, 1e6, inf]), 2.0), [0, 1, 0, 0])
-    np.testing.assert_array_equal(energy_weights(jnp.array([-inf, 0.0, -inf, -1e30]), 2.0), [0.5, 0, 0.5, 0])
-    table = energy_weights(jnp.array([[0.0, -inf], [0.0, 0.0]]), 1.0)  # a row of its own stays untouched
+    np.testing.assert_array_equal(
+        energy_weights(jnp.array([0.0, -inf, 1e6, inf]), 2.0), [0, 1, 0, 0]
+    )
+    np.testing.assert_array_equal(
+        energy_weights(jnp.array([-inf, 0.0, -inf, -1e30]), 2.0), [0.5, 0, 0.5, 0]
+    )
+    table = energy_weights(
+        jnp.array([[0.0, -inf], [0.0, 0.0]]), 1.0
+    )  # a row of its own stays untouched
     np.testing.assert_allclose(table, [[0, 1], [0.5, 0.5]])
 
 
@@ -173,14 +183,20 @@ def test_devices_together_give_the_weights_of_one(devices, how, case):
     expected = energy_weights(energy, 1.5)
     np.testing.assert_allclose(np.asarray(got).reshape(-1), expected, rtol=1e-5, atol=1e-30)
     if case == "plain":
-        np.testing.assert_allclose(expected, reference.energy_weights(SPECIAL[case], 1.5), rtol=1e-5)
-    sizes = on_devices(how, lambda w: effective_sample_size(w, axis_name="i"), devices, jnp.asarray(got))
+        np.testing.assert_allclose(
+            expected, reference.energy_weights(SPECIAL[case], 1.5), rtol=1e-5
+        )
+    sizes = on_devices(
+        how, lambda w: effective_sample_size(w, axis_name="i"), devices, jnp.asarray(got)
+    )
     np.testing.assert_allclose(sizes, jnp.full(4, effective_sample_size(expected)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["vmap", "pmap", "shard_map"])
 def test_axis_name_with_an_axis_of_its_own(devices, how):
-    energy = normal(5, 4, 3, 2).astype(np.float32)  # 4 devices, axis 0 of 3 on each, 2 independent columns
+    energy = normal(5, 4, 3, 2).astype(
+        np.float32
+    )  # 4 devices, axis 0 of 3 on each, 2 independent columns
     got = on_devices(
         how, lambda e: energy_weights(e, 2.0, axis=0, axis_name="i"), devices, jnp.asarray(energy)
     )
@@ -211,9 +227,13 @@ def test_beta_for_ess_hits_the_fraction(x64, fraction, scale):
 def test_beta_for_ess_with_a_traced_fraction_vmap_and_axis(x64):
     energy = normal(7, 3, 20)
     expected = [reference.beta_for_ess(row, 0.4) for row in energy]
-    np.testing.assert_allclose(jax.vmap(lambda e: beta_for_ess(e, 0.4))(energy), expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        jax.vmap(lambda e: beta_for_ess(e, 0.4))(energy), expected, rtol=1e-3
+    )
     np.testing.assert_allclose(beta_for_ess(jnp.asarray(energy), 0.4), expected, rtol=1e-3)
-    np.testing.assert_allclose(beta_for_ess(jnp.asarray(energy.T), 0.4, axis=0), expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        beta_for_ess(jnp.asarray(energy.T), 0.4, axis=0), expected, rtol=1e-3
+    )
     np.testing.assert_allclose(jax.jit(beta_for_ess)(energy, 0.4), expected, rtol=1e-3)
 
 
@@ -343,7 +363,9 @@ def test_log_normalizer_at_its_limits(energy, beta, expected):
 def test_log_normalizer_gradients(x64):
     energy, beta = normal(2, 6), 1.7
     w = reference.energy_weights(energy, beta)
-    for_energy, for_beta = jax.jit(jax.grad(log_normalizer, argnums=(0, 1)))(jnp.asarray(energy), beta)
+    for_energy, for_beta = jax.jit(jax.grad(log_normalizer, argnums=(0, 1)))(
+        jnp.asarray(energy), beta
+    )
     np.testing.assert_allclose(for_energy, -beta * w, rtol=1e-9)
     np.testing.assert_allclose(for_beta, -w @ energy, rtol=1e-9)
     at_zero = jax.grad(log_normalizer, argnums=1)(jnp.asarray(energy), 0.0)
@@ -385,7 +407,9 @@ def test_beta_per_slice_but_not_per_sample(x64):
     energy, beta = normal(11, 3, 5), np.array([[0.5], [1.0], [4.0]])
     rows = [reference.energy_weights(row, b) for row, b in zip(energy, beta[:, 0], strict=True)]
     np.testing.assert_allclose(energy_weights(jnp.asarray(energy), beta), rows, rtol=1e-10)
-    np.testing.assert_allclose(energy_weights(jnp.asarray(energy.T), beta.T, axis=0).T, rows, rtol=1e-10)
+    np.testing.assert_allclose(
+        energy_weights(jnp.asarray(energy.T), beta.T, axis=0).T, rows, rtol=1e-10
+    )
     np.testing.assert_allclose(
         log_normalizer(jnp.asarray(energy), beta), log_mean_exp(beta * energy, 1.0), rtol=1e-10
     )

@@ -1,7 +1,7 @@
 """What every offline critic is.
 
-A critic is trained by the same step as a policy: ``average`` holds the target networks, and the loss
-is this device's share.
+A critic is trained by the same step as a policy: ``average`` holds the target networks, and the
+loss is this device's share.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ class Critic(abc.ABC):
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
         """Fresh parameters."""
-        return {"q": self.q_network.init(key, jnp.zeros((1, observation_size)), jnp.zeros((1, action_size)))}
+        return {
+            "q": self.q_network.init(
+                key, jnp.zeros((1, observation_size)), jnp.zeros((1, action_size))
+            )
+        }
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """What policies maximize, by default ``min_k Q_k(s, a)``.
 
-        States ``[..., S]`` broadcast against actions ``[..., A]``; the result has their leading axes.
+        States ``[..., S]`` broadcast against actions ``[..., A]``; the result has their leading
+        axes.
         """
         return self.q_network.apply(params["q"], observations, actions).min(0)
 
@@ -60,7 +65,12 @@ class Critic(abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, params: Params, target: Params, key: Array, batch: CriticBatch, axis_name: AxisName = None
+        self,
+        params: Params,
+        target: Params,
+        key: Array,
+        batch: CriticBatch,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Aux]:
         """This device's share of the mean loss over the global batch; ``aux`` has means over it.
 
@@ -68,7 +78,9 @@ class Critic(abc.ABC):
         (:func:`efm_jax.losses.sample_keys`).
         """
 
-    def temporal_difference(self, params: Params, samples: Samples, next_value: Array) -> tuple[Array, Array]:
+    def temporal_difference(
+        self, params: Params, samples: Samples, next_value: Array
+    ) -> tuple[Array, Array]:
         """Squared errors ``[B]``, summed over the ensemble, and Q-values ``[num, B]``.
 
         ``next_value`` is ``[B]``, or ``[num, B]`` where every member has a target of its own.

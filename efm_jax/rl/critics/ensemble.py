@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleLCB(IQL):
-    """Members that share nothing, each with an in-sample target of its own; their lower confidence bound.
+    """Members that share nothing, each with an in-sample target of its own; their lower confidence
+    bound.
 
-    Member k is implicit Q-learning with a Q-network, a target network and a value network of its own.  Where
-    targets are shared, members agree about actions that none of them has seen; independent ones do not, and
-    their spread measures it (Ghasemipour et al. 2022, "Why so pessimistic?", arXiv 2205.13703, Sec. 4).
-    Policies maximize the bound of the advantage, ``mean_k A_k - pessimism std_k A_k`` with
-    ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the spread of Q itself would also count what the
-    members disagree about in the state, whatever the action.
+    Member k is implicit Q-learning with a Q-network, a target network and a value network of its
+    own.  Where targets are shared, members agree about actions that none of them has seen;
+    independent ones do not, and their spread measures it (Ghasemipour et al. 2022, "Why so
+    pessimistic?", arXiv 2205.13703, Sec. 4). Policies maximize the bound of the advantage, ``mean_k
+    A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``: the
+    spread of Q itself would also count what the members disagree about in the state, whatever the
+    action.
     """
 
     v_network: ValueEnsemble
@@ -51,7 +53,12 @@ class EnsembleLCB(IQL):
         return self.v_network.apply(params["v"], observations).mean(0)
 
     def loss(
-        self, params: Params, target: Params, key: Array, batch: CriticBatch, axis_name: AxisName = None
+        self,
+        params: Params,
+        target: Params,
+        key: Array,
+        batch: CriticBatch,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Aux]:
         samples = batch.samples
         value = self.v_network.apply(params["v"], samples.observations)

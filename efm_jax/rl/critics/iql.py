@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class IQL(Critic):
     """Implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169, eqs. 5 and 6).
 
-    V is the expectile of Q' over the data's actions, Q regresses on ``r + discount (1 - terminated) V(s')``.
+    V is the expectile of Q' over the data's actions, Q regresses on ``r + discount (1 - terminated)
+    V(s')``.
     """
 
     v_network: Value
@@ -43,7 +44,12 @@ class IQL(Critic):
         return self.v_network.apply(params["v"], observations)
 
     def loss(
-        self, params: Params, target: Params, key: Array, batch: CriticBatch, axis_name: AxisName = None
+        self,
+        params: Params,
+        target: Params,
+        key: Array,
+        batch: CriticBatch,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Aux]:
         samples = batch.samples
         value = self.values(params, samples.observations)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class SoftmaxQ(Critic):
     """In-support softmax Q-learning (Lu et al. 2023, arXiv 2304.12824, eq. 18).
 
-    ``y = r + discount (1 - terminated) sum_j softmax_j(beta_q Q'(s', a'_j)) Q'(s', a'_j)`` with actions
-    ``a'_j`` of the behavior model at s' and Q' the minimum of the target networks.
+    ``y = r + discount (1 - terminated) sum_j softmax_j(beta_q Q'(s', a'_j)) Q'(s', a'_j)`` with
+    actions ``a'_j`` of the behavior model at s' and Q' the minimum of the target networks.
     """
 
     beta_q: float
@@ -38,7 +38,12 @@ class SoftmaxQ(Critic):
         return cls(network, config.beta_q)
 
     def loss(
-        self, params: Params, target: Params, key: Array, batch: CriticBatch, axis_name: AxisName = None
+        self,
+        params: Params,
+        target: Params,
+        key: Array,
+        batch: CriticBatch,
+        axis_name: AxisName = None,
     ) -> tuple[Array, Aux]:
         samples = batch.samples
         next_q = self.q_values(target, samples.next_observations[:, None], batch.next_actions)

@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 class Policy(abc.ABC):
     """A way from a behavior model and a critic to actions.
 
-    A policy that trains (``trains``) may keep a table with a row for every sample, computed before its first
-    step and, if it ``renews``, again every ``renew_every`` steps from what it is by then.
+    A policy that trains (``trains``) may keep a table with a row for every sample, computed before
+    its first step and, if it ``renews``, again every ``renew_every`` steps from what it is by then.
     """
 
     config: QIPOConfig
@@ -51,8 +51,9 @@ class Policy(abc.ABC):
 
     trains = True
     renews = False
-    # Whether loss and metrics of a batch are the means of those of its parts, and the loss takes a key for
-    # each sample: then a step may compute a large batch in parts (:func:`efm_jax.training.step.make_step`).
+    # Whether loss and metrics of a batch are the means of those of its parts, and the loss takes a
+    # key for each sample: then a step may compute a large batch in parts
+    # (:func:`efm_jax.training.step.make_step`).
     separable = False
 
     @classmethod
@@ -73,7 +74,9 @@ class Policy(abc.ABC):
         """The parameters before the first step: by default those of the behavior model."""
         return behavior
 
-    def rows(self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array) -> Any:
+    def rows(
+        self, acting: Acting, key: Array, renewal: Array, samples: Samples, indices: Array
+    ) -> Any:
         """Rows of the table, or None for a policy without one.
 
         Args:
@@ -94,7 +97,9 @@ class Policy(abc.ABC):
         return jax.tree.map(lambda leaf: leaf[indices], table)
 
     @abc.abstractmethod
-    def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
+    def loss(
+        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+    ) -> tuple[Array, Aux]:
         """This device's share of the loss over the global batch."""
 
     @abc.abstractmethod
@@ -108,8 +113,8 @@ class Policy(abc.ABC):
     def advantages(self, acting: Acting, key: Array, samples: Samples, indices: Array) -> Array:
         """``Q(s, a) - V(s)`` of data actions, ``[b]``.
 
-        Where the critic has no value network, V is the mean of Q over ``support_size`` actions of the
-        behavior model.
+        Where the critic has no value network, V is the mean of Q over ``support_size`` actions of
+        the behavior model.
         """
         observations = samples.observations
         q = self.critic.q_values(acting.critic, observations, samples.actions)

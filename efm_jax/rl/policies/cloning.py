@@ -16,7 +16,9 @@ class BehaviorCloning(Policy):
 
     trains = False
 
-    def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
+    def loss(
+        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+    ) -> tuple[Array, Aux]:
         raise NotImplementedError("behavior cloning has nothing to train after its behavior phase")
 
     def sample(self, acting: Acting, observations: Array, noise: Array) -> Array:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Gaussian(Reweighting):
-    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of reweighting.
+    """Advantage-weighted regression ``-exp(beta A(s, a)) log pi(a|s)``, with the weights of
+    reweighting.
 
     Reference: Kostrikov et al. 2021 (arXiv 2110.06169), eq. 7.
     """
@@ -34,7 +35,9 @@ class Gaussian(Reweighting):
     def actor(self) -> GaussianActor:
         """The network of mean and standard deviation, as wide as the behavior model's."""
         config = self.config
-        return GaussianActor(config.hidden_dims, self.action_size, config.activation, config.layer_norm)
+        return GaussianActor(
+            config.hidden_dims, self.action_size, config.activation, config.layer_norm
+        )
 
     def init(self, key: Array) -> Params:
         return self.actor.init(key, jnp.zeros((1, self.observation_size)))
@@ -42,7 +45,9 @@ class Gaussian(Reweighting):
     def start(self, behavior: Params, params: Params) -> Params:
         return params
 
-    def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
+    def loss(
+        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+    ) -> tuple[Array, Aux]:
         mean, std = self.actor.apply(params, batch.samples.observations)
         z = (batch.samples.actions - mean) / std
         log_prob = -0.5 * jnp.sum(z**2 + 2 * jnp.log(std) + jnp.log(2 * jnp.pi), axis=-1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efm_jax import losses
-from efm_jax.guidance.contrastive import contrastive_guided
+from efm_jax.guidance import contrastive_guided
 from efm_jax.losses import Aux
 from efm_jax.networks import LogRatio
 from efm_jax.rl.policies.base import Acting, Batch
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class QGPO(QIPO):
-    """Contrastive energy prediction on support sets of the behavior model, and its gradient at every step.
+    """Contrastive energy prediction on support sets of the behavior model, and its gradient at
+    every step.
 
-    The log-ratio network learns ``-E_t(a_t; s)`` of ``mu(a|s) exp(beta Q)`` on the support sets that QIPO
-    begins with; the policy's score is the behavior model's plus the network's gradient.  The behavior model
-    is not trained again.
+    The log-ratio network learns ``-E_t(a_t; s)`` of ``mu(a|s) exp(beta Q)`` on the support sets
+    that QIPO begins with; the policy's score is the behavior model's plus the network's gradient.
+    The behavior model is not trained again.
 
     Reference: Lu et al. 2023 (arXiv 2304.12824), Algorithm 1.
     """
@@ -46,10 +47,16 @@ class QGPO(QIPO):
     def log_ratio(self) -> LogRatio:
         """The network of the intermediate energy, as wide as the behavior model's."""
         config = self.config
-        return LogRatio(config.hidden_dims, config.activation, config.layer_norm, config.time_features)
+        return LogRatio(
+            config.hidden_dims, config.activation, config.layer_norm, config.time_features
+        )
 
     def init(self, key: Array) -> Params:
-        inputs = jnp.zeros((1, self.action_size)), jnp.zeros(1), jnp.zeros((1, self.observation_size))
+        inputs = (
+            jnp.zeros((1, self.action_size)),
+            jnp.zeros(1),
+            jnp.zeros((1, self.observation_size)),
+        )
         return self.log_ratio.init(key, *inputs)
 
     def start(self, behavior: Params, params: Params) -> Params:
@@ -60,11 +67,15 @@ class QGPO(QIPO):
     ) -> SupportSet:
         return super().rows(acting._replace(policy=acting.behavior), key, renewal, samples, indices)
 
-    def gather(self, key: Array, table: SupportSet, indices: Array, axis_name: AxisName) -> SupportSet:
+    def gather(
+        self, key: Array, table: SupportSet, indices: Array, axis_name: AxisName
+    ) -> SupportSet:
         # Contrasting needs all actions of a state.
         return jax.tree.map(lambda leaf: leaf[indices], table)
 
-    def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
+    def loss(
+        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+    ) -> tuple[Array, Aux]:
         observations = batch.samples.observations[:, None]
 
         def log_ratio(x: Array, t: Array) -> Array:

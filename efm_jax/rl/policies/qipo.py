@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from efm_jax.losses import Aux, sample_keys
 from efm_jax.rl.policies.base import Acting, Batch, Policy
 from efm_jax.rl.samples import Samples
-from efm_jax.rl.support import SupportSet, WeightedSupport, draw_noise, summarize, support_beta, weigh
+from efm_jax.rl.support import (
+    SupportSet,
+    WeightedSupport,
+    draw_noise,
+    summarize,
+    support_beta,
+    weigh,
+)
 from efm_jax.types import Array, Params
 from efm_jax.weights import AxisName
 
@@ -19,10 +26,12 @@ if TYPE_CHECKING:
 
 
 class QIPO(Policy):
-    """The energy-weighted loss on support sets that are redrawn from the policy every ``renew_every`` steps.
+    """The energy-weighted loss on support sets that are redrawn from the policy every
+    ``renew_every`` steps.
 
-    After l renewals the target is ``mu(a|s) exp((l + 1) beta Q)`` (Zhang et al. 2025, Sec. 5, Algorithm 2,
-    eq. 5.4), held back by the data action, which counts as ``data_copies`` actions of each support set.
+    After l renewals the target is ``mu(a|s) exp((l + 1) beta Q)`` (Zhang et al. 2025, Sec. 5,
+    Algorithm 2, eq. 5.4), held back by the data action, which counts as ``data_copies`` actions of
+    each support set.
     """
 
     renews = True
@@ -46,9 +55,13 @@ class QIPO(Policy):
         actions = jnp.concatenate([samples.actions[:, None], drawn], axis=1)
         return SupportSet(actions, self.critic.q_values(acting.critic, observations, actions))
 
-    def prepare(self, rows: SupportSet, axis_name: AxisName) -> tuple[WeightedSupport, dict[str, Array]]:
+    def prepare(
+        self, rows: SupportSet, axis_name: AxisName
+    ) -> tuple[WeightedSupport, dict[str, Array]]:
         copies, target = self.config.data_copies, self.config.target_ess
-        beta = support_beta(rows.q_values, copies, target, axis_name) if target else self.config.beta
+        beta = (
+            support_beta(rows.q_values, copies, target, axis_name) if target else self.config.beta
+        )
         return weigh(rows, beta, copies), summarize(rows, beta, copies, axis_name)
 
     def gather(
@@ -57,14 +70,17 @@ class QIPO(Policy):
         if self.config.estimator == "full":
             return super().gather(key, table, indices, axis_name)
         # One action a state, drawn by its weight: the same expected gradient, M + 1 times cheaper.
-        # One uniform number against the cumulative weights: jax.random.categorical would draw M + 1.
+        # One uniform number against the cumulative weights: jax.random.categorical would draw M +
+        # 1.
         keys = sample_keys(key, indices.shape[0], axis_name)
         reached = jnp.cumsum(jnp.exp(table.log_weights[indices]), axis=-1)
         drawn = jax.vmap(jax.random.uniform)(keys).astype(reached.dtype) * reached[:, -1]
         choice = jnp.sum(reached <= drawn[:, None], axis=-1)
         return WeightedSupport(*(leaf[indices, choice] for leaf in table))
 
-    def loss(self, params: Params, key: Array, batch: Batch, axis_name: AxisName) -> tuple[Array, Aux]:
+    def loss(
+        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+    ) -> tuple[Array, Aux]:
         observations, support = batch.samples.observations, batch.rows
         if self.config.estimator == "full":
             return self.model.support_loss(

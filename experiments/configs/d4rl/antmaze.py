@@ -1,14 +1,15 @@
 """QIPO on the six AntMaze tasks, for an accelerator: ``locomotion.py`` with the rewards of AntMaze.
 
-From QGPO's code (see ``locomotion.py``): rewards - 1.  It takes 32 support actions here and 16 there; the
-default of the authors of QIPO, second hand, is 64 for all, and guidance scale 3, in the middle of the scales
-1 to 4 that QGPO tries on AntMaze.  Not known: the number of evaluation episodes; one is a success or none,
-so that 50 stand here.
+From QGPO's code (see ``locomotion.py``): rewards - 1.  It takes 32 support actions here and 16
+there; the default of the authors of QIPO, second hand, is 64 for all, and guidance scale 3, in the
+middle of the scales 1 to 4 that QGPO tries on AntMaze.  Not known: the number of evaluation
+episodes; one is a success or none, so that 50 stand here.
 
-The data are Minari's D4RL/antmaze/*-v1, in the dict observations of Gymnasium Robotics, not D4RL's files:
-no environment of today has their 29 observations.  They are new recordings of the same mazes.  By the script
-that made them an episode goes on at the goal, so that no step is terminal and a policy that reaches the goal
-collects 0 there after -1 for every step before.
+The data are Minari's D4RL/antmaze/*-v1, in the dict observations of Gymnasium Robotics, not D4RL's
+files: no environment of today has their 29 observations.  They are new recordings of the same
+  mazes.  By the script
+that made them an episode goes on at the goal, so that no step is terminal and a policy that reaches
+the goal collects 0 there after -1 for every step before.
 """
 
 import dataclasses
@@ -18,4 +19,6 @@ from experiments.configs.d4rl import locomotion
 
 
 def get_config() -> QIPOConfig:
-    return dataclasses.replace(locomotion.get_config(), reward_transform="antmaze", eval_episodes=50)
+    return dataclasses.replace(
+        locomotion.get_config(), reward_transform="antmaze", eval_episodes=50
+    )

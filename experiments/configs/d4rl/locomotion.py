@@ -1,27 +1,32 @@
-"""QIPO on D4RL's nine locomotion tasks, for an accelerator.  QIPO-OT; --config.path=vp is QIPO-Diff.
+"""QIPO on D4RL's nine locomotion tasks, for an accelerator.  QIPO-OT; --config.path=vp is
+QIPO-Diff.
 
 Where the values are from:
 
-- Zhang et al. 2025 (arXiv 2503.04975): the three phases, the critic's kind, the full sum over a support set.
-- The code of its authors, second hand: beta, support_size, sample_steps, batch_size and the steps of the
-  phases; that the best checkpoint by evaluation is reported.
-- The code of QGPO (Lu et al. 2023; ChenDRAG/CEP-energy-guided-diffusion, Offline_RL_2D), whose critic the
-  paper follows: the U-shaped network and its widths, 32 features of t, Adam with rates 1e-4 and 3e-4, neither
-  clipping nor an average of the field, twin critics of three ReLU layers of 256, discount, polyak, beta_q,
-  DPM-Solver of order 2, the transform of rewards, 10 episodes an evaluation.
+- Zhang et al. 2025 (arXiv 2503.04975): the three phases, the critic's kind, the full sum over a
+  support set.
+- The code of its authors, second hand: beta, support_size, sample_steps, batch_size and the steps
+  of the phases; that the best checkpoint by evaluation is reported.
+- The code of QGPO (Lu et al. 2023; ChenDRAG/CEP-energy-guided-diffusion, Offline_RL_2D), whose
+  critic the paper follows: the U-shaped network and its widths, 32 features of t, Adam with rates
+  1e-4 and 3e-4, neither clipping nor an average of the field, twin critics of three ReLU layers of
+  256, discount, polyak, beta_q, DPM-Solver of order 2, the transform of rewards, 10 episodes an
+  evaluation.
 
-What is not known, and what stands here instead: whether QIPO's fields are QGPO's network; renew_every (20k
-steps, so that five support sets tilt by beta, 2 beta, ... 5 beta); the solver of QIPO-OT (auto: midpoint, two
-evaluations a step); how often the policy is evaluated (every 10k steps).
+What is not known, and what stands here instead: whether QIPO's fields are QGPO's network;
+renew_every (20k steps, so that five support sets tilt by beta, 2 beta, ... 5 beta); the solver of
+QIPO-OT (auto: midpoint, two evaluations a step); how often the policy is evaluated (every 10k
+steps).
 
-What differs: QGPO's critic takes batches of 256 and 16 support actions, here all phases share one batch_size
-and one support_size; QGPO's features of t are random, here their frequencies are fixed; QGPO does not
-standardize observations.
+What differs: QGPO's critic takes batches of 256 and 16 support actions, here all phases share one
+batch_size and one support_size; QGPO's features of t are random, here their frequencies are fixed;
+QGPO does not standardize observations.
 
-Memory, counted, not measured, for halfcheetah-medium-expert (2M transitions): the table of support sets is
-3.6 GB a seed, and a policy step holds some tens of arrays [batch_size, support_size + 1, 512], 0.5 GB each,
-for each seed.  For eight seeds on one device take --config.estimator=resample (an unbiased draw of one action
-of each set: 65 times less) or fewer seeds; on several devices --parallel=seeds.
+Memory, counted, not measured, for halfcheetah-medium-expert (2M transitions): the table of support
+sets is 3.6 GB a seed, and a policy step holds some tens of arrays [batch_size, support_size + 1,
+512], 0.5 GB each, for each seed.  For eight seeds on one device take --config.estimator=resample
+(an unbiased draw of one action of each set: 65 times less) or fewer seeds; on several devices
+--parallel=seeds.
 """
 
 from efm_jax.rl.config import QIPOConfig

@@ -1,0 +1,206 @@
+"""Minari datasets: local ones, and others by download."""
+
+from pathlib import Path
+
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from efm_jax.data import validation
+from efm_jax.envs import environments
+from efm_jax.envs.flatten import flatten_observation
+from efm_jax.errors import DataError, reason
+from efm_jax.types import Dataset, Rows, Transitions, all_rows
+
+
+def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
+    """Read the Minari dataset ``name``, downloading it when it is not local.
+
+    Minari keeps ``T + 1`` observations for ``T`` steps, so each step has its real next observation,
+    the last of a truncated episode too.  ``terminated`` is Minari's ``terminations`` alone.  Dict
+    observations are flattened as :mod:`efm_jax.envs.flatten` says.  The environment is ``env``,
+    else the dataset's evaluation environment, else the one it was recorded in.  Reference scores
+    are the metadata's ``ref_min_score`` and ``ref_max_score``, None unless both are there.
+
+    ``rows`` selects transitions, given their number: only the episodes that they are in are read.
+
+    Raises:
+      DataError: unknown id, failed download, damaged files, an ``env`` that Gymnasium does not know
+        or whose sizes differ, or data that :mod:`.validation` refuses.
+    """
+    source = _open(name)
+    spaces = source.observation_space, source.action_space
+    validation.check_observation_space(name, spaces[0])
+    validation.check_action_space(name, spaces[1])
+    low, high = (np.asarray(bound, np.float32) for bound in (spaces[1].low, spaces[1].high))
+    metadata = source.storage.metadata
+
+    if source.total_episodes == 0:
+        raise DataError(f"{name}: the dataset is empty: 0 episodes")
+    lengths = _lengths(name, source)
+    if lengths.sum() == 0:
+        raise DataError(f"{name}: the dataset is empty: 0 transitions")
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    selected = rows(int(ends[-1]))
+    wanted = np.flatnonzero((ends > selected.start) & (starts < selected.stop))
+    episodes = _read_episodes(name, source, wanted, lengths)
+
+    def locate(row: int) -> str:
+        episode = int(np.searchsorted(ends, row, side="right"))
+        return f" (episode {episode}, step {row - int(starts[episode])})"
+
+    first = int(starts[wanted[0]])
+    fields = zip(Transitions._fields, zip(*episodes, strict=True), strict=True)
+    columns = {field: np.concatenate(parts) for field, parts in fields}
+    for field, column in columns.items():
+        validation.check_finite(name, field, column, locate, first)
+    columns["actions"] = validation.clip_actions(name, columns["actions"], low, high, locate, first)
+    spec = _env_spec(name, metadata, env)
+    if env is not None:
+        environments.check_sizes(name, spec, columns["observations"].shape[1], len(low))
+
+    part = slice(selected.start - first, selected.stop - first)
+    begun = starts[wanted] >= selected.start
+    returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in episodes])
+    return Dataset(
+        name=name,
+        transitions=Transitions(**{field: column[part] for field, column in columns.items()}),
+        episode_returns=returns[begun],
+        episode_lengths=lengths[wanted][begun],
+        action_low=low,
+        action_high=high,
+        env_spec=None if spec is None else environments.spec_json(name, spec),
+        reference_scores=_reference_scores(metadata),
+        first_row=selected.start,
+    )
+
+
+def local_path(name: str) -> Path:
+    """Where Minari keeps the dataset ``name``, there or not."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        return get_dataset_path(name)  # makes Minari's folder if need be
+    except OSError as error:
+        raise DataError(
+            f"{name}: Minari's folder of datasets cannot be made ({reason(error)})"
+        ) from error
+
+
+def _open(name: str):
+    """The local dataset, or a download of it."""
+    # Imported here: a D4RL file needs no Minari, and its import is slow.
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(name)
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: Minari's int(None) for an id without a version
+        raise DataError(
+            f"{name}: unknown dataset: not a Minari id (namespace/name-v0), no name of D4RL or "
+            "OGBench, "
+            "and not a path ending in .hdf5, .h5 or .npz"
+        ) from error
+    path = local_path(name)
+    if not path.joinpath("data").exists():
+        # Minari imports it only for a download, and that import sets the level that is overridden
+        # here.
+        from huggingface_hub.utils import logging as hub_logging
+
+        # Its client logs every retry; the error below says how it ended.
+        verbosity = hub_logging.get_verbosity()
+        hub_logging.set_verbosity(hub_logging.CRITICAL)
+        try:
+            minari.download_dataset(name)
+        except (
+            Exception
+        ) as error:  # each of Minari's storage clients has its own exceptions, no common base
+            raise DataError(
+                f"{name}: no such dataset at {path}, and it could not be downloaded "
+                f"({reason(error)})"
+            ) from error
+        finally:
+            hub_logging.set_verbosity(verbosity)
+    try:
+        return minari.load_dataset(name)
+    except Exception as error:  # Minari asserts and indexes its way through the metadata
+        raise DataError(
+            f"{name}: cannot read the Minari dataset at {path} ({reason(error)})"
+        ) from error
+
+
+def _lengths(name: str, source) -> np.ndarray:
+    """Steps of every episode, from the metadata that Minari keeps of each."""
+    try:
+        metadata = source.storage.get_episode_metadata(range(source.total_episodes))
+        return np.array([int(episode["total_steps"]) for episode in metadata], np.int64)
+    except Exception as error:  # as in _read_episodes
+        raise DataError(
+            f"{name}: the lengths of its episodes cannot be read ({reason(error)})"
+        ) from error
+
+
+def _read_episodes(name: str, source, wanted: np.ndarray, lengths: np.ndarray) -> list[Transitions]:
+    episodes = []
+    iterator = iter(source.iterate_episodes(wanted.tolist()))
+    for index in wanted:
+        label = f"{name}: episode {index}"
+        try:
+            episode = next(iterator)
+        except (
+            Exception
+        ) as error:  # h5py, Pillow, Arrow: whatever the storage format raises on damage
+            raise DataError(f"{label} cannot be read ({reason(error)})") from error
+        episodes.append(_episode_transitions(label, source.observation_space, episode))
+        if episodes[-1].size != lengths[index]:
+            raise DataError(
+                f"{label}: lengths disagree: expected the {lengths[index]} steps of its metadata; "
+                f"got {episodes[-1].size}"
+            )
+    return episodes
+
+
+def _episode_transitions(label: str, observation_space, episode) -> Transitions:
+    """One episode of ``T`` steps as transitions ``[T, ...]``, lengths checked."""
+    try:
+        observations = flatten_observation(observation_space, episode.observations, 1)
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from error
+    arrays = {
+        "actions": validation.as_float32(label, "actions", episode.actions),
+        "rewards": validation.as_float32(label, "rewards", episode.rewards),
+        "terminations": validation.as_float32(label, "terminations", episode.terminations),
+        "truncations": validation.as_float32(label, "truncations", episode.truncations),
+    }
+    validation.check_lengths(
+        label, arrays, {"actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
+    )
+    steps = len(arrays["rewards"])
+    if len(observations) != steps + 1:
+        raise DataError(
+            f"{label}: lengths disagree: expected {steps + 1} observations, one more than its "
+            "actions; "
+            f"got {len(observations)}"
+        )
+    return Transitions(
+        observations=observations[:-1],
+        actions=arrays["actions"],
+        rewards=arrays["rewards"],
+        next_observations=observations[1:],
+        terminated=arrays["terminations"],
+    )
+
+
+def _env_spec(name: str, metadata: dict, env: str | None) -> EnvSpec | None:
+    if env is not None:
+        return environments.registered_spec(name, env)
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    return None if text is None else environments.parse_spec(name, text)
+
+
+def _reference_scores(metadata: dict) -> tuple[float, float] | None:
+    scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if None in scores else (float(scores[0]), float(scores[1]))

@@ -1,0 +1,48 @@
+"""A trained policy, sampler included, as bytes that run without this package."""
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax import export
+
+from efm_jax.runs.loading import load_policy
+from efm_jax.runs.workdir import RunInfo
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def export_policy(
+    workdir: str, *, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"), **options
+) -> bytearray:
+    """The policy of a work directory, lowered to StableHLO and serialized by ``jax.export``.
+
+    What comes back is read with ``jax.export.deserialize(data).call(observations, seed)``:
+    observations ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of
+    the actions' noise, and the result ``[b, A]`` float32 in the environment's units.  Normalization
+    and sampler are inside.
+
+    Args:
+      workdir: of ``launch.train``, local or ``gs://``.
+      platforms: of ``PLATFORMS``, those that it will run on.
+      **options: as of :func:`efm_jax.runs.loading.load_policy`.
+
+    Raises:
+      ValueError: as :func:`load_policy`; an unknown platform.
+      ImportError: flatbuffers is not installed (the extra ``export``).
+    """
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        known, given = ", ".join(PLATFORMS), ", ".join(platforms) or "none"
+        raise ValueError(f"platforms: expected some of {known}; got {given}")
+    policy = load_policy(workdir, **options)
+    info = RunInfo.load(epath.Path(workdir).expanduser())
+
+    def act(observations: jax.Array, seed: jax.Array) -> jax.Array:
+        return policy(observations, jax.random.key(seed))
+
+    (batch,) = export.symbolic_shape("b")
+    shapes = (
+        jax.ShapeDtypeStruct((batch, info.observation_size), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+    )
+    return export.export(jax.jit(act), platforms=platforms)(*shapes).serialize()

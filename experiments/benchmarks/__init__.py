@@ -1,1 +1,0 @@
-"""How fast everything is, as ratios: ``python -m experiments.benchmarks``."""

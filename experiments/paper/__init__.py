@@ -1,0 +1,1 @@
+"""Does the method do what the paper says?"""

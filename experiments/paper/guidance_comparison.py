@@ -1,0 +1,401 @@
+"""How exact is each guidance method?  Table 1 and Figure 1 of the paper as measurements.
+
+Methods x problems x guidance scales: train on samples of p, draw samples, and measure how far they
+are from exact samples of q ∝ p exp(-beta E).  Every distance is reported as a ratio to its noise
+floor, the same distance between two independent exact samples of that size; 1.0 cannot be told from
+the truth.
+
+    python -m experiments.paper.guidance_comparison --output=runs/guidance          # stopped, it continues
+    python -m experiments.paper.guidance_comparison --smoke    # all methods, one problem
+
+One unit of work is a problem, a seed and a family of methods; each is written when it is done.
+Several processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last
+step, also on its own as --report, makes results.csv, table.md and the figures from the units.
+
+Distances, on 1000 samples at a time, as means over repeats: sliced Wasserstein-2 (128 directions),
+MMD (mean of Gaussian kernels with bandwidths sqrt(d) / 4, sqrt(d) / 2, sqrt(d)), and the error of
+the mean energy.
+Likelihood: the standard deviation over exact samples of q of log q - log p + beta E, which exact
+  guidance
+keeps constant, and for mixtures the error of log q against the closed form.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efm_jax import sampling
+from efm_jax.distances import mmd, sliced_wasserstein
+from efm_jax.paths import GaussianPath
+from efm_jax.types import Array, Params
+from efm_jax.weights import effective_sample_size, energy_weights
+from experiments.paper import guidance_report
+from experiments.paper.guidance_methods import FAMILIES, Guided, Training, oracles, train_family
+from experiments.paper.toy2d import Problem, problems
+
+ORACLE = "exact"
+UNITS = "units"
+SHOWN_SAMPLES = 2000
+# Densities are integrated up to here from either end: the score of the linear VP path is singular
+# at t = 0, and the OT path's does not give a velocity at t = 1.  The noise that is left is far
+# below the data's.
+_ENDS_MARGIN = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The size of a comparison."""
+
+    training: Training = dataclasses.field(default_factory=Training)
+    betas: tuple[float, ...] = (0.0, 1.0, 3.0, 5.0, 10.0, 20.0)
+    seeds: int = 3
+    sample_size: int = 1000  # of each of the two samples that a distance compares
+    repeats: int = 16  # pairs of samples for each model
+    floor_repeats: int = 64  # pairs of exact samples for the noise floor
+    sample_steps: int = 40  # of DPM-Solver++ of order 2
+    oracle_points: int = 512  # finite data of the exact fields
+    likelihood_points: int = 256
+    likelihood_steps: int = 16  # of RK4
+    cost_rounds: int = 4  # 0 measures no cost
+
+
+SMOKE = Settings(
+    Training(hidden_dims=(32, 32), batch_size=128, num_steps=100),
+    betas=(0.0, 5.0),
+    seeds=1,
+    sample_size=250,
+    repeats=4,
+    floor_repeats=8,
+    sample_steps=10,
+    oracle_points=256,
+    likelihood_points=64,
+    likelihood_steps=8,
+    cost_rounds=0,
+)
+SMOKE_PROBLEMS = ("mixture_2d",)
+
+
+class Measure:
+    """Distances to exact samples of one problem, and their noise floors."""
+
+    def __init__(
+        self, problem: Problem, settings: Settings, target: Callable[[Array, int, float], Array]
+    ):
+        self._problem, self._settings, self._target = problem, settings, target
+        self._floors: dict[float, dict[str, float]] = {}
+
+    def distances(self, key: Array, samples: Array, beta: float) -> dict[str, float]:
+        """Means over repeats of every distance of ``samples [repeats * sample_size, d]`` to exact ones."""
+        exact_key, measure_key = jax.random.split(key)
+        return self._mean_distances(
+            measure_key, samples, self._target(exact_key, len(samples), beta)
+        )
+
+    def floor(self, beta: float) -> dict[str, float]:
+        """The same distances between exact samples."""
+        if beta not in self._floors:
+            *keys, measure_key = jax.random.split(jax.random.key(7), 3)
+            size = self._settings.floor_repeats * self._settings.sample_size
+            pair = (self._target(key, size, beta) for key in keys)
+            self._floors[beta] = self._mean_distances(measure_key, *pair)
+        return self._floors[beta]
+
+    def _mean_distances(self, key: Array, x: Array, y: Array) -> dict[str, float]:
+        shape = (-1, self._settings.sample_size, self._problem.dim)
+        x, y = x.reshape(shape), y.reshape(shape)
+        found = _pair_distances(jax.random.split(key, len(x)), x, y)
+        energies = self._problem.energy(x).mean(1) - self._problem.energy(y).mean(1)
+        found["energy"] = jnp.abs(energies)
+        return {name: float(values.mean()) for name, values in found.items()}
+
+
+@jax.jit
+def _pair_distances(keys: Array, x: Array, y: Array) -> dict[str, Array]:
+    def one(pair: tuple[Array, Array, Array]) -> dict[str, Array]:
+        key, a, b = pair
+        return {"sliced_w2": sliced_wasserstein(key, a, b), "mmd": mmd(a, b)}
+
+    return jax.lax.map(one, (keys, x, y))
+
+
+def run_unit(
+    problem: Problem, family: str, seed: int, settings: Settings, measure: Measure
+) -> tuple[list[dict], dict]:
+    """Train, sample and measure one family on one problem.
+
+    Args:
+      problem: data and energy.
+      family: of :data:`FAMILIES`, or :data:`ORACLE`.
+      seed: of the data, the initial weights and the samples.
+      settings: sizes.
+      measure: of this problem; used again for every seed and family.
+
+    Returns:
+      Rows, one for each method and scale, and some samples of each under ``method/beta``.
+    """
+    # The same key, so the same data and initial weights, for all families of a problem and seed.
+    root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(problem.name.encode()))
+    train_key, data_key, noise_key, measure_key, point_key = jax.random.split(root, 5)
+    noise = jax.random.normal(noise_key, (settings.repeats * settings.sample_size, problem.dim))
+    if family == ORACLE:
+        models, target = oracles(problem, settings.betas, settings.oracle_points, data_key)
+        if problem.mixture is None:
+            measure = Measure(problem, settings, target)  # the finite data are the truth here
+    else:
+        models = train_family(family, problem, settings.betas, settings.training, train_key)
+    plain = {model.method: model for model in models if model.beta == 0}
+    samplers: dict[str, Callable] = {}
+    rows, shown = [], {}
+    for index, model in enumerate(models):
+        inputs = (model.params, jnp.asarray(model.beta), noise)
+        if model.method not in samplers:
+            static = (model.score_fn, model.path, settings.sample_steps)
+            samplers[model.method] = _sample.lower(*static, *inputs).compile()
+        samples = samplers[model.method](*inputs)
+        row = {"problem": problem.name, "method": model.method, "beta": model.beta, "seed": seed}
+        floor = measure.floor(model.beta)
+        distances = measure.distances(jax.random.fold_in(measure_key, index), samples, model.beta)
+        for name, value in distances.items():
+            row |= {name: value, f"{name}_floor": floor[name], f"{name}_ratio": value / floor[name]}
+        row["batch_ess"] = _batch_ess(problem, model.beta, settings.training.batch_size)
+        if family != ORACLE or problem.mixture is not None:  # finite data have no density
+            row |= _likelihood(model, plain[model.method], problem, settings, point_key)
+        rows.append(row)
+        shown[f"{model.method}/{model.beta:g}"] = np.asarray(samples[:SHOWN_SAMPLES])
+    return rows, shown
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(
+    score_fn: Callable,
+    path: GaussianPath,
+    num_steps: int,
+    params: Params,
+    beta: Array,
+    noise: Array,
+) -> Array:
+    return sampling.sample_dpmpp(score_fn(params, beta), path, noise, num_steps=num_steps)
+
+
+def _batch_ess(problem: Problem, beta: float, batch_size: int) -> float:
+    """Mean effective sample size of the weights of a training batch."""
+    energy = problem.energy(problem.sample(jax.random.key(11), 64 * batch_size)).reshape(
+        64, batch_size
+    )
+    return float(effective_sample_size(energy_weights(energy, beta)).mean())
+
+
+def _likelihood(
+    model: Guided, plain: Guided, problem: Problem, settings: Settings, key: Array
+) -> dict[str, float]:
+    """How constant ``log q - log p + beta E`` is on exact samples of q; errors of log q where it is known."""
+    point_key, probe_key = jax.random.split(key)
+    x = problem.target(point_key, settings.likelihood_points, model.beta)
+    log_q = _log_density(model, settings, x, None)
+    defect = log_q - _log_density(plain, settings, x, None) + model.beta * problem.energy(x)
+    found = {"log_ratio_std": defect.std()}
+    if problem.mixture is not None:
+        exact = problem.mixture.guided(problem.energy, model.beta).log_density(x)
+        found["log_q_error"] = jnp.abs(log_q - exact).mean()
+        hutchinson = _log_density(model, settings, x, probe_key)
+        found["log_q_error_hutchinson"] = jnp.abs(hutchinson - exact).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+def _log_density(model: Guided, settings: Settings, x: Array, key: Array | None) -> Array:
+    static = (model.score_fn, model.path, settings.likelihood_steps)
+    return _log_density_jit(*static, model.params, jnp.asarray(model.beta), x, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _log_density_jit(
+    score_fn: Callable,
+    path: GaussianPath,
+    num_steps: int,
+    params: Params,
+    beta: Array,
+    x: Array,
+    key: Array | None,
+) -> Array:
+    score = score_fn(params, beta)
+    return sampling.log_likelihood(
+        lambda x, t: path.velocity_from_score(score(x, t), x, t),
+        x,
+        key=key,
+        num_steps=num_steps,
+        solver="rk4",
+        t_start=_ENDS_MARGIN,
+        t_end=1 - _ENDS_MARGIN,
+    )
+
+
+def run(
+    output: pathlib.Path,
+    settings: Settings,
+    names: Sequence[str],
+    families: Sequence[str],
+    shard: tuple[int, int],
+) -> None:
+    """Run the units of this shard that are not there yet."""
+    (output / UNITS).mkdir(parents=True, exist_ok=True)
+    _check_same_settings(output / "settings.json", settings)
+    units = [
+        (name, family, seed)
+        for seed in range(settings.seeds)
+        for name in names
+        for family in families
+    ]
+    found = problems()
+    measures = {name: Measure(found[name], settings, found[name].target) for name in names}
+    for index, (name, family, seed) in enumerate(units):
+        stem = output / UNITS / f"{name}-{family}-{seed}"
+        if index % shard[1] != shard[0] or stem.with_suffix(".json").exists():
+            continue
+        start = time.perf_counter()
+        rows, shown = run_unit(found[name], family, seed, settings, measures[name])
+        if seed == 0:
+            _replace(
+                stem.with_suffix(".npz"),
+                lambda path, shown=shown: np.savez_compressed(path, **shown),
+            )
+        # The rows come last: a unit is done when they are there.
+        text = json.dumps(rows, indent=1)
+        _replace(stem.with_suffix(".json"), lambda path, text=text: path.write_text(text))
+        print(
+            f"{index + 1}/{len(units)} {stem.name}: {time.perf_counter() - start:.0f} s", flush=True
+        )
+    cost = output / "cost.json"
+    timed = settings.cost_rounds > 0 and shard[0] == 0 and set(families) >= set(FAMILIES)
+    if timed and not cost.exists():
+        text = json.dumps(measure_cost(found[names[0]], settings), indent=1)
+        _replace(cost, lambda path: path.write_text(text))
+
+
+def measure_cost(problem: Problem, settings: Settings) -> list[dict]:
+    """What each method costs, taken in turns in one process: the least time of the rounds counts.
+
+    Training is of 300 steps of everything that one guidance scale needs, sampling of one call of
+    the sampler.
+    """
+    training = dataclasses.replace(
+        settings.training, num_steps=min(300, settings.training.num_steps)
+    )
+    noise = jax.random.normal(jax.random.key(0), (settings.sample_size, problem.dim))
+    rows: dict[str, dict] = {}
+    for _ in range(settings.cost_rounds):
+        models = [
+            model
+            for family in FAMILIES
+            for model in train_family(family, problem, (0.0,), training, jax.random.key(0))
+        ]
+        for model in models:
+            static, inputs = (
+                (model.score_fn, model.path, settings.sample_steps),
+                (model.params, 1.0, noise),
+            )
+            sample = _sample.lower(*static, *inputs).compile()
+            start = time.perf_counter()
+            jax.block_until_ready(sample(*inputs))
+            seconds = {
+                "train_seconds": model.train_seconds,
+                "sample_seconds": time.perf_counter() - start,
+            }
+            row = rows.setdefault(
+                model.method,
+                {
+                    "method": model.method,
+                    "parameters": model.num_params,
+                    "auxiliary_parameters": model.num_auxiliary,
+                    **seconds,
+                },
+            )
+            row |= {name: min(row[name], value) for name, value in seconds.items()}
+    return list(rows.values())
+
+
+def _check_same_settings(path: pathlib.Path, settings: Settings) -> None:
+    """Units of different settings must not be mixed."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if not path.exists():
+        _replace(path, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+    elif json.loads(path.read_text()) != wanted:
+        raise ValueError(
+            f"{path}: holds other settings; expected {wanted}; choose another --output"
+        )
+
+
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Write a temporary file and rename it: what is there is whole."""
+    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _override(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    """The sizes given on the command line in place of the defaults."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    training, own = (
+        {field.name: given[field.name] for field in dataclasses.fields(part) if field.name in given}
+        for part in (settings.training, settings)
+    )
+    return dataclasses.replace(
+        settings, training=dataclasses.replace(settings.training, **training), **own
+    )
+
+
+def main() -> None:
+    """Parse the command line, run what is left to do, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="by default runs/guidance[-smoke]")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one problem, tiny networks: shows that it runs"
+    )
+    parser.add_argument("--problems", nargs="+", choices=list(problems()), metavar="NAME")
+    parser.add_argument("--families", nargs="+", choices=[*FAMILIES, ORACLE], metavar="NAME")
+    parser.add_argument("--betas", nargs="+", type=float)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--hidden_dims", nargs="+", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--num_steps", type=int, help="training steps of every network")
+    parser.add_argument(
+        "--shard", default="0/1", help="I/N: this process does every N-th unit from the I-th"
+    )
+    parser.add_argument("--report", action="store_true", help="only make the tables and figures")
+    arguments = parser.parse_args()
+    settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
+    families = arguments.families or [*FAMILIES, ORACLE]
+    names = arguments.problems or (SMOKE_PROBLEMS if arguments.smoke else list(problems()))
+    output = arguments.output or pathlib.Path(
+        "runs", "guidance-smoke" if arguments.smoke else "guidance"
+    )
+    match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
+    if match is None or not int(match[1]) < int(match[2]):
+        parser.error(f"--shard: expected I/N with I < N, as 0/2; got {arguments.shard!r}")
+    if 0 not in settings.betas:
+        parser.error("--betas: expected 0, the plain model, among the scales")
+    try:
+        if not arguments.report:
+            run(output, settings, names, families, (int(match[1]), int(match[2])))
+        guidance_report.write(output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""What reviewers asked about the energy weights, measured: a table and a figure per question.
+
+gradient: bias and variance of the CEFM gradient under the batch's softmax and the dataset's
+  normalizer.
+ess: effective sample size against beta, on every problem of ``experiments.paper.toy2d``.
+fraction: the effective sample size that ``beta_for_ess`` aims at, on fresh data and from batch to
+  batch.
+noise: energies with an error, as of an imperfect critic: independent noise and a smooth error.
+data: the same on a finite dataset whose energies were computed once.
+
+    python -m experiments.paper.weight_study [--smoke] [--output=runs/weight_study] [--seed=0]
+
+Nothing is trained but the behavior model of the first, the point at which gradients are taken.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from efm_jax import losses, paths
+from efm_jax.distances import sliced_wasserstein
+from efm_jax.types import Array
+from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
+from experiments.paper import toy2d, weight_figures
+from experiments.paper.weight_figures import Rows
+
+PROBLEMS = toy2d.problems()
+SWISS_ROLL = PROBLEMS["swiss_roll"]
+FRACTIONS = (0.9, 0.5, 0.1, 0.02)
+GRADIENT_BETAS, NOISE_BETAS, DATA_BETAS = (1.0, 5.0, 20.0), (1.0, 5.0, 10.0, 20.0), (5.0, 20.0)
+KINDS = (("independent",), ("smooth",))
+FLOORS = 32  # pairs of exact samples
+SIGMAS = (0.0, 0.03, 0.1, 0.3, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is drawn."""
+
+    block: int = 2**16  # samples held at once
+    blocks: int = 32  # of gradients
+    batch_sizes: tuple[int, ...] = tuple(2**k for k in range(4, 14))
+    fitted_from: int = 128  # the smallest batch of the fitted slopes
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    ess_sizes: tuple[int, ...] = (2**6, 2**8, 2**10, 2**12, 2**14, 2**16)
+    noise_problems: tuple[str, ...] = ("swiss_roll", "mixture_8d")
+    data_sizes: tuple[int, ...] = (
+        2**10,
+        2**12,
+        2**14,
+        2**16,
+        2**18,
+    )  # the last stands for unlimited data
+    samples: int = 4096  # of each side of a distance
+    draws: int = 6
+
+
+SMOKE = Settings(
+    block=2**13,
+    blocks=16,
+    batch_sizes=(16, 64),
+    fitted_from=16,
+    problems=("checkerboard", "mixture_8d"),
+    ess_sizes=(2**6, 2**13),
+    noise_problems=("swiss_roll",),
+    data_sizes=(2**10, 2**14),
+    samples=256,
+    draws=4,
+)
+
+
+def _rows(**columns: Any) -> Rows:
+    """One row per element of the columns, broadcast against each other."""
+    arrays = np.broadcast_arrays(*columns.values())
+    values = zip(*(array.ravel().tolist() for array in arrays), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
+
+
+def _blocks(function: Callable, key: Array, num: int) -> Any:
+    """``function(key)`` of ``num`` keys, stacked; one after the other, as each fills the memory."""
+    return jax.jit(lambda keys: jax.lax.map(function, keys))(jax.random.split(key, num))
+
+
+def _network(params: Array, x: Array, t: Array) -> Array:
+    """One hidden layer of 16: 98 parameters, so that a gradient of every sample fits in memory."""
+    first, second = params[:64].reshape(4, 16), params[64:].reshape(17, 2)
+    hidden = jnp.tanh(jnp.concatenate([x, t[..., None]], axis=-1) @ first[:3] + first[3])
+    return hidden @ second[:16] + second[16]
+
+
+def _draw(params: Array, key: Array, num: int) -> tuple[Array, Array]:
+    """Energies of samples and gradients of their flow-matching errors: ``[num]``, ``[num, parameters]``."""
+    data_key, noise_key, time_key = jax.random.split(key, 3)
+    x0 = SWISS_ROLL.sample(data_key, num)
+    noise = jax.random.normal(noise_key, x0.shape)
+    t = 1 - jax.random.uniform(time_key, (num,))
+
+    def error(params: Array, *sample: Array) -> Array:
+        return losses.cfm_error(
+            functools.partial(_network, params), paths.conditional_ot(), *sample
+        )
+
+    return SWISS_ROLL.energy(x0), jax.vmap(jax.grad(error), (None, 0, 0, 0))(params, x0, noise, t)
+
+
+def _behavior_model(key: Array, num_steps: int = 500) -> Array:
+    """Where guided training starts: the network after plain flow matching on the data."""
+    start_key, train_key = jax.random.split(key)
+    start, optimizer = jax.random.normal(start_key, (98,)) / 2, optax.adam(1e-2)
+
+    def step(carry: tuple, key: Array) -> tuple:
+        params, state = carry
+        updates, state = optimizer.update(_draw(params, key, 512)[1].mean(0), state)
+        return (params + updates, state), None
+
+    train = jax.jit(
+        lambda *carry: jax.lax.scan(step, carry, jax.random.split(train_key, num_steps))[0][0]
+    )
+    return train(start, optimizer.init(start))
+
+
+def gradient_study(key: Array, settings: Settings) -> Rows:
+    """Relative bias and relative root-mean-square error of the CEFM gradient against batch size.
+
+    Two independent sets of samples.  The first gives ``log Z`` (the dataset's normalizer) and the
+    gradient g.  The second is cut into batches of every size, and into blocks whose spread is the
+    error of the means.
+
+    From the deviations the first-order term of their expansion, ``mean w (G - g) / Z`` of the same
+    samples, is taken off: it is noise but for the error of g, which goes with it.  Left are the
+    softmax's second-order term, which is its bias, and the dataset's ``(mean w / Z - 1) g``.
+    """
+    model_key, reference_key, batch_key = jax.random.split(key, 3)
+    params, betas = _behavior_model(model_key), jnp.array(GRADIENT_BETAS)
+
+    def reference(key: Array) -> tuple[Array, Array, Array]:
+        energy, gradients = _draw(params, key, settings.block)
+        weights = energy_weights(energy, betas[:, None])
+        return (
+            log_normalizer(energy, betas[:, None]),
+            weights @ gradients,
+            effective_sample_size(weights),
+        )
+
+    # Blocks' ratios are put together as one ratio over all samples.
+    log_zs, ratios, ess = map(np.asarray, _blocks(reference, reference_key, settings.blocks))
+    z = np.exp(log_zs)
+    log_z, shares = np.log(z.mean(0)), z / z.mean(0)
+    true = (shares[..., None] * ratios).mean(0)
+
+    def deviations(key: Array) -> list[tuple[Array, Array]]:
+        """Means ``[2, betas, parameters]`` and mean squares ``[2, betas]``, of every batch size."""
+        energy, gradients = _draw(params, key, settings.block)
+        whole = energy_weights(energy, betas[:, None], log_normalizer=log_z)
+        first_order = whole @ gradients - whole.sum(-1, keepdims=True) * true
+        found = []
+        for size in settings.batch_sizes:
+            energies, beta = energy.reshape(-1, size), betas[:, None, None]
+            log_zs = jnp.broadcast_to(log_z[:, None], (len(betas), len(energies)))
+            softmax = energy_weights(energies, beta)
+            weights = jnp.stack([softmax, energy_weights(energies, beta, log_normalizer=log_zs)])
+            batches = jnp.einsum("wknb,nbp->wknp", weights, gradients.reshape(*energies.shape, -1))
+            deviation = batches - true[:, None]
+            found.append((deviation.mean(2) - first_order, (deviation**2).sum(-1).mean(2)))
+        return found
+
+    found = _blocks(deviations, batch_key, settings.blocks)
+    means, squares = (
+        np.stack(part, axis=-1) for part in zip(*found, strict=True)
+    )  # [blocks, 2, betas, ...]
+    norm = np.linalg.norm(true, axis=-1)[:, None]
+    noise = (means.var(0, ddof=1) / settings.blocks).sum(2)
+    noise[1] += (shares.var(0, ddof=1) / settings.blocks)[
+        :, None
+    ] * norm**2  # the error of Z itself
+    square = (means.mean(0) ** 2).sum(2)
+    return _rows(
+        problem=SWISS_ROLL.name,
+        beta=betas[:, None],
+        weights=[[["softmax"]], [["dataset"]]],
+        batch_size=settings.batch_sizes,
+        ess_fraction=ess.mean(0)[:, None] / settings.block,
+        # The squared norm of a noisy mean is too large by the noise's own variance.
+        bias=np.sqrt(np.maximum(square - noise, 0)) / norm,
+        bias_noise=np.sqrt(noise) / norm,
+        resolved=(square > 9 * noise).astype(int),
+        rms_error=np.sqrt(squares.mean(0)) / norm,
+    )
+
+
+def fitted_slope(rows: Rows, beta: float, column: str, smallest: int) -> float:
+    """Log-log slope of the softmax's ``column`` against batch size; of a bias, where it is resolved."""
+    softmax = weight_figures.select(rows, beta=beta, weights="softmax")
+    here = [
+        row
+        for row in softmax
+        if row["batch_size"] >= smallest and (row["resolved"] or column != "bias")
+    ]
+    sizes, values = weight_figures.columns(here, "batch_size", column)
+    return (
+        float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(sizes) > 1 else float("nan")
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("name", "settings"))
+def _energies(key: Array, name: str, settings: Settings) -> Array:
+    """Nine blocks of energies, ``[9, block]``: one to choose beta on, eight fresh ones."""
+    sample, energy = PROBLEMS[name].sample, PROBLEMS[name].energy
+    return jax.lax.map(lambda key: energy(sample(key, settings.block)), jax.random.split(key, 9))
+
+
+@jax.jit
+def _ess_fractions(energy: Array, betas: Array) -> Array:
+    """Effective sample size over n, of ``energy: [..., n]`` at each beta: ``[betas, ...]``."""
+    sizes = jax.lax.map(lambda beta: effective_sample_size(energy_weights(energy, beta)), betas)
+    return sizes / energy.shape[-1]
+
+
+def ess_study(key: Array, settings: Settings) -> Rows:
+    """Fraction of the data that is effective, against beta, and its closed form (mixtures; else NaN)."""
+    rows: Rows = []
+    betas = np.geomspace(0.1, 50, 24)
+    uniform = np.tanh(betas / 2) / (betas / 2)  # of energies uniform on [0, 1]
+    for index, name in enumerate(settings.problems):
+        problem, exact = PROBLEMS[name], np.nan
+        if problem.mixture is not None:
+            log_z = jax.jit(
+                jax.vmap(functools.partial(problem.mixture.log_normalizer, problem.energy))
+            )
+            exact = np.exp(2 * log_z(betas) - log_z(2 * betas))
+        found = _ess_fractions(
+            _energies(jax.random.fold_in(key, index), name, settings).ravel(), betas
+        )
+        rows += _rows(problem=name, beta=betas, ess_fraction=found, exact=exact, uniform=uniform)
+    return rows
+
+
+def fraction_study(key: Array, settings: Settings) -> Rows:
+    """Betas chosen on one block, then the effective sample size of fresh batches of every size."""
+    choose = jax.jit(jax.vmap(beta_for_ess, in_axes=(None, 0)))
+    rows: Rows = []
+    for index, name in enumerate(settings.problems):
+        energy = _energies(jax.random.fold_in(key, index), name, settings)
+        betas = choose(energy[0], jnp.array(FRACTIONS))
+        for size in settings.ess_sizes:
+            found = np.asarray(_ess_fractions(energy[1:].reshape(-1, size), betas))
+            mean, std = found.mean(1), found.std(1, ddof=1)
+            rows += _rows(
+                problem=name, fraction=FRACTIONS, beta=betas, batch_size=size, mean=mean, std=std
+            )
+    return rows
+
+
+def smooth_error(key: Array, x: Array) -> Array:
+    """A random smooth function at ``x: [n, d]``, of mean 0 and variance 1 over them: ``[n]``.
+
+    Random Fourier features of a Gaussian kernel (Rahimi and Recht 2007) of length ``sqrt(d / 2)``,
+    as distances between samples grow like ``sqrt(d)``.
+    """
+    draws = jax.random.normal(key, (x.shape[-1] + 2, 32))
+    phase = x @ draws[2:] / (x.shape[-1] / 2) ** 0.5
+    value = jnp.cos(phase) @ draws[0] + jnp.sin(phase) @ draws[1]
+    return (value - value.mean()) / value.std()
+
+
+@functools.partial(jax.jit, static_argnames=("name", "size", "num"))
+def _noisy_targets(
+    key: Array, beta: Array, sigmas: Array, *, name: str, size: int, num: int
+) -> tuple:
+    """``num`` samples of the target under noisy energies of fresh data, and the weights' ESS.
+
+    Two kinds of error times sigmas: ``[kinds * sigmas, num, d]``, ``[kinds * sigmas]``.
+    """
+    data_key, error_key, sample_key = jax.random.split(key, 3)
+    x = PROBLEMS[name].sample(data_key, size)
+    energy = PROBLEMS[name].energy(x)
+
+    def of_error(error: Array) -> tuple[Array, Array]:
+        weights = energy_weights(energy + error, beta)
+        return jax.random.choice(sample_key, x, (num,), p=weights), effective_sample_size(weights)
+
+    units = jnp.stack([jax.random.normal(error_key, (size,)), smooth_error(error_key, x)])
+    return jax.lax.map(of_error, (sigmas[:, None] * units[:, None]).reshape(-1, size))
+
+
+_distance = jax.jit(functools.partial(sliced_wasserstein, num_projections=50))
+
+
+def _error_rows(key: Array, name: str, settings: Settings, betas: tuple, sizes: tuple) -> Rows:
+    """Distance to the true target of the target under noisy energies, over the noise floor.
+
+    No field is trained.  The minimizer of the loss on n points is the field of the weighted points
+    (``efm_jax.exact``), which ends at those points with their probabilities: resampling them
+    samples from it. The floor is the distance between two exact samples of the target.
+    """
+    rows: Rows = []
+    draws, num, shape = settings.draws, settings.samples, (settings.draws, len(KINDS), len(SIGMAS))
+    for index, beta in enumerate(betas):
+        target_key, slice_key, draw_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        exact = np.asarray(PROBLEMS[name].target(target_key, (draws + 2 * FLOORS) * num, beta))
+        targets, *pairs = np.split(exact.reshape(-1, num, exact.shape[-1]), (draws, draws + FLOORS))
+        floors = np.array([_distance(slice_key, *pair) for pair in zip(*pairs, strict=True)])
+        floor, floor_error = floors.mean(), floors.std(ddof=1) / FLOORS**0.5
+        for size in sizes:
+            distances, ess = [], []
+            for key_of_draw, target in zip(jax.random.split(draw_key, draws), targets, strict=True):
+                found = _noisy_targets(
+                    key_of_draw, beta, np.array(SIGMAS), name=name, size=size, num=num
+                )
+                distances += [_distance(slice_key, samples, target) for samples in found[0]]
+                ess.append(found[1])
+            ratio, ess = np.reshape(distances, shape) / floor, np.reshape(ess, shape)
+            of_all = {"problem": name, "beta": beta, "data": size, "error": KINDS, "sigma": SIGMAS}
+            of_floor = {"samples": num, "floor": floor, "floor_error": floor_error}
+            spread = ratio.std(0, ddof=1)
+            rows += _rows(
+                **of_all, **of_floor, ratio=ratio.mean(0), ratio_std=spread, ess=ess.mean(0)
+            )
+    return rows
+
+
+def noise_study(key: Array, settings: Settings) -> Rows:
+    """Errors of the energy with data that are as good as unlimited."""
+    names, sizes = settings.noise_problems, settings.data_sizes[-1:]
+    keys = jax.random.split(key, len(names))
+    tables = (
+        _error_rows(*pair, settings, NOISE_BETAS, sizes) for pair in zip(keys, names, strict=True)
+    )
+    return [row for table in tables for row in table]
+
+
+def data_study(key: Array, settings: Settings) -> Rows:
+    """Errors of the energy on datasets of several sizes."""
+    return _error_rows(key, SWISS_ROLL.name, settings, DATA_BETAS, settings.data_sizes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answers every question and writes what it found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="seconds: only shows that all works")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/weight_study"), help="folder to write to"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    settings = SMOKE if arguments.smoke else Settings()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for index, study in enumerate(
+        (gradient_study, ess_study, fraction_study, noise_study, data_study)
+    ):
+        start, table = (
+            time.perf_counter(),
+            arguments.output / f"{study.__name__.removesuffix('_study')}.csv",
+        )
+        rows = study(jax.random.fold_in(jax.random.key(arguments.seed), index), settings)
+        weight_figures.write(table, rows)
+        print(f"{table}: {len(rows)} rows in {time.perf_counter() - start:.1f} s", flush=True)
+        for beta in GRADIENT_BETAS if study is gradient_study else ():
+            bias, error = (
+                fitted_slope(rows, beta, c, settings.fitted_from) for c in ("bias", "rms_error")
+            )
+            print(
+                f"beta={beta:g}, B >= {settings.fitted_from}: slopes {bias:.3f} (bias), "
+                f"{error:.3f} (error)"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Does QIPO work?"""

@@ -1,0 +1,1 @@
+"""How fast everything is, as ratios: ``python -m experiments.systems.benchmarks``."""

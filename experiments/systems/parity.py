@@ -1,0 +1,130 @@
+"""The same numbers on any number of devices? Relative differences from one device, phase by phase.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m experiments.systems.parity
+
+Trains 8 seeds for 100 steps of every phase on 1, 2, 4, ... of the devices that there are, in both
+layouts, in float64 and float32, and compares the parameters at the end of each phase with those of
+one device.  Also compares seed 3 of 8 with seed 3 alone.  Prints a Markdown table; exit status 1
+where a difference is over 1e-9 in float64 or 1e-4 in float32.
+"""
+
+import argparse
+import sys
+
+import jax
+import numpy as np
+
+from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.rl.trainer import Trainer
+from efm_jax.training.parallel import MODES, Layout
+from efm_jax.types import Transitions
+
+ROWS, OBSERVATION_SIZE, ACTION_SIZE = 1024, 5, 2
+SEEDS = tuple(range(8))
+TOLERANCES = {np.float64: 1e-9, np.float32: 1e-4}
+VARIANTS = {
+    "softmax_q, full": {"critic": "softmax_q", "estimator": "full"},
+    "iql, resample": {"critic": "iql", "estimator": "resample"},
+}
+
+
+class Hooks:
+    """Keeps what is saved, and is otherwise quiet."""
+
+    def __init__(self):
+        self.saved = []
+
+    def on_checkpoint(self, state):
+        self.saved.append(jax.tree.map(np.array, state))
+
+    def stop_requested(self):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def transitions(dtype: type) -> Transitions:
+    """Random data; only the order of sums is at stake."""
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((ROWS, OBSERVATION_SIZE))
+    data = Transitions(
+        observations=observations,
+        actions=rng.uniform(-1, 1, (ROWS, ACTION_SIZE)),
+        rewards=rng.standard_normal(ROWS),
+        next_observations=observations + 0.1 * rng.standard_normal(observations.shape),
+        terminated=rng.uniform(size=ROWS) < 0.05,
+    )
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), data)
+
+
+def train(options: dict, seeds: tuple[int, ...], mode: str, devices: int, dtype: type) -> list:
+    """Parameters of the model that each phase trained, at its end: one pytree ``[K, ...]`` a phase."""
+    config = QIPOConfig(
+        hidden_dims=(32, 32), critic_hidden_dims=(32, 32), batch_size=64, support_size=8, sample_steps=4,
+        behavior_steps=100, critic_steps=100, policy_steps=100, renew_every=50, log_every=50,
+        checkpoint_every=100, eval_every=0, **options,
+    ).validate()  # fmt: skip
+    layout = Layout.create(mode, len(seeds), jax.devices()[:devices])
+    trainer, hooks = Trainer(config, transitions(dtype), seeds, layout), Hooks()
+    state = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf,
+        trainer.init_state(),
+    )
+    trainer.run(state, hooks)
+    return [getattr(state, phase).params for phase, state in zip(PHASES, hooks.saved, strict=True)]
+
+
+def difference(found, expected) -> float:
+    """The norm of the difference of two pytrees, relative to the second."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    return float(
+        np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
+    )
+
+
+def main() -> int:
+    """Train, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--smoke", action="store_true", help="two devices, one variant, float64 only"
+    )
+    args = parser.parse_args()
+    counts = [count for count in (2, 4, 8) if count <= len(jax.devices())]
+    variants, dtypes = args.variants, list(TOLERANCES)
+    if args.smoke:
+        counts, variants, dtypes = counts[:1], variants[:1], dtypes[:1]
+    if not counts:
+        parser.error("needs at least 2 devices; see the module's documentation")
+
+    print(
+        f"| critic, estimator | type | layout | {' | '.join(PHASES)} |\n|---|---|---|"
+        + "---|" * len(PHASES)
+    )
+    worst = dict.fromkeys(dtypes, 0.0)
+    for variant in variants:
+        for dtype in dtypes:
+            with jax.enable_x64(dtype is np.float64):
+                one = train(VARIANTS[variant], SEEDS, "data", 1, dtype)
+                rows = [
+                    (
+                        f"{mode}, {count} devices",
+                        train(VARIANTS[variant], SEEDS, mode, count, dtype),
+                        one,
+                    )
+                    for mode in MODES
+                    for count in counts
+                ]
+                alone = train(VARIANTS[variant], (SEEDS[3],), "data", 1, dtype)
+                rows.append(("one seed alone", alone, jax.tree.map(lambda leaf: leaf[3:4], one)))
+                for name, found, expected in rows:
+                    errors = [difference(*pair) for pair in zip(found, expected, strict=True)]
+                    worst[dtype] = max(worst[dtype], *errors)
+                    cells = " | ".join(f"{error:.1e}" for error in errors)
+                    print(f"| {variant} | {dtype.__name__} | {name} | {cells} |", flush=True)
+    return int(any(error > TOLERANCES[dtype] for dtype, error in worst.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
