@@ -269,30 +269,25 @@ def ced(
     )[0], aux
 
 
-def cep(
+def contrastive(
     log_ratio_fn: Callable[[Array, Array], Array],
     path: GaussianPath,
     key: Array,
     x0: Array,
-    energy: Array,
-    beta: Array,
+    weights: Array,
     *,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
-    """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
-
-    One time for all samples that are contrasted.  With large groups the minimizer is ``f = -E_t``
-    up to a function of t; in small ones the self-normalized weights are biased, as those of
-    :func:`cefm` are.
+    """Weighted contrast ``-mean_i w_i log softmax(f(x_t, t))_i``; one time for all of a group.
 
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
       path: probability path.
       key: random key; with leading axes of ``x0`` also one for each group, ``[N]``.
-      x0: data, ``[B, d]``; with leading axes (a state's support actions, ``[N, M, d]``) the
-        softmaxes are within each group and the loss is the mean over groups.
-      energy: energies of the data, ``[..., B]``.
-      beta: guidance scale >= 0.
+      x0: data, ``[B, d]``; with leading axes (a state's support actions, ``[N, M, d]``) the softmax
+        is within each group and the loss is the mean over groups.
+      weights: importance weights of mean one within each group, ``[..., B]``; no gradient flows
+        into them.
       axis_name: mapped axis over which the groups, the first axis of ``x0 [N, ..., M, d]``, are
         split.
 
@@ -305,7 +300,7 @@ def cep(
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
     checks.check_rank("x0", x0, 2 if axis_name is None else 3)
-    checks.check_shape("energy", energy, x0.shape[:-1])
+    checks.check_shape("weights", weights, x0.shape[:-1])
 
     def draw(key: Array, x0: Array) -> tuple[Array, Array]:
         time_key, noise_key = jax.random.split(key)
@@ -320,17 +315,40 @@ def cep(
         t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name), x0)
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
-    weights = lax.stop_gradient(energy_weights(energy, beta))
-    # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN
-    # must show.
+    weights = lax.stop_gradient(weights)
+    # A weight of 0 contributes nothing even where the log-softmax is -inf; a NaN must show.
     terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
-    devices = _num_devices(axis_name)
+    return -terms.mean() / _num_devices(axis_name), _concentration(
+        jnp.atleast_2d(weights), axis_name
+    )
 
-    def mean(values: Array) -> Array:
-        return psum_if(values.mean() / devices, axis_name)
 
-    aux = {"ess": mean(effective_sample_size(weights)), "top_weight": mean(weights.max(-1))}
-    return -terms.sum(-1).mean() / devices, aux
+def cep(
+    log_ratio_fn: Callable[[Array, Array], Array],
+    path: GaussianPath,
+    key: Array,
+    x0: Array,
+    energy: Array,
+    beta: Array,
+    *,
+    axis_name: AxisName = None,
+) -> tuple[Array, Aux]:
+    """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
+
+    With large groups the minimizer is ``f = -E_t`` up to a function of t; in small ones the
+    self-normalized weights are biased, as those of :func:`cefm` are.
+
+    Args:
+      energy: energies of the data, ``[..., B]``.
+      beta: guidance scale >= 0.
+
+    Other arguments, results and errors as in :func:`contrastive`.
+
+    Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
+    """
+    checks.check_shape("energy", energy, jnp.shape(x0)[:-1])
+    weights = energy.shape[-1] * energy_weights(energy, beta)
+    return contrastive(log_ratio_fn, path, key, x0, weights, axis_name=axis_name)
 
 
 def support_cefm(

@@ -118,7 +118,7 @@ def sample_dpmpp(
     """DPM-Solver++ (multistep, data prediction) for any Gaussian path.
 
     Args:
-      score_field: score, or the field named by ``prediction``, ``(x: [..., d], t: [...]) -> [..., d]``.
+      score_field: score, or another ``prediction``, ``(x: [..., d], t: [...]) -> [..., d]``.
       path: probability path.
       noise: standard normal samples, ``[..., d]``.
       num_steps: number of evaluations of the field.
@@ -148,8 +148,7 @@ def sample_dpmpp(
     checks.check_float("noise", noise)
     noise = jnp.asarray(noise)
     if t_start is None:
-        with jax.ensure_compile_time_eval():
-            t_start = 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
+        t_start = latest_time(path)
     if not 0 <= t_end < t_start <= 1:
         raise ValueError(
             f"t_start, t_end: expected 0 <= t_end < t_start <= 1; got {t_start}, {t_end}"
@@ -169,6 +168,12 @@ def sample_dpmpp(
     )
     (x, _), _ = lax.scan(step, (noise, jnp.zeros_like(noise)), (times, coefficients))
     return x
+
+
+def latest_time(path: GaussianPath) -> float:
+    """The last time at which a score or noise determines ``x_0``: 1, or just before it."""
+    with jax.ensure_compile_time_eval():
+        return 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
 
 
 def _dpmpp_grid(

@@ -275,3 +275,15 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     solved = (beta > 0) & (slope < 0) & (jnp.abs(found - jnp.log(target)) < epsilon**0.5)
     beta = jnp.where(solved, beta - miss / lax.stop_gradient(jnp.where(solved, slope, 1)), beta)
     return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)
+
+
+def bisect(above, low: Array, high: Array, steps: int) -> tuple[Array, Array]:
+    """Halve brackets."""
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        is_above = above(middle)
+        return jnp.where(is_above, middle, low), jnp.where(is_above, high, middle)
+
+    return jax.lax.fori_loop(0, steps, halve, (low, high))

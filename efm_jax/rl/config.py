@@ -68,8 +68,8 @@ class QIPOConfig:
     critic_learning_rate: float = 1e-3  # 0: learning_rate
     num_critics: int = 2  # Q-networks; softmax_q and iql take their minimum
     pessimism: float = 1.0  # ensemble: standard deviations under the mean
-    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak steps:
-    # keep critic_steps above a few times their product.
+    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak
+    # steps: keep critic_steps above a few times their product.
     discount: float = 0.98
     n_step: int = 1  # rewards of the data before a target looks at a value: values travel faster
     polyak: float = 0.02
@@ -172,7 +172,7 @@ class QIPOConfig:
 
 
 def register_options(name: str, options: type) -> None:
-    """Make ``config.NAME.FIELD`` of a user's critic or agent, typed and checked as other fields are.
+    """Make ``config.NAME.FIELD`` of a registered critic or agent, typed and checked as others are.
 
     Args:
       name: of the critic or agent in its registry.
