@@ -93,7 +93,7 @@ class Table:
         keys: Array,
         renewal: int,
         data: Batch,
-        report: Callable[[int, int], None],
+        report: Callable[[int, int], None] | None = None,
     ) -> Any:
         """All rows, on the devices; arguments as they lie there.
 
@@ -110,5 +110,6 @@ class Table:
             table = self._fill(table, self._layout.replicate(jnp.asarray(start)), *inputs)
             # Dispatch runs ahead of the devices: without waiting, a report would come too early.
             jax.block_until_ready(table)
-            report(end * self._layout.num_shards, self._num_rows)
+            if report is not None:
+                report(end * self._layout.num_shards, self._num_rows)
         return table

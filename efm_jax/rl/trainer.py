@@ -28,6 +28,10 @@ from efm_jax.types import Array, Transitions
 _TABLE_ACTIONS = 65_536
 
 
+# ``(table, done rows, all rows)``; may raise to stop.
+Report = Callable[[str, int, int], None]
+
+
 class Hooks:
     """Events of a run that its surroundings may act on; by default nothing happens."""
 
@@ -152,7 +156,7 @@ class Trainer:
         batch = Batch(
             data.observations, data.actions, *n_step(data, config.n_step, config.discount)
         )
-        self._data = self.layout.put_rows(batch)
+        self.data = self.layout.put_rows(batch)
         # Programs are traced and compiled once a run, at their first use.
         block = table_block(config, self.layout, num_rows)
         self._next_actions = Table(self.layout, self.agent.next_actions, num_rows, block)
@@ -184,36 +188,31 @@ class Trainer:
         """
         get, pipe = self.layout.get_seeds, MetricsPipe(hooks.on_metrics, self.layout.get_seeds)
         done = {phase: int(getattr(state, phase).step[0]) for phase in PHASES}
-        state, data = self.layout.put_seeds(state), self._data
+        state, data = self.layout.put_seeds(state), self.data
 
-        def report(title: str) -> Callable[[int, int], None]:
-            def on_block(done: int, total: int) -> None:
-                hooks.on_table(title, done, total)
-                if hooks.stop_requested():
-                    raise StoppedError
-
-            return on_block
+        def report(title: str, done: int, total: int) -> None:
+            hooks.on_table(title, done, total)
+            if hooks.stop_requested():
+                raise StoppedError
 
         try:
             for kind, phase, start, stop in events(self.agent, done):
                 if kind != "chunk":
                     pipe.drain()  # a loss that is not finite must stop the run before it is saved
                 if kind == "phase":
-                    data = self._data  # without the tables of the phase before
+                    data = self.data  # without the tables of the phase before
                     hooks.on_phase(phase, start, stop)
                     if phase == "policy" and start == 0:
                         state = self._begin_policy(state)
                 elif kind == "next_actions":
-                    table = self._next_actions
-                    rows = table.fill(state.params(), self._device_keys, 0, data, report(kind))
-                    data = data._replace(next_actions=rows)
+                    data = data._replace(next_actions=self.next_actions(state, report))
                 elif kind == "evaluate":
                     hooks.on_evaluate(start, get(state.params()))
                 elif kind in ("renew", "restore"):
                     if kind == "renew":
                         state = state.replace(renewed_params=self._copy(state.policy.average))
                     data = data._replace(support=None)  # its memory, for the next table
-                    support, step, summary = self._renew(state, start, data, report)
+                    support, step, summary = self.renew(state, start, report)
                     data = data._replace(support=support)
                     hooks.on_renewal(step, jax.tree.map(np.asarray, get(summary)))
                 elif kind == "chunk":
@@ -230,13 +229,19 @@ class Trainer:
             raise
         return get(state)
 
-    def _renew(
-        self, state: State, start: int, data: Batch, report: Callable
+    def next_actions(self, state: State, report: Report | None = None) -> Array:
+        """Behavior actions at every next state; all as it lies on the devices."""
+        told = functools.partial(report, "next_actions") if report else None
+        return self._next_actions.fill(state.params(), self._device_keys, 0, self.data, told)
+
+    def renew(
+        self, state: State, start: int = 0, report: Report | None = None
     ) -> tuple[Any, int, dict[str, Array]]:
         """The agent's table by ``state.renewed_params``, its renewal's step, and its summary."""
         renewal = start // self.config.renew_every if self.agent.renews else 0
-        params, title = state.params(renewed=True), report(f"support set {renewal + 1}")
-        rows = self._support.fill(params, self._device_keys, renewal, data, title)
+        told = functools.partial(report, f"support set {renewal + 1}") if report else None
+        params = state.params(renewed=True)
+        rows = self._support.fill(params, self._device_keys, renewal, self.data, told)
         table, summary = self._weigh(rows)
         return table, renewal * self.config.renew_every, summary
 

@@ -1,87 +1,72 @@
-import dataclasses
+"""QIPO's support sets, weights and estimators; the whole algorithm where its answer is known."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efm_jax.networks import QEnsemble, Value
-from efm_jax.rl.algorithm import Algorithm, Tables
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.critics import IQL
-from efm_jax.rl.model import GenerativeModel
-from efm_jax.rl.samples import n_step
-from efm_jax.rl.support import (
-    SupportSet,
-    draw_noise,
+from efm_jax.rl.agents import make_agent
+from efm_jax.rl.agents.qipo import (
+    Support,
     effective_actions,
-    log_weights,
-    summarize,
     support_beta,
-    weigh,
-    write_rows,
-)  # fmt: skip
-from efm_jax.rl.trainer import Trainer
-from efm_jax.training.parallel import Layout
+    support_weights,
+    weigh_support,
+)
+from efm_jax.rl.batch import Batch, draw_noise, gather
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.critics import CRITICS
 from efm_jax.types import Normalizer, Transitions
+from tests import tiny
+from tests.tiny import A, S, train
 
-ROWS, S, A, M = 40, 3, 2, 4
-
-
-def transitions():
-    rng = np.random.default_rng(0)
-    data = Transitions(
-        rng.standard_normal((ROWS, S)), rng.uniform(-1, 1, (ROWS, A)), rng.standard_normal(ROWS),
-        rng.standard_normal((ROWS, S)), np.zeros(ROWS),
-    )  # fmt: skip
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), data)
+ROWS, M = 40, 4
 
 
 def config(**options):
-    base = {
-        "hidden_dims": (8,), "critic_hidden_dims": (8,), "support_size": M, "batch_size": 16,
-        "time_features": 4, "sample_steps": 3, "beta": 3.0,
-    }  # fmt: skip
-    return QIPOConfig(**base | options).validate()
+    return tiny.config(**{"support_size": M, "sample_steps": 3, "beta": 3.0} | options)
 
 
 def samples():
-    return n_step(transitions(), 1, 0.9)
+    data = tiny.transitions(ROWS)
+    discounts = 0.9 * (1 - data.terminated)
+    return Batch(data.observations, data.actions, data.rewards, data.next_observations, discounts)
 
 
 @pytest.fixture(scope="module")
-def algorithm():
-    return Algorithm(config(), S, A)
+def agent():
+    return make_agent(config(), S, A)
 
 
 @pytest.fixture(scope="module")
-def state(algorithm):
+def state(agent):
     """Parameters that differ wherever a mistake could take one for another."""
-    many = jax.jit(jax.vmap(algorithm.init))(jax.random.split(jax.random.key(0), 4))
+    many = jax.jit(jax.vmap(agent.init))(jax.random.split(jax.random.key(0), 4))
     states = [jax.tree.map(lambda leaf, k=k: leaf[k], jax.device_get(many)) for k in range(4)]
     critic = states[1].critic.replace(average=states[2].critic.params)
     return states[0].replace(critic=critic, renewed_params=states[3].policy.params)
 
 
 @pytest.fixture(scope="module")
-def rows(algorithm):
+def rows(agent):
     whole = jax.tree.map(jnp.asarray, samples())
-    return jax.jit(
-        lambda state, key, renewal, indices: algorithm.policy_rows(
-            state, key, renewal, jax.tree.map(lambda leaf: leaf[indices], whole), indices
-        )
-    )
+
+    def compute(state, key, renewal, index):
+        params = state.params(renewed=True)
+        return agent.support_rows(params, key, renewal, gather(whole, index), index)
+
+    return jax.jit(compute)
 
 
-def test_support_rows(algorithm, state, rows):
+def test_support_rows(agent, state, rows):
     indices = np.array([0, 7, 39])
     support = rows(state, jax.random.key(0), 0, indices)
-    data = transitions()
+    data = samples()
     assert support.actions.shape == (3, M + 1, A)
     np.testing.assert_array_equal(support.actions[:, 0], data.actions[indices])
     assert np.abs(support.actions).max() <= 1
     assert len(np.unique(np.asarray(support.actions[:, 1:]).reshape(-1, A), axis=0)) == 3 * M
-    q = algorithm.critic.q_values(
+    q = agent.critic.q_values(
         state.critic.average, data.observations[indices][:, None], support.actions
     )
     np.testing.assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
@@ -106,20 +91,20 @@ def test_renewals_and_seeds_draw_anew_and_repeatably(state, rows):
         assert (np.abs(other - first) > 1e-4).mean() > 0.5
 
 
-def test_next_actions_are_the_behaviour_models(algorithm, state):
-    indices = np.array([3, 5])
-    data = jax.tree.map(lambda leaf: leaf[indices], samples())
-    draw = jax.jit(algorithm.next_actions)
-    actions = draw(state.behavior.params, jax.random.key(0), data.next_observations, indices)
+def test_next_actions_are_the_behavior_models(agent, state):
+    index = np.array([3, 5])
+    data, key, params = gather(samples(), index), jax.random.key(0), state.params()
+    draw = jax.jit(agent.next_actions)
+    actions = draw(params, key, 0, data, index)
     assert actions.shape == (2, M, A)
     assert np.abs(actions).max() <= 1
-    alone = draw(state.behavior.params, jax.random.key(0), data.next_observations[1:], indices[1:])
+    alone = draw(params, key, 0, gather(data, np.array([1])), index[1:])
     np.testing.assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
-    support = algorithm.policy_rows(
-        state.replace(renewed_params=state.behavior.params), jax.random.key(0), 0,
-        data._replace(observations=data.next_observations), indices,
-    )  # fmt: skip
-    assert np.abs(support.actions[:, 1:] - actions).max() > 1e-3  # another purpose, another noise
+    # Another purpose, another noise: support sets of the behavior model at the same states.
+    there = data._replace(observations=data.next_observations)
+    same = params._replace(policy=params.behavior)
+    support = agent.support_rows(same, key, 0, there, index)
+    assert np.abs(support.actions[:, 1:] - actions).max() > 1e-3
 
 
 def test_noise_of_a_row_follows_its_index():
@@ -132,26 +117,13 @@ def test_noise_of_a_row_follows_its_index():
     assert abs(np.corrcoef(noise[:-1, 0], noise[1:, 0])[0, 1]) < 5 / 44
 
 
-def test_blocks_fill_a_table():
-    """The last block overlaps the one before it."""
-
-    def compute(indices):
-        return {"a": 10.0 * indices[:, None] + jnp.arange(3), "b": indices}
-
-    table = {"a": jnp.full((10, 3), -1.0), "b": jnp.full(10, -1)}
-    for start in (0, 4, 6):
-        table = write_rows(table, compute, start, 4)
-        if start == 0:
-            assert (table["b"][4:] == -1).all()
-    np.testing.assert_array_equal(table["b"], np.arange(10))
-    np.testing.assert_array_equal(table["a"], 10.0 * np.arange(10)[:, None] + np.arange(3))
-
-
 def test_summary_of_a_support_set():
     q = np.random.default_rng(0).standard_normal((50, M + 1)).astype(np.float32)
-    found = summarize(SupportSet(jnp.zeros((50, M + 1, A)), jnp.asarray(q)), 2.0)
+    support = Support(jnp.zeros((50, M + 1, A)), jnp.asarray(q))
+    table, found = weigh_support(config(beta=2.0), support, None)
     g = np.exp(2.0 * q.astype(np.float64))
     g /= g.sum(1, keepdims=True)
+    np.testing.assert_allclose(table.weights, (M + 1) * g, rtol=1e-4)
     ess = 1 / (g**2).sum(1)
     expected = {
         "ess": ess.mean(), "ess_low": np.quantile(ess, 0.1), "top_weight": g.max(1).mean(),
@@ -165,10 +137,10 @@ def test_summary_of_a_support_set():
 
 def test_summary_of_states_on_two_devices():
     q = jnp.asarray(np.random.default_rng(0).standard_normal((50, M + 1)), jnp.float32)
-    support = SupportSet(jnp.zeros((50, M + 1, A)), q)
+    support = Support(jnp.zeros((50, M + 1, A)), q)
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 25, *leaf.shape[1:]), support)
-    both = jax.vmap(lambda half: summarize(half, 2.0, axis_name="i"), axis_name="i")(halves)
-    for name, value in summarize(support, 2.0).items():
+    both = jax.vmap(lambda half: weigh_support(config(), half, "i")[1], axis_name="i")(halves)
+    for name, value in weigh_support(config(), support, None)[1].items():
         np.testing.assert_allclose(both[name], [value, value], rtol=1e-5, err_msg=name)
 
 
@@ -176,7 +148,7 @@ def test_summary_of_states_on_two_devices():
 def test_data_copies_are_copies(copies):
     """The same weights and effective sample size as with the data action written `copies` times."""
     q = np.random.default_rng(1).standard_normal((7, M + 1))
-    weights = np.exp(np.asarray(log_weights(jnp.asarray(q), 1.5, copies), np.float64))
+    weights = np.asarray(support_weights(jnp.asarray(q), 1.5, copies), np.float64) / (M + 1)
     repeated = np.concatenate([np.repeat(q[:, :1], int(copies), 1), q[:, 1:]], axis=1)
     expected = np.exp(1.5 * repeated)
     expected /= expected.sum(1, keepdims=True)
@@ -191,7 +163,7 @@ def test_data_copies_are_copies(copies):
 def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
     q = scale * np.random.default_rng(2).standard_normal((300, M + 1)).astype(np.float32)
     beta = support_beta(jnp.asarray(q), copies, fraction)
-    ess = effective_actions(jnp.exp(log_weights(jnp.asarray(q), beta, copies)), copies)
+    ess = effective_actions(support_weights(jnp.asarray(q), beta, copies), copies)
     assert float(ess.mean()) == pytest.approx(fraction * (M + copies), rel=1e-3)
     halves = jnp.asarray(q).reshape(2, 150, -1)
     both = jax.vmap(lambda q: support_beta(q, copies, fraction, "i"), axis_name="i")(halves)
@@ -200,142 +172,95 @@ def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
 
 def test_weights_of_extreme_values():
     q = jnp.array([[1e6, 0.0, -jnp.inf], [-jnp.inf, 0.0, 0.0]])
-    np.testing.assert_allclose(jnp.exp(log_weights(q, 3.0)), [[1, 0, 0], [0, 0.5, 0.5]])
-    np.testing.assert_allclose(jnp.exp(log_weights(q, 0.0)), np.full((2, 3), 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(support_weights(q, 3.0), [[3, 0, 0], [0, 1.5, 1.5]])
+    np.testing.assert_allclose(support_weights(q, 0.0), np.ones((2, 3)), rtol=1e-6)
 
 
-def support_tables(state, rows):
-    support = rows(state, jax.random.key(0), 0, np.arange(ROWS))
-    q = (
-        2.0 * support.actions.sum(-1) + jnp.linspace(-50, 50, ROWS)[:, None]
-    )  # a level that must not matter
-    return Tables(
-        jax.tree.map(jnp.asarray, samples()), policy=weigh(SupportSet(support.actions, q), 3.0)
-    )
+def dataset(state, rows):
+    """The samples with weighted support sets."""
+    actions = rows(state, jax.random.key(0), 0, np.arange(ROWS)).actions
+    level = jnp.linspace(-50, 50, ROWS)[:, None]  # must not matter
+    table, _ = weigh_support(config(), Support(actions, 2.0 * actions.sum(-1) + level), None)
+    return jax.tree.map(jnp.asarray, samples())._replace(support=table)
 
 
-def gradients(options, state, tables, keys):
+def gradients(options, state, data, keys):
     """Gradients `[number of keys, parameters]` of independent steps of the policy."""
-    algorithm = Algorithm(config(**options), S, A)
-    loss = algorithm._policy_loss(None)
+    agent = make_agent(config(**options), S, A)
 
     def gradient(key):
         batch_key, loss_key = jax.random.split(key)
-        batch = algorithm.draw_batch(batch_key, tables)
-        grads = jax.grad(lambda p: loss(p, None, loss_key, batch)[0])(state.policy.params)
-        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
+        batch = agent.draw_batch("policy", batch_key, data)
+        loss = lambda p: agent.policy_loss(p, loss_key, batch, None)[0]  # noqa: E731
+        leaves = jax.tree.leaves(jax.grad(loss)(state.policy.params))
+        return jnp.concatenate([leaf.ravel() for leaf in leaves])
 
-    return np.asarray(
-        jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=100))(keys), np.float64
-    )
+    run = jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=100))
+    return np.asarray(run(keys), np.float64)
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])
 def test_both_estimators_have_the_same_expected_gradient(path, state, rows):
-    tables = support_tables(state, rows)
+    data = dataset(state, rows)
     keys = jax.random.split(jax.random.key(1), 3000)
-    full = gradients({"path": path, "estimator": "full"}, state, tables, keys)
-    one = gradients({"path": path, "estimator": "resample"}, state, tables, keys)
+    full = gradients({"path": path, "estimator": "full"}, state, data, keys)
+    one = gradients({"path": path, "estimator": "resample"}, state, data, keys)
     error = np.sqrt(full.var(0) / len(full) + one.var(0) / len(one))
     z = (full.mean(0) - one.mean(0)) / np.maximum(error, 1e-12)
     assert np.abs(z).max() < 5.0
     # The comparison can see what matters: without weights the gradient is another.
-    uniform = tables.policy._replace(log_weights=jnp.zeros_like(tables.policy.log_weights))
-    flat = gradients(
-        {"path": path, "estimator": "resample"}, state, tables.replace(policy=uniform), keys
-    )
+    uniform = data.support._replace(weights=jnp.ones_like(data.support.weights))
+    options = {"path": path, "estimator": "resample"}
+    flat = gradients(options, state, data._replace(support=uniform), keys)
     assert np.abs((full.mean(0) - flat.mean(0)) / np.maximum(error, 1e-12)).max() > 10
 
 
 @pytest.mark.parametrize("estimator", ["full", "resample"])
 def test_devices_draw_one_global_batch(state, rows, estimator):
-    tables, algorithm = support_tables(state, rows), Algorithm(config(estimator=estimator), S, A)
-    one = algorithm.draw_batch(jax.random.key(3), tables)
+    data, agent = dataset(state, rows), make_agent(config(estimator=estimator), S, A)
+    one = agent.draw_batch("policy", jax.random.key(3), data)
 
     def part(shard):
-        return algorithm.draw_batch(jax.random.key(3), shard, num_devices=4, axis_name="i")
+        return agent.draw_batch("policy", jax.random.key(3), shard, num_devices=4, axis_name="i")
 
-    shards = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), tables)
+    shards = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), data)
     four = jax.vmap(part, axis_name="i")(shards)
     merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), four)
     jax.tree.map(np.testing.assert_array_equal, merged, one)
-    assert one.policy.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
+    assert one.support.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
 
 
-def test_resampled_actions_follow_the_weights(state, rows):
+def test_resampled_actions_follow_the_weights():
     q = np.tile(np.float32([0.0, 0.2, 0.4, 0.6, -np.inf]), (ROWS, 1))
     actions = np.broadcast_to(np.arange(M + 1, dtype=np.float32)[:, None], (ROWS, M + 1, A))
-    algorithm = Algorithm(config(estimator="resample", batch_size=40, support_size=M), S, A)
-    table = weigh(SupportSet(jnp.asarray(actions), jnp.asarray(q)), 3.0)
-    tables = Tables(jax.tree.map(jnp.asarray, samples()), policy=table)
-    draw = jax.jit(jax.vmap(lambda key: algorithm.draw_batch(key, tables).policy))
+    agent = make_agent(config(estimator="resample", batch_size=40), S, A)
+    table, _ = weigh_support(config(), Support(jnp.asarray(actions), jnp.asarray(q)), None)
+    data = jax.tree.map(jnp.asarray, samples())._replace(support=table)
+    draw = jax.jit(jax.vmap(lambda key: agent.draw_batch("policy", key, data).support))
     drawn = draw(jax.random.split(jax.random.key(0), 500))
     chosen = np.asarray(drawn.actions)[..., 0].ravel().astype(int)
     g = np.exp(3.0 * q[0].astype(np.float64))
     g /= g.sum()
     np.testing.assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
-    np.testing.assert_array_equal(
-        np.asarray(drawn.log_weights).ravel(), table.log_weights[0][chosen]
-    )
+    np.testing.assert_array_equal(drawn.weights, 1)
 
 
-@pytest.mark.parametrize("path", ["ot", "vp", "vp_cosine"])
-@pytest.mark.parametrize("solver", ["auto", "midpoint", "dpmpp"])
-def test_policy_samples_in_bounds_with_every_path_and_solver(path, solver):
-    model = GenerativeModel.from_config(config(path=path, solver=solver))
-    params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
-    observations = transitions().observations[:, None]
-    noise = 3 * np.random.default_rng(0).standard_normal((ROWS, M, A)).astype(np.float32)
-    actions = jax.jit(model.sample)(params, observations, noise)
-    assert actions.shape == noise.shape
-    assert np.isfinite(actions).all()
-    assert np.abs(actions).max() <= 1
-    alone = jax.jit(model.sample)(params, observations[:1], noise[:1])
-    np.testing.assert_allclose(actions[:1], alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("path", ["ot", "vp"])
-def test_a_model_in_bfloat16_has_about_the_same_field_in_float32(path):
-    exact, rounded = (
-        GenerativeModel.from_config(config(path=path, dtype=d)) for d in ("float32", "bfloat16")
-    )
-    params = jax.jit(exact.init, static_argnums=(1, 2))(jax.random.key(0), S, A)
-    x = np.random.default_rng(0).standard_normal((ROWS, A)).astype(np.float32)
-    observations, t = transitions().observations, np.full(ROWS, 0.5, np.float32)
-    expected, found = (
-        jax.jit(model.field(params, observations))(x, t) for model in (exact, rounded)
-    )
-    assert found.dtype == jnp.float32
-    assert 0 < np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
-
-
-def test_acting_in_the_environments_units(algorithm, state):
-    normalizer = Normalizer(
-        np.float32([1, 2, 3]), np.float32([2, 2, 2]), np.float32([-2, 0]), np.float32([2, 10])
-    )
+def test_acting_in_the_environments_units(agent, state):
+    bounds = np.float32([1, 2, 3]), np.float32([2, 2, 2]), np.float32([-2, 0]), np.float32([2, 10])
+    normalizer = Normalizer(*bounds)
     raw = np.random.default_rng(0).standard_normal((4, S)).astype(np.float32)
-    act = jax.jit(lambda params, *rest: algorithm.act("policy", state.acting(params), *rest))
-    seeds = np.arange(4)
-    actions = act(state.policy.params, normalizer, jax.random.key(0), raw, 5, seeds)
+    act = jax.jit(lambda key, raw: agent.act(state.params(), normalizer, key, raw))
+    keys = jax.random.split(jax.random.key(0), 4)
+    actions = act(keys, raw)
     assert (actions >= normalizer.action_low).all()
     assert (actions <= normalizer.action_high).all()
     assert actions[:, 1].max() > 2  # the second action's range is not the first's
-    alone = act(state.policy.params, normalizer, jax.random.key(0), raw[2:3], 5, seeds[2:3])
-    np.testing.assert_allclose(actions[2:3], alone, rtol=1e-4, atol=1e-4)
-    later = act(state.policy.params, normalizer, jax.random.key(0), raw, 6, seeds)
+    np.testing.assert_allclose(actions[2:3], act(keys[2:3], raw[2:3]), rtol=1e-4, atol=1e-4)
+    later = act(jax.random.split(jax.random.key(1), 4), raw)
     assert np.abs(later - actions).max() > 1e-2
 
 
 # ---- the whole algorithm where the answer is known ----
-
-
-@dataclasses.dataclass(frozen=True)
-class KnownQ(IQL):
-    """`Q(s, a) = -0.5 K (a - c s)^2 + 20 s`: the best action, and the level, differ between the states."""
-
-    def q_values(self, params, observations, actions):
-        s = observations[..., 0]
-        return -0.5 * CURVATURE * (actions[..., 0] - BEST * s) ** 2 + 20 * s
 
 
 CURVATURE, BEST, MEAN, STD, BETA = 5.0, 0.5, 0.1, 0.3, 1.0
@@ -359,7 +284,7 @@ def reference(renewals):
 
 
 def test_reference_is_near_the_closed_form():
-    """`mu exp((l + 1) beta Q)`: Gaussians multiply; the data action in every set holds it back a little."""
+    """`mu exp((l + 1) beta Q)`: Gaussians multiply; the data action holds it back a little."""
     precision = 1 / STD**2 + BETA * CURVATURE * np.arange(1, 4)
     means = (MEAN / STD**2 + BETA * CURVATURE * BEST * np.arange(1, 4)) / precision
     found = np.array([reference(renewals) for renewals in range(3)])
@@ -370,18 +295,23 @@ def test_reference_is_near_the_closed_form():
 
 
 @pytest.mark.parametrize(
-    ("path", "solver", "estimator"), [("ot", "midpoint", "full"), ("vp", "dpmpp", "resample")]
+    ("path", "prediction", "solver", "estimator"),
+    [
+        ("ot", "auto", "midpoint", "full"),
+        ("vp", "auto", "dpmpp", "resample"),
+        ("ot", "noise", "dpmpp", "resample"),  # as the public code of QIPO trains and samples
+    ],
 )
-def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimator):
+def test_policy_reaches_the_tilted_behavior(monkeypatch, path, prediction, solver, estimator):
     """After l renewals the policy is `mu exp((l + 1) beta Q)`, separately in each of two states.
 
     Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end.
     """
-    known = KnownQ(QEnsemble((4,)), Value((4,)), 0.7)
-    monkeypatch.setattr(Algorithm, "critic", property(lambda self: known))
+    monkeypatch.setitem(CRITICS, "known", tiny.KnownCritic)
     options = QIPOConfig(
-        path=path, solver=solver, sample_steps=5 if solver == "midpoint" else 10, estimator=estimator,
-        hidden_dims=(32, 32), critic="iql", critic_hidden_dims=(4,), beta=BETA, support_size=16,
+        path=path, prediction=prediction, solver=solver, estimator=estimator,
+        sample_steps=5 if solver == "midpoint" else 10,
+        hidden_dims=(32, 32), critic="known", critic_hidden_dims=(4,), beta=BETA, support_size=16,
         batch_size=64 if estimator == "full" else 128, learning_rate=3e-3, ema_decay=0.97,
         behavior_steps=800, critic_steps=1, policy_steps=1200, renew_every=400, log_every=400,
         checkpoint_every=10**6, eval_every=0,
@@ -390,15 +320,11 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
     states = np.repeat([[1.0], [-1.0]], rows // 2, axis=0)
     actions = np.clip(MEAN * states + STD * rng.standard_normal((rows, 1)), -1, 1)
     data = Transitions(states, actions, np.zeros(rows), states, np.zeros(rows))
-    one_device = Layout.create(devices=jax.devices()[:1])
-    trainer = Trainer(
-        options, jax.tree.map(lambda leaf: leaf.astype(np.float32), data), [0], one_device
-    )
-    hooks = Quiet()
-    state = trainer.run(trainer.init_state(), hooks)
-    assert hooks.renewals == [0, 400, 800]
+    data = jax.tree.map(lambda leaf: leaf.astype(np.float32), data)
+    state, hooks = train(options, data=data)
+    assert [step for step, _ in hooks.renewals] == [0, 400, 800]
     noise = rng.standard_normal((2000, 1)).astype(np.float32)
-    sample = jax.jit(trainer.algorithm.model.sample)
+    sample = jax.jit(make_agent(options, 1, 1).model.sample)
     for sign in (1.0, -1.0):
         observations = np.full((2000, 1), sign, np.float32)
         for name, (mean, std) in (("behavior", (MEAN, STD)), ("policy", reference(2))):
@@ -407,17 +333,3 @@ def test_policy_reaches_the_tilted_behaviour(monkeypatch, path, solver, estimato
             # The means: behavior 0.10, one renewal 0.22, two 0.27, three 0.30.
             assert found.mean() == pytest.approx(mean, abs=0.04), name
             assert found.std() == pytest.approx(std, rel=0.2), name
-
-
-class Quiet:
-    def __init__(self):
-        self.renewals = []
-
-    def on_renewal(self, step, summary):
-        self.renewals.append(step)
-
-    def stop_requested(self):
-        return False
-
-    def __getattr__(self, name):
-        return lambda *args: None
