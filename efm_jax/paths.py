@@ -52,7 +52,7 @@ def _constant(value: float, t: Array) -> Array:
 class GaussianPath(abc.ABC):
     """A Gaussian probability path; hashable, so it may be a static argument of ``jit``.
 
-    A new path defines the seven coefficient functions below; the conversions follow.
+    A new path defines the four coefficient functions below; the conversions follow.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,17 +80,19 @@ class GaussianPath(abc.ABC):
     def std_dot(self, t: Array) -> Array:
         """``d sigma_t / dt``."""
 
-    @abc.abstractmethod
+    # A path overrides these where the quotients are not finite at an end of [0, 1].
+
     def _inverse_det(self, t: Array) -> Array:
         """``1 / D``."""
+        return 1 / (self.mean_coef(t) * self.std_dot(t) - self.mean_coef_dot(t) * self.std(t))
 
-    @abc.abstractmethod
     def _std_det(self, t: Array) -> Array:
         """``sigma D``."""
+        return self.std(t) / self._inverse_det(t)
 
-    @abc.abstractmethod
     def _std_dot_over_det(self, t: Array) -> Array:
         """``sigma' / D``."""
+        return self.std_dot(t) * self._inverse_det(t)
 
     def sample(self, x0: Array, noise: Array, t: Array) -> Array:
         """``x_t = mu_t x_0 + sigma_t eps``: ``[..., d]``."""
@@ -225,12 +227,6 @@ class _ConditionalOT(GaussianPath):
 
     def _inverse_det(self, t: Array) -> Array:
         return _constant(1, t)
-
-    def _std_det(self, t: Array) -> Array:
-        return self.std(t)
-
-    def _std_dot_over_det(self, t: Array) -> Array:
-        return self.std_dot(t)
 
 
 @dataclasses.dataclass(frozen=True)
