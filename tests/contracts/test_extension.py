@@ -1,6 +1,7 @@
 """A path, a loss, a critic and an agent of a user: trained, evaluated, resumed, exported."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -37,7 +38,7 @@ def test_a_users_parts_train_evaluate_resume_and_export(tmp_path):
     again = result("launch.evaluate", f"--workdir={workdir}")
     assert again["policy_return"] == first["policy_return"]
     exported = result("launch.export", f"--workdir={workdir}")
-    policy = jax.export.deserialize(bytearray(open(exported["file"], "rb").read()))
+    policy = jax.export.deserialize(bytearray(pathlib.Path(exported["file"]).read_bytes()))
     actions = policy.call(np.zeros((4, 3), np.float32), np.uint32(0))
     assert actions.shape == (4, 1)
     assert np.isfinite(actions).all()

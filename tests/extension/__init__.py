@@ -1,1 +1,1 @@
-"""One path, one loss, one critic and one agent from outside the package, each a file, as a user's."""
+"""A path, a loss, a critic and an agent from outside the package, each in one file."""
