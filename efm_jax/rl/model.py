@@ -20,7 +20,10 @@ from efm_jax.weights import AxisName
 
 SOLVERS = ("auto", *sampling.SAMPLE_SOLVERS, "dpmpp")
 
-# The end of sampling where a prediction cannot be converted to a velocity at t = 0.
+# Where sampling begins on a path with mu_1 = 0, if the data must be found from a score or noise: an
+# error of the network is divided by mu, which is 0.05 here on the OT path.
+_T_START = 0.95
+# Where sampling ends if a prediction cannot be converted to a velocity at t = 0.
 _T_END = 1e-3
 
 
@@ -115,24 +118,36 @@ class GenerativeModel:
         """Actions in [-1, 1] from standard normal ``noise [..., A]``; states broadcast to it."""
         return self.integrate(self.field(params, observations), noise, self.prediction)
 
+    def start_time(self, prediction: str) -> float:
+        """The time of the first evaluation of a field of one of ``PREDICTIONS``."""
+        singular = prediction in ("noise", "score") and sampling.latest_time(self.path) < 1
+        return _T_START if singular else 1.0
+
     def integrate(self, field: Field, noise: Array, prediction: str) -> Array:
         """Actions in [-1, 1] from ``noise [..., A]`` and a field of one of ``PREDICTIONS``."""
+        start = self.start_time(prediction)
+        if start < 1:
+            noise = noise * self.path.std(jnp.asarray(start, noise.dtype))
         if self.solver == "dpmpp":
             actions = sampling.sample_dpmpp(
-                field, self.path, noise, num_steps=self.sample_steps, prediction=prediction
+                field,
+                self.path,
+                noise,
+                num_steps=self.sample_steps,
+                prediction=prediction,
+                t_start=start if start < 1 else None,
             )
             return jnp.clip(actions, -1, 1)
 
         def velocity(x: Array, t: Array) -> Array:
             return self.path.convert(field(x, t), x, t, prediction, "velocity")
 
-        noisy = prediction in ("noise", "score")
         actions = sampling.sample(
             velocity,
             noise,
             solver=self.solver,
             num_steps=self.sample_steps,
-            t_start=sampling.latest_time(self.path) if noisy else 1.0,
+            t_start=start,
             t_end=0.0 if prediction == "velocity" else _T_END,
         )
         return jnp.clip(actions, -1, 1)

@@ -132,7 +132,7 @@ def test_parts_of_a_batch_by_what_a_layer_holds(options, phase, parts, hold, x64
         table = jax.eval_shape(agent.support_rows, *inputs)
         table, _ = jax.eval_shape(lambda rows: agent.weigh(rows, None), table)
         batch = batch._replace(support=jax.tree.map(lambda leaf: np.zeros(leaf.shape), table))
-    batch = jax.eval_shape(lambda key: agent.draw_batch(phase, key, batch), key)
+    batch = jax.eval_shape(lambda *inputs: agent.draw_batch(phase, *inputs), key, batch)
     jaxpr = jax.make_jaxpr(agent.step(phase))(getattr(state, phase), key, batch)
     loops = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert loops == ([parts] if parts > 1 else [])

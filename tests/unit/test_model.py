@@ -31,10 +31,11 @@ def gaussian_field(path, prediction):
 @pytest.mark.parametrize("path", PATHS)
 def test_any_prediction_on_any_path_with_any_sampler(path, prediction):
     """The flow of a Gaussian moves every point by one affine map, known in closed form."""
-    entry = PATHS[path]
     noise = jnp.linspace(-2, 2, 9)[:, None] * jnp.ones((1, A))
-    mu, sigma = (float(f(jnp.ones(()))) for f in (entry.make().mean_coef, entry.make().std))
-    expected = MEAN + STD * (noise - mu * MEAN) / np.sqrt((mu * STD) ** 2 + sigma**2)
+    start = GenerativeModel.from_config(config(path=path)).start_time(prediction)
+    assert start == (0.95 if prediction in ("noise", "score") and path != "vp" else 1.0)
+    mu, sigma = (float(f(start)) for f in (PATHS[path].make().mean_coef, PATHS[path].make().std))
+    expected = MEAN + STD * (sigma * noise - mu * MEAN) / np.hypot(mu * STD, sigma)
     for solver in SOLVERS:
         steps = 300 if solver == "euler" else 40
         model = GenerativeModel.from_config(config(path=path, solver=solver, sample_steps=steps))
