@@ -22,9 +22,9 @@ from efm_jax.rl.algorithm import Algorithm
 from efm_jax.rl.config import SOLVERS
 from efm_jax.rl.selection import ACTION_SELECTIONS
 from efm_jax.rl.trainer import make_act
-from efm_jax.runs.loading import acting_config
+from efm_jax.runs.loading import acting_config, restore
 from efm_jax.runs.metrics import return_rows, write_returns
-from efm_jax.runs.workdir import RunInfo, restore
+from efm_jax.runs.workdir import RunInfo
 from launch import cli, evaluation
 from launch.workdir import resolve
 

@@ -43,14 +43,8 @@ from efm_jax.rl.policies import Acting
 from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import plot_learning_curve
-from efm_jax.runs.metrics import (
-    METRICS_FILE,
-    RETURNS_FILE,
-    MetricsWriter,
-    return_rows,
-    write_returns,
-)
-from efm_jax.runs.workdir import CHECKPOINTS, RunInfo
+from efm_jax.runs.metrics import MetricsWriter, return_rows, write_returns
+from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, METRICS_FILE, RETURNS_FILE, RunInfo
 from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import MODES, Layout
@@ -235,7 +229,7 @@ class _Run:
     def restore(self) -> State:
         """The newest readable checkpoint, or a fresh state; the work directory is made."""
         state = self._trainer.init_state()
-        self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS, report=self.say)
+        self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS_FOLDER, report=self.say)
         found = self._checkpointer.restore(self._saved(state), discard=True)
         if self.is_first:
             self._info.save(self._workdir)

@@ -33,7 +33,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: epath.PathLike, *, max_to_keep: int = 3, report: Callable[[str], None] = print
+        self,
+        directory: epath.PathLike,
+        *,
+        max_to_keep: int = 3,
+        report: Callable[[str], None] = print,
     ):
         self._directory = epath.Path(directory)
         self._report = report
@@ -84,17 +88,23 @@ class Checkpointer:
             return step, tree
         if damaged:
             newest = next(iter(damaged.values()))
-            raise CheckpointError(newest + (f"; none of the {len(damaged)} can" if len(damaged) > 1 else ""))
+            raise CheckpointError(
+                newest + (f"; none of the {len(damaged)} can" if len(damaged) > 1 else "")
+            )
         return None
 
     def _read(self, step: int, template: Any) -> Any:
         template = jax.tree.map(np.asarray, template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+        )
         restored = self._manager.restore(step, args=args)
         tree = jax.tree.map(np.asarray, restored["state"])
         if _digest(tree) != restored["meta"]["digest"]:
             raise ValueError("its arrays do not match their digest")
-        wanted, found = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (template, tree))
+        wanted, found = (
+            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (template, tree)
+        )
         if wanted != found:
             raise ValueError("its arrays have other shapes or types than this configuration")
         return tree

@@ -108,7 +108,11 @@ def _draw_weights(axes: Axes, policy: Rows) -> None:
         handles += _line(axes, *_by_seed(policy, "step", "ess"), "effective sample size", "#4477aa")
         handles.append(
             axes.axhline(
-                _LOW_ESS, color="#4477aa", linewidth=1, linestyle=":", label=f"warning below {_LOW_ESS}"
+                _LOW_ESS,
+                color="#4477aa",
+                linewidth=1,
+                linestyle=":",
+                label=f"warning below {_LOW_ESS}",
             )
         )
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
@@ -132,7 +136,9 @@ def _draw_q_values(axes: Axes, metrics: Rows) -> None:
     _label(axes, "Mean Q-value", "gradient step, all phases", "Q")
 
 
-def _draw_returns(axes: Axes, returns: Rows, policy_start: int, dataset_return: float | None) -> None:
+def _draw_returns(
+    axes: Axes, returns: Rows, policy_start: int, dataset_return: float | None
+) -> None:
     handles = []
     names = list(dict.fromkeys(row["policy"] for row in returns))
     for index, name in enumerate(name for name in names if name != "behavior"):
@@ -144,7 +150,9 @@ def _draw_returns(axes: Axes, returns: Rows, policy_start: int, dataset_return: 
     if _has(behavior, "return"):
         values = _by_seed(behavior, "total_step", "return")[1][-1]
         color = _PHASE_COLORS["behavior"]
-        handles.append(axes.axhline(np.nanmean(values), color=color, linewidth=1.6, label="behavior"))
+        handles.append(
+            axes.axhline(np.nanmean(values), color=color, linewidth=1.6, label="behavior")
+        )
         axes.axhspan(np.nanmin(values), np.nanmax(values), color=color, alpha=0.15, linewidth=0)
     if dataset_return is not None and np.isfinite(dataset_return):
         line = axes.axhline(
@@ -160,7 +168,12 @@ def _draw_returns(axes: Axes, returns: Rows, policy_start: int, dataset_return: 
 
 
 def _line(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str, marker: str | None = None
+    axes: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    label: str,
+    color: str,
+    marker: str | None = None,
 ) -> list:
     """Mean over seeds of ``values [points, K]`` with a band to the extremes; the handle for the legend."""
     if len(steps) == 1:

@@ -3,16 +3,18 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from efm_jax import checks
-from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.algorithm import Algorithm, State
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.runs.workdir import RunInfo, restore
-from efm_jax.types import Array
+from efm_jax.runs.checkpoint import Checkpointer
+from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo
+from efm_jax.types import Array, Normalizer
 
 # Fields of a configuration that only concern acting.
 ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_sample_steps")
@@ -25,7 +27,57 @@ def acting_config(config: QIPOConfig, **options: Any) -> QIPOConfig:
     return dataclasses.replace(config, **options).validate()
 
 
-def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any) -> Callable:
+class Restored(NamedTuple):
+    """A run as its newest readable checkpoint has it."""
+
+    step: int  # of all phases
+    state: State  # with a leading seed axis
+    normalizer: Normalizer
+    keys: Array  # [K] root keys of the seeds
+
+
+def restore(
+    workdir: epath.Path, info: RunInfo, algorithm: Algorithm, report: Callable[[str], None]
+) -> Restored:
+    """The newest readable checkpoint of a run whose policy has been trained, or is being trained.
+
+    Args:
+      workdir: where ``info`` was read.
+      info: what the run is.
+      algorithm: of the same configuration.
+      report: told of checkpoints that cannot be read.
+
+    Raises:
+      ValueError: no checkpoint, or none of the policy phase.
+    """
+    keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
+    sizes = (info.observation_size,) * 2 + (info.action_size,) * 2
+    template = {
+        "state": jax.vmap(algorithm.init)(keys),
+        "normalizer": Normalizer(*(jnp.zeros(size) for size in sizes)),
+    }
+    found = None
+    if (workdir / CHECKPOINTS_FOLDER).exists():  # a checkpointer would make it
+        checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report)
+        try:
+            found = checkpointer.restore(template)
+        finally:
+            checkpointer.close()
+    if found is None:
+        raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
+    step, tree = found
+    state = tree["state"]
+    last = "policy" if info.config.phase_steps["policy"] else "critic"
+    if int(getattr(state, last).step[0]) == 0:
+        raise ValueError(
+            f"workdir {workdir}: training stopped before the {last} phase; nothing to evaluate"
+        )
+    return Restored(step, state, Normalizer(*tree["normalizer"]), keys)
+
+
+def load_policy(
+    workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any
+) -> Callable:
     """The policy of a work directory of ``launch.train``.
 
     Args:
@@ -46,20 +98,24 @@ def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **op
       >>> policy(observations, jax.random.key(0))  # doctest: +SKIP
     """
     folder = epath.Path(workdir).expanduser()
-    info = RunInfo.load(folder)
-    if info is None:
-        raise ValueError(f"workdir {folder}: holds no run (no config.json)")
+    info = RunInfo.read(folder)
     checks.check_choice("name", name, ("policy", "behavior"))
     checks.check_integer("seed_index", seed_index, 0)
     if seed_index >= info.num_seeds:
-        raise ValueError(f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}")
-    algorithm = Algorithm(acting_config(info.config, **options), info.observation_size, info.action_size)
+        raise ValueError(
+            f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}"
+        )
+    algorithm = Algorithm(
+        acting_config(info.config, **options), info.observation_size, info.action_size
+    )
     restored = restore(folder, info, algorithm, lambda text: warnings.warn(text, stacklevel=3))
     acting = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.acting())
 
     @jax.jit
     def policy(observations: Array, key: Array) -> Array:
-        checks.check_shape("observations", observations, (observations.shape[0], info.observation_size))
+        checks.check_shape(
+            "observations", observations, (observations.shape[0], info.observation_size)
+        )
         shape = (observations.shape[0], algorithm.num_noises(name), info.action_size)
         noise = jax.random.normal(key, shape)
         return algorithm.actions(name, acting, restored.normalizer, observations, noise)

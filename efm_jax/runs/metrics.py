@@ -19,14 +19,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from efm_jax import checks
 from efm_jax.files import write_whole
+from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, read_table
+from efm_jax.runs.workdir import METRICS_FILE, RETURNS_FILE, TENSORBOARD_FOLDER
 
-METRICS_FILE = "metrics.csv"
-RETURNS_FILE = "returns.csv"
-TENSORBOARD_FOLDER = "tensorboard"
-
-_INDEX_COLUMNS = ("total_step", "step", "phase", "seed")
-_METRIC_COLUMNS = (*_INDEX_COLUMNS, "loss", "steps_per_second")
-_RETURN_COLUMNS = ("total_step", "policy", "seed", "episode_seed", "return", "length")
+_METRIC_COLUMNS = (*METRIC_INDEX, "loss", "steps_per_second")
 
 
 class CsvTable:
@@ -57,13 +53,19 @@ class CsvTable:
             header = next(csv.reader(io.StringIO(complete)))
             missing = [column for column in columns if column not in header]
             if missing:
-                raise ValueError(f"{self._path}: expected a table with a column {missing[0]!r}; got {header}")
+                raise ValueError(
+                    f"{self._path}: expected a table with a column {missing[0]!r}; got {header}"
+                )
             self._columns = header
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows; absent keys and None give empty cells, NaN is written as ``nan``."""
         rows = list(rows)
-        new = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in self._columns]
+        new = [
+            key
+            for key in dict.fromkeys(key for row in rows for key in row)
+            if key not in self._columns
+        ]
         empty = not self._path.exists() or self._path.stat().length == 0
         # An object of a bucket cannot grow.
         if new or empty or "://" in os.fspath(self._path):
@@ -99,12 +101,6 @@ class CsvTable:
         write_whole(self._path, self._lines([header, *rows]))
 
 
-def read_table(path: epath.PathLike) -> list[dict[str, str]]:
-    """Rows of a CSV file as dicts of texts; an unfinished last line is left out."""
-    text = epath.Path(path).read_text()
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-
-
 class MetricsWriter:
     """Writes ``metrics.csv`` (one row per logged point and training seed) and TensorBoard events.
 
@@ -128,7 +124,7 @@ class MetricsWriter:
         self._table = CsvTable(workdir / METRICS_FILE, _METRIC_COLUMNS)
         if resume_from is not None:
             self._table.keep_until(resume_from)
-            CsvTable(workdir / RETURNS_FILE, _RETURN_COLUMNS).keep_until(resume_from)
+            CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS).keep_until(resume_from)
         folder = workdir / TENSORBOARD_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         # tensorboardX's SummaryWriter hands events to a thread: a killed run would lose those of
@@ -159,7 +155,7 @@ class MetricsWriter:
         Raises:
           ValueError: sequences of different lengths, or a metric named like an index column.
         """
-        reserved = [name for name in per_seed if name in _INDEX_COLUMNS]
+        reserved = [name for name in per_seed if name in METRIC_INDEX]
         if reserved:
             raise ValueError(f"per_seed: {reserved[0]!r} is an index column, not a metric")
         values = {name: np.asarray(value) for name, value in per_seed.items()}
@@ -173,7 +169,9 @@ class MetricsWriter:
             | {name: column[seed] for name, column in columns.items()}
             for seed in range(count)
         )
-        known = {name: [float(v) for v in column if v is not None] for name, column in columns.items()}
+        known = {
+            name: [float(v) for v in column if v is not None] for name, column in columns.items()
+        }
         summary = Summary(
             value=[
                 Summary.Value(tag=f"{phase}/{name}", simple_value=float(np.mean(numbers)))
@@ -194,7 +192,11 @@ class MetricsWriter:
 
 
 def return_rows(
-    total_step: int, policy: str, returns: np.ndarray, lengths: np.ndarray, episode_seeds: Sequence[int]
+    total_step: int,
+    policy: str,
+    returns: np.ndarray,
+    lengths: np.ndarray,
+    episode_seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Rows for :func:`write_returns`, one per episode.
 
@@ -240,15 +242,16 @@ def write_returns(workdir: epath.PathLike, rows: Sequence[Mapping[str, Any]]) ->
       ValueError: a row with other keys.
     """
     for row in rows:
-        if set(row) != set(_RETURN_COLUMNS):
-            raise ValueError(f"rows: expected the keys {', '.join(_RETURN_COLUMNS)}; got {', '.join(row)}")
-    table = CsvTable(epath.Path(workdir) / RETURNS_FILE, _RETURN_COLUMNS)
+        if set(row) != set(RETURN_COLUMNS):
+            raise ValueError(
+                f"rows: expected the keys {', '.join(RETURN_COLUMNS)}; got {', '.join(row)}"
+            )
+    table = CsvTable(epath.Path(workdir) / RETURNS_FILE, RETURN_COLUMNS)
     written = {(int(row["total_step"]), str(row["policy"])) for row in rows}
     table.discard(lambda row: (int(row["total_step"]), row["policy"]) in written)
     table.append(rows)
 
 
 def _cell(value: Any) -> str:
-    """Shortest text that reads back as the same number; NumPy and JAX scalars as their own dtype.
-    """
+    """Shortest text that reads back as the same number; NumPy and JAX scalars as their own dtype."""
     return "" if value is None else str(np.asarray(value)[()])
