@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax import export
 
 from efm_jax.runs.loading import load_policy
-from efm_jax.runs.workdir import RunInfo
+from efm_jax.runs.workdir import RunInfo, resolve
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -35,7 +34,7 @@ def export_policy(
         known, given = ", ".join(PLATFORMS), ", ".join(platforms) or "none"
         raise ValueError(f"platforms: expected some of {known}; got {given}")
     policy = load_policy(workdir, **options)
-    info = RunInfo.load(epath.Path(workdir).expanduser())
+    info = RunInfo.read(resolve(workdir))
 
     def act(observations: jax.Array, seed: jax.Array) -> jax.Array:
         return policy(observations, jax.random.key(seed))

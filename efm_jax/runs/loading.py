@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from efm_jax import checks
 from efm_jax.rl.algorithm import Algorithm, State
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.checkpoint import Checkpointer
-from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo
+from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, resolve
 from efm_jax.types import Array, Normalizer
 
 # Fields of a configuration that only concern acting.
@@ -30,32 +31,34 @@ def acting_config(config: QIPOConfig, **options: Any) -> QIPOConfig:
 class Restored(NamedTuple):
     """A run as its newest readable checkpoint has it."""
 
+    info: RunInfo
+    algorithm: Algorithm
     step: int  # of all phases
     state: State  # with a leading seed axis
     normalizer: Normalizer
-    keys: Array  # [K] root keys of the seeds
 
 
-def restore(
-    workdir: epath.Path, info: RunInfo, algorithm: Algorithm, report: Callable[[str], None]
-) -> Restored:
-    """The newest readable checkpoint of a run whose policy has been trained, or is being trained.
+def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) -> Restored:
+    """The newest checkpoint of a run whose policy is trained, or is being trained.
 
     Args:
-      workdir: where ``info`` was read.
-      info: what the run is.
-      algorithm: of the same configuration.
-      report: told of checkpoints that cannot be read.
+      workdir: of ``launch.train``.
+      report: called with one line about every checkpoint that cannot be read.
+      **options: ``ACTING_FIELDS``, instead of the run's.
 
     Raises:
-      ValueError: no checkpoint, or none of the policy phase.
+      ValueError: no run, no checkpoint or none of the policy phase, or an option out of range.
     """
+    info = RunInfo.read(workdir)
+    sizes = info.observation_size, info.action_size
+    algorithm = Algorithm(acting_config(info.config, **options), *sizes)
     keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
-    sizes = (info.observation_size,) * 2 + (info.action_size,) * 2
+    bounds = (jax.ShapeDtypeStruct((size,), np.float32) for size in np.repeat(sizes, 2))
     template = {
-        "state": jax.vmap(algorithm.init)(keys),
-        "normalizer": Normalizer(*(jnp.zeros(size) for size in sizes)),
+        "state": jax.eval_shape(jax.vmap(algorithm.init), keys),
+        "normalizer": Normalizer(*bounds),
     }
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
     found = None
     if (workdir / CHECKPOINTS_FOLDER).exists():  # a checkpointer would make it
         checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report)
@@ -66,13 +69,12 @@ def restore(
     if found is None:
         raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
     step, tree = found
-    state = tree["state"]
     last = "policy" if info.config.phase_steps["policy"] else "critic"
-    if int(getattr(state, last).step[0]) == 0:
+    if int(getattr(tree["state"], last).step[0]) == 0:
         raise ValueError(
             f"workdir {workdir}: training stopped before the {last} phase; nothing to evaluate"
         )
-    return Restored(step, state, Normalizer(*tree["normalizer"]), keys)
+    return Restored(info, algorithm, step, tree["state"], Normalizer(*tree["normalizer"]))
 
 
 def load_policy(
@@ -97,18 +99,14 @@ def load_policy(
       >>> policy = load_policy("runs/qipo_ot-efm-pendulum-scripted-v0-seed0")  # doctest: +SKIP
       >>> policy(observations, jax.random.key(0))  # doctest: +SKIP
     """
-    folder = epath.Path(workdir).expanduser()
-    info = RunInfo.read(folder)
     checks.check_choice("name", name, ("policy", "behavior"))
     checks.check_integer("seed_index", seed_index, 0)
+    restored = restore(resolve(workdir), lambda text: warnings.warn(text, stacklevel=5), **options)
+    info, algorithm = restored.info, restored.algorithm
     if seed_index >= info.num_seeds:
         raise ValueError(
             f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}"
         )
-    algorithm = Algorithm(
-        acting_config(info.config, **options), info.observation_size, info.action_size
-    )
-    restored = restore(folder, info, algorithm, lambda text: warnings.warn(text, stacklevel=3))
     acting = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.acting())
 
     @jax.jit

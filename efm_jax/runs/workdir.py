@@ -9,7 +9,6 @@ from etils import epath
 from efm_jax import __version__
 from efm_jax.files import write_whole
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.types import Dataset
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
@@ -60,32 +59,6 @@ class RunInfo:
     env_spec: str
     reference_scores: tuple[float, float] | None
 
-    @classmethod
-    def describe(
-        cls,
-        config: QIPOConfig,
-        dataset: Dataset,
-        transitions: int,
-        fingerprint: str,
-        references: tuple[float, float] | None,
-        seed: int,
-        num_seeds: int,
-    ) -> "RunInfo":
-        """The record of a run about to start; ``dataset`` may hold one host's part of the rows."""
-        return cls(
-            config=config,
-            seed=seed,
-            num_seeds=num_seeds,
-            dataset=dataset.name,
-            fingerprint=fingerprint,
-            transitions=transitions,
-            dataset_return=float(dataset.episode_returns.mean()),
-            observation_size=dataset.observation_size,
-            action_size=dataset.action_size,
-            env_spec=dataset.env_spec,
-            reference_scores=references,
-        )
-
     @property
     def seeds(self) -> list[int]:
         """The root seed of every training run."""
@@ -135,8 +108,8 @@ class RunInfo:
         """The record of a run, as :meth:`load`; a ``ValueError`` also where there is none."""
         info = cls.load(workdir)
         if info is None:
-            what = f"holds no run (no {CONFIG_FILE})" if workdir.exists() else "no such folder"
-            raise ValueError(f"workdir {workdir}: {what}")
+            missing = "" if workdir.exists() else "no such folder; "
+            raise ValueError(f"workdir {workdir}: {missing}holds no run (no {CONFIG_FILE})")
         return info
 
     def check_same(self, other: "RunInfo", workdir: epath.Path) -> None:
