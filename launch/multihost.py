@@ -34,7 +34,7 @@ flags.DEFINE_integer(
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Around work with the other hosts, if the flags say that there are any.
+    """Join the other hosts, if the flags say that there are any, and work with them.
 
     If one of them dies or never comes, say so and exit at once.
 
@@ -84,7 +84,7 @@ def _join() -> None:
 
 @contextlib.contextmanager
 def agreed_errors() -> Iterator[None]:
-    """Around checks that one host may fail and others pass: then all stop, and none waits."""
+    """Stop all hosts where one of them fails a check, so that none waits for it."""
     problem = None
     try:
         with cli.usage_errors():
@@ -111,7 +111,7 @@ class StopSignal:
         self._received = True
 
     def requested(self) -> bool:
-        """Whether to stop now; every host must ask at the same points."""
+        """Tell whether to stop now; every host must ask at the same points."""
         if hosts.count() > 1:
             self._asked += 1
             self._received = self._received or multihost_utils.reached_preemption_sync_point(
@@ -120,5 +120,5 @@ class StopSignal:
         return self._received
 
     def received_alone(self) -> bool:
-        """Whether to stop now, where hosts are at different points; False if there are several."""
+        """Tell whether to stop now; False on several hosts, which may be at different points."""
         return self._received and hosts.count() == 1

@@ -161,7 +161,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
 
 
 def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, int]:
-    """This host's part of the dataset, and the number of transitions of all hosts."""
+    """Read this host's part of the dataset, and count the transitions of all hosts."""
     total = 0
 
     def rows(count: int) -> slice:
@@ -213,7 +213,7 @@ class _Run:
         self._stop = multihost.StopSignal()
 
     def to_the_end(self) -> int:
-        """Train and evaluate; the exit status."""
+        """Train and evaluate; returns the exit status."""
         try:
             state = self._trainer.run(self._start(), self)
             for name in POLICIES:
@@ -242,7 +242,7 @@ class _Run:
         return state
 
     def report(self, start: float) -> int:
-        """Print and write the result of a run that came to its end; the exit status."""
+        """Write and print the result of a run that came to its end; returns the exit status."""
         seconds = time.perf_counter() - start
         steps = sum(self._info.config.phase_steps.values())
         line = result_line(self._info, self._workdir, steps, self._rollouts, seconds)

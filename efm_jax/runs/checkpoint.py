@@ -53,8 +53,8 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        # A copy: on the CPU a device array may share its memory with the buffer that the next chunk
-        # reuses.
+        # A copy, because on the CPU a device array may share its memory with the buffer that the
+        # next chunk reuses.
         tree = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"digest": _digest(tree)})
@@ -62,7 +62,7 @@ class Checkpointer:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, template: Any, *, discard: bool = False) -> tuple[int, Any] | None:
-        """The newest readable checkpoint as ``(step, tree)``, or None where there is none.
+        """Read the newest readable checkpoint: ``(step, tree)``, or None where there is none.
 
         Args:
           template: a tree of arrays of the structure, shapes and types that were saved.
@@ -76,7 +76,7 @@ class Checkpointer:
             try:
                 with _quiet():
                     tree = self._read(step, template)
-            # Damage shows as whatever the reader of the damaged part raises.
+            # Any error, because damage shows as whatever the reader of the damaged part raises.
             except Exception as error:
                 place = self._directory / str(step)
                 damaged[step] = f"checkpoint {place} cannot be read: {_first_line(error)}"
@@ -117,7 +117,7 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's log of a damaged file: the checkpoint's own report or error says it."""
+    """Silence Orbax's log of a damaged file, because the checkpoint's report or error says it."""
     logger = absl_logging.get_absl_logger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -13,17 +13,17 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def export_policy(
     workdir: str, *, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"), **options
 ) -> bytearray:
-    """The policy of a work directory, lowered to StableHLO and serialized by ``jax.export``.
+    """Lower the policy of a work directory to StableHLO, and serialize it by ``jax.export``.
 
-    What comes back is read with ``jax.export.deserialize(data).call(observations, seed)``:
-    observations ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of
-    the actions' noise, and the result ``[b, A]`` float32 in the environment's units.  Normalization
-    and sampler are inside.
+    The bytes are read with ``jax.export.deserialize(data).call(observations, seed)``: observations
+    ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of the actions'
+    noise, and the result ``[b, A]`` float32 in the environment's units.  Normalization and sampler
+    are inside.
 
     Args:
-      workdir: of ``launch.train``, local or ``gs://``.
-      platforms: of ``PLATFORMS``, those that it will run on.
-      **options: as of :func:`efm_jax.runs.loading.load_policy`.
+      workdir: what ``launch.train`` left, local or ``gs://``.
+      platforms: some of ``PLATFORMS``, which the policy will run on.
+      **options: as in :func:`efm_jax.runs.loading.load_policy`.
 
     Raises:
       ValueError: as :func:`load_policy`; an unknown platform.

@@ -76,14 +76,14 @@ def draw_learning_curve(run: Run) -> bytes:
 
 
 def _grouped(rows: Rows, group: str, column: str) -> dict[str, _Curve]:
-    """A curve of ``column`` over the total step for each text in the column ``group``."""
+    """Collect a curve of ``column`` over the total step for each text in the column ``group``."""
     names = dict.fromkeys(row[group] for row in rows)
     parts = {name: [row for row in rows if row[group] == name] for name in names}
     return _curves(parts, "total_step", column)
 
 
 def _curves(parts: Mapping[str, Rows], step: str, column: str | None = None) -> dict[str, _Curve]:
-    """Curves of rows over the column ``step``, without those that have no finite value.
+    """Collect curves of rows over the column ``step``, but those that have no finite value.
 
     Args:
       parts: rows, by the name of their curve.
@@ -164,7 +164,7 @@ def _draw_returns(
 
 
 def _line(axes: Axes, curve: _Curve, label: str, color: str, marker: str | None = None) -> list:
-    """The mean over seeds with a band to the extremes; returns the handle for a legend."""
+    """Draw the mean over seeds with a band to the extremes; returns handles for a legend."""
     steps, values = curve
     low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
     axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)

@@ -22,7 +22,7 @@ ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_samp
 
 
 def acting_config(config: QIPOConfig, **options: Any) -> QIPOConfig:
-    """The configuration with other ``ACTING_FIELDS``; a ``ValueError`` for any other field."""
+    """Change ``ACTING_FIELDS`` of a configuration; a ``ValueError`` for any other field."""
     for name in options:
         checks.check_choice("option", name, ACTING_FIELDS)
     return dataclasses.replace(config, **options).validate()
@@ -39,10 +39,10 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) -> Restored:
-    """The newest checkpoint of a run whose policy is trained, or is being trained.
+    """Read the newest checkpoint of a run whose policy is trained, or is being trained.
 
     Args:
-      workdir: of ``launch.train``.
+      workdir: what ``launch.train`` left.
       report: called with one line about every checkpoint that cannot be read.
       **options: ``ACTING_FIELDS``, instead of the run's.
 
@@ -60,7 +60,7 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     }
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
     found = None
-    if (workdir / CHECKPOINTS_FOLDER).exists():  # a checkpointer would make it
+    if (workdir / CHECKPOINTS_FOLDER).exists():  # because a checkpointer would make it
         checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report)
         try:
             found = checkpointer.restore(template)
@@ -80,7 +80,7 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
 def load_policy(
     workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any
 ) -> Callable:
-    """The policy of a work directory of ``launch.train``.
+    """Load the policy of a work directory of ``launch.train``.
 
     Args:
       workdir: local or ``gs://``.

@@ -80,7 +80,7 @@ class CsvTable:
         write_whole(self._path, self._text(rows, header=True))
 
     def _text(self, rows: Iterable[Row], *, header: bool) -> str:
-        """Lines of the file; a number is the shortest text of its own type that reads back so."""
+        """Write rows as text, a number as the shortest that reads back as the same of its type."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self._columns, restval="", lineterminator="\n")
         if header:

@@ -20,7 +20,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 def resolve(path: epath.PathLike) -> epath.Path:
-    """The work directory at ``path``, there or not; a ``ValueError`` if a file is in its place."""
+    """Find the work directory at ``path``, there or not; a ``ValueError`` if it is a file."""
     workdir = epath.Path(path).expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={path}: is a file; expected a folder")
@@ -28,7 +28,7 @@ def resolve(path: epath.PathLike) -> epath.Path:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file; a ``ValueError`` where there is another thing in it."""
+    """Read the object in a JSON file; a ``ValueError`` if another thing is in it."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -72,7 +72,7 @@ class RunInfo:
 
     @classmethod
     def load(cls, workdir: epath.Path) -> "RunInfo | None":
-        """The record of a run started before; None where there is none.
+        """Read the record of a run started before; None where there is none.
 
         Raises:
           ValueError: the file cannot be understood, or is missing beside checkpoints, which could
@@ -105,7 +105,7 @@ class RunInfo:
 
     @classmethod
     def read(cls, workdir: epath.Path) -> "RunInfo":
-        """The record of a run, as :meth:`load`; a ``ValueError`` also where there is none."""
+        """Read the record of a run, as :meth:`load`; a ``ValueError`` also where there is none."""
         info = cls.load(workdir)
         if info is None:
             missing = "" if workdir.exists() else "no such folder; "
@@ -134,7 +134,7 @@ class RunInfo:
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
-    """Refuse what no run writes: such a file would be misread without a word."""
+    """Refuse what no run writes, because it would be misread without a word."""
     kind = (int, float) if field.type is float else field.type
     if field.name == "reference_scores":
         numbers = value is None or all(isinstance(end, (int, float)) for end in value)
