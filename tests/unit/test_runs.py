@@ -1,17 +1,25 @@
 """What a work directory tells of its run, and the picture of it."""
 
+import dataclasses
 import io
 
+import jax
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
+from efm_jax.envs import Rollouts
+from efm_jax.rl.algorithm import State
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.metrics import MetricsWriter
 from efm_jax.runs.reader import Run, read_result
 from efm_jax.runs.workdir import RunInfo
+from efm_jax.runs.writer import RunWriter
+from efm_jax.training.state import TrainState
+from efm_jax.types import Normalizer
 from tests.unit.test_metrics import SEEDS, add_returns
 
 
@@ -160,3 +168,50 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="no finite number"):
         draw_learning_curve(Run.read(tmp_path))
+
+
+def fresh_state(value):
+    def stage(steps):
+        stage = TrainState.create({"w": np.full((2, 3), value, np.float32)}, optax.adam(1e-3))
+        return stage.replace(step=np.full(2, steps))
+
+    return State(stage(10), stage(5), stage(0), {"w": np.zeros((2, 3), np.float32)})
+
+
+def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
+    folder, normalizer = epath.Path(tmp_path) / "run", Normalizer(*np.ones((4, 3), np.float32))
+    writer = RunWriter(folder, info(), normalizer)
+    assert not folder.exists()
+    assert writer.start(fresh_state(0.0), print) is None
+    total = QIPOConfig().behavior_steps
+    writer.metrics("behavior", 10, {"loss": np.ones(2)})
+    writer.renewal({"ess": np.full(2, 1.5)})
+    writer.metrics("critic", 5, {"loss": np.ones(2)})
+    writer.checkpoint(fresh_state(7.0))
+    writer.close()
+    assert Run.read(folder).result is None
+
+    writer = RunWriter(folder, info(), normalizer)
+    lines = []
+    step, state = writer.start(fresh_state(0.0), lines.append)
+    assert (step, lines) == (15, [])
+    jax.tree.map(np.testing.assert_array_equal, state, fresh_state(7.0))
+    writer.renewal({"ess": np.full(2, 1.5)})
+    writer.metrics("policy", 2, {"loss": np.ones(2)})
+    writer.returns("policy", 12, Rollouts(np.ones((2, 1)), np.ones((2, 1), int)), [0])
+    writer.finish({"steps": 15})
+    run = Run.read(folder)
+    # What was logged beyond the checkpoint went; a renewal's numbers go beside the policy's.
+    logged = [(row["phase"], row["total_step"], row["ess"]) for row in run.metrics]
+    assert logged[::2] == [("behavior", "10", ""), ("policy", str(2 * total + 2), "1.5")]
+    assert (len(run.returns), run.result) == (2, {"steps": 15})
+    assert matplotlib.image.imread(tmp_path / "run" / "learning_curve.png").std() > 0
+
+
+def test_a_writer_refuses_the_folder_of_another_run(tmp_path):
+    info().save(epath.Path(tmp_path))
+    for name, other in {"seed": 4, "num_seeds": 1, "fingerprint": "g", "env_spec": "{}"}.items():
+        with pytest.raises(ValueError, match=f"holds a run with {name} = .*give another --workdir"):
+            RunWriter(epath.Path(tmp_path), dataclasses.replace(info(), **{name: other}), None)
+    moved = dataclasses.replace(info(), dataset="elsewhere", transitions=11)
+    assert RunWriter(epath.Path(tmp_path), moved, None)  # the fingerprint is the same
