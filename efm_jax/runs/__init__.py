@@ -1,0 +1,1 @@
+"""Work directories: what a training run leaves, who writes it and who reads it."""
