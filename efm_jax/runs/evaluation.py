@@ -122,14 +122,14 @@ def result_line(
 ) -> dict[str, Any]:
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
 
-    Of each policy it has the mean over seeds of the mean return, its interval (over training seeds
-    where there are several, otherwise over episodes) and its score.
+    Each policy has the mean over seeds of the mean return, its interval (over training seeds where
+    there are several, otherwise over episodes) and its score.
 
     Args:
       info: what the run is.
       workdir: where it is.
       step: gradient steps of all phases.
-      rollouts: by policy.
+      rollouts: of each of ``POLICIES``.
       seconds: how long it took.
     """
     line: dict[str, Any] = {
@@ -139,8 +139,9 @@ def result_line(
         "steps": step,
         "dataset_return": info.dataset_return,
     }
-    for name, rollout in rollouts.items():
-        samples = rollout.returns.mean(axis=1) if info.num_seeds > 1 else rollout.returns[0]
+    for name in POLICIES:
+        returns = rollouts[name].returns
+        samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
         mean, low, high = mean_and_interval(samples)
         line[f"{name}_return"] = mean
         line[f"{name}_interval"] = [low, high]
