@@ -3,8 +3,8 @@
 Reads the newest readable checkpoint, plays the same episodes with the behavior model and the
 policy, adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is
 not needed. How actions are sampled and chosen may differ from training: --solver, --sample_steps,
---action_selection,
---num_candidates.  --video=FILE.mp4 also records the first training seed's policy on the first episode.
+--action_selection, --num_candidates.  --video=FILE.mp4 also records the first training seed's
+policy on the first episode.
 Exit status: 0 done, 2 bad flags or no usable checkpoint.
 """
 
@@ -12,21 +12,18 @@ import os
 import sys
 import time
 
-import jax
 from absl import flags
 from etils import epath
 
-from efm_jax.envs import evaluate
 from efm_jax.envs.video import record_video
-from efm_jax.rl.algorithm import Algorithm
-from efm_jax.rl.config import SOLVERS
-from efm_jax.rl.selection import ACTION_SELECTIONS
-from efm_jax.rl.trainer import make_act
-from efm_jax.runs.loading import acting_config
-from efm_jax.runs.metrics import return_rows, write_returns
-from efm_jax.runs.workdir import RunInfo, restore
-from launch import cli, evaluation
-from launch.workdir import resolve
+from efm_jax.rl.config import ACTION_SELECTIONS
+from efm_jax.rl.model import SOLVERS
+from efm_jax.runs.evaluation import Evaluator, check_environment, episode_seeds, result_line
+from efm_jax.runs.loading import restore
+from efm_jax.runs.metrics import write_returns
+from efm_jax.runs.workdir import resolve
+from launch import cli
+from launch.evaluation import print_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
 _EPISODES = flags.DEFINE_integer(
@@ -63,49 +60,33 @@ def main(_: list[str]) -> int:
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
         workdir = resolve(_WORKDIR.value)
-        info = RunInfo.load(workdir)
-        if info is None:
-            raise ValueError(f"workdir {workdir}: holds no run (no config.json)")
         options = {
             "eval_solver": _SOLVER.value,
             "eval_sample_steps": _SAMPLE_STEPS.value,
             "action_selection": _SELECTION.value,
             "num_candidates": _CANDIDATES.value,
         }
-        config = acting_config(
-            info.config, **{name: value for name, value in options.items() if value is not None}
+        restored = restore(
+            workdir,
+            lambda text: print(text, file=sys.stderr),
+            **{name: value for name, value in options.items() if value is not None},
         )
-        evaluation.check_environment(info.env_spec, info.observation_size, info.action_size)
-        algorithm = Algorithm(config, info.observation_size, info.action_size)
-        restored = restore(workdir, info, algorithm, lambda text: print(text, file=sys.stderr))
-    state = restored.state
-    seeds = evaluation.episode_seeds(_EPISODES.value or config.eval_episodes)
+        info, params = restored.info, restored.state.params()
+        check_environment(info.env_spec, info.observation_size, info.action_size)
+    episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
+    evaluator = Evaluator(info, restored.agent, restored.normalizer)
     if _VIDEO.value:
-        first = jax.tree.map(lambda leaf: leaf[:1], (restored.keys, state.acting()))
-        act = make_act(algorithm, "policy", first[0], first[1], restored.normalizer, seeds[:1])
+        act = evaluator.act("policy", params, episodes[:1], seeds=slice(1))
         with cli.usage_errors():
-            record_video(act, info.env_spec, epath.Path(_VIDEO.value).expanduser(), seed=seeds[0])
+            path = epath.Path(_VIDEO.value).expanduser()
+            record_video(act, info.env_spec, path, seed=episodes[0])
+    steps = {"behavior": int(restored.state.behavior.step[0]), "policy": restored.step}
     rollouts = {}
-    behavior_step = int(state.behavior.step[0])
-    for name, total_step in (("behavior", behavior_step), ("policy", restored.step)):
-        act = make_act(algorithm, name, restored.keys, state.acting(), restored.normalizer, seeds)
-        rollouts[name] = evaluate(
-            act, info.env_spec, num_policies=info.num_seeds, episode_seeds=seeds
-        )
-        write_returns(workdir, return_rows(total_step, name, *rollouts[name], seeds))
-    summary = evaluation.summarize(info, rollouts)
-    line = {
-        "dataset": info.dataset,
-        "algorithm": config.algorithm,
-        "seeds": info.num_seeds,
-        "steps": restored.step,
-        "episodes": len(seeds),
-        "dataset_return": info.dataset_return,
-        **summary,
-        "seconds": round(time.perf_counter() - start, 1),
-        "workdir": str(workdir),
-    }
-    evaluation.print_report(info, summary, line)
+    for name, step in steps.items():
+        rollouts[name] = evaluator.play(name, params, episodes)
+        write_returns(workdir, step, name, rollouts[name], info.seeds, episodes)
+    line = result_line(info, workdir, restored.step, rollouts, time.perf_counter() - start)
+    print_report(info, line | {"episodes": len(episodes)})
     return 0
 
 

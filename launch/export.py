@@ -18,8 +18,8 @@ from etils import epath
 
 from efm_jax.files import write_whole
 from efm_jax.runs.export import export_policy
+from efm_jax.runs.workdir import resolve
 from launch import cli
-from launch.workdir import resolve
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
 _OUT = flags.DEFINE_string(

@@ -32,13 +32,31 @@ flags.DEFINE_integer(
 )
 
 
-def start() -> None:
-    """Join the other hosts, if the flags say that there are any.
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the other hosts, if the flags say that there are any, and work with them.
 
-    Raises:
-      ValueError: some but not all of the explicit flags, or nothing that says where the hosts are.
-      RuntimeError: hosts that did not find each other in time.
+    If one of them dies or never comes, say so and exit at once.
+
+    JAX raises the same error for what only this host has, such as too little memory: the reason
+    tells. Where the coordinator dies, JAX itself ends the process, with a message of its own.
     """
+    try:
+        with cli.usage_errors():
+            _join()
+        yield
+    except RuntimeError as error:
+        if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        cause = "another host stopped or cannot be reached, or this one cannot go on"
+        print(f"launch.train: failed: {cause}: {reason}", file=sys.stderr)
+        sys.stderr.flush()
+        # A normal exit would wait for the lost host.
+        os._exit(cli.EXIT_FAILED)
+
+
+def _join() -> None:
     explicit = {name: flags.FLAGS[name].value for name in _EXPLICIT}
     missing = [name for name, value in explicit.items() if value is None]
     if len(missing) == len(explicit):
@@ -66,7 +84,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def agreed_errors() -> Iterator[None]:
-    """Around checks that one host may fail and others pass: then all stop, and none waits for it."""
+    """Stop all hosts where one of them fails a check, so that none waits for it."""
     problem = None
     try:
         with cli.usage_errors():
@@ -80,28 +98,8 @@ def agreed_errors() -> Iterator[None]:
         raise cli.UsageError(f"host {failed[0]} cannot run this; its own output says why")
 
 
-@contextlib.contextmanager
-def lost_hosts() -> Iterator[None]:
-    """Around work with other hosts: if one of them dies or never comes, say so and exit at once.
-
-    JAX raises the same error for what only this host has, such as too little memory: the reason
-    tells. Where the coordinator dies, JAX itself ends the process, with a message of its own.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        cause = "another host stopped or cannot be reached, or this one cannot go on"
-        print(f"launch.train: failed: {cause}: {reason}", file=sys.stderr)
-        sys.stderr.flush()
-        # A normal exit would wait for the lost host.
-        os._exit(cli.EXIT_FAILED)
-
-
 class StopSignal:
-    """SIGTERM, or on several hosts JAX's preemption notice to any of them, seen by all at the same point."""
+    """SIGTERM; on several hosts JAX's preemption notice to any, seen by all at the same point."""
 
     def __init__(self) -> None:
         self._received = False
@@ -113,7 +111,7 @@ class StopSignal:
         self._received = True
 
     def requested(self) -> bool:
-        """Whether to stop now; every host must ask at the same points."""
+        """Tell whether to stop now; every host must ask at the same points."""
         if hosts.count() > 1:
             self._asked += 1
             self._received = self._received or multihost_utils.reached_preemption_sync_point(
@@ -122,5 +120,5 @@ class StopSignal:
         return self._received
 
     def received_alone(self) -> bool:
-        """Whether to stop now, where hosts are not at the same point: always False if there are several."""
+        """Tell whether to stop now; False on several hosts, which may be at different points."""
         return self._received and hosts.count() == 1

@@ -33,7 +33,11 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: epath.PathLike, *, max_to_keep: int = 3, report: Callable[[str], None] = print
+        self,
+        directory: epath.PathLike,
+        *,
+        max_to_keep: int = 3,
+        report: Callable[[str], None] = print,
     ):
         self._directory = epath.Path(directory)
         self._report = report
@@ -49,8 +53,8 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        # A copy: on the CPU a device array may share its memory with the buffer that the next chunk
-        # reuses.
+        # A copy, because on the CPU a device array may share its memory with the buffer that the
+        # next chunk reuses.
         tree = jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"digest": _digest(tree)})
@@ -58,7 +62,7 @@ class Checkpointer:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, template: Any, *, discard: bool = False) -> tuple[int, Any] | None:
-        """The newest readable checkpoint as ``(step, tree)``, or None where there is none.
+        """Read the newest readable checkpoint: ``(step, tree)``, or None where there is none.
 
         Args:
           template: a tree of arrays of the structure, shapes and types that were saved.
@@ -72,7 +76,7 @@ class Checkpointer:
             try:
                 with _quiet():
                     tree = self._read(step, template)
-            # Damage shows as whatever the reader of the damaged part raises.
+            # Any error, because damage shows as whatever the reader of the damaged part raises.
             except Exception as error:
                 place = self._directory / str(step)
                 damaged[step] = f"checkpoint {place} cannot be read: {_first_line(error)}"
@@ -84,17 +88,23 @@ class Checkpointer:
             return step, tree
         if damaged:
             newest = next(iter(damaged.values()))
-            raise CheckpointError(newest + (f"; none of the {len(damaged)} can" if len(damaged) > 1 else ""))
+            raise CheckpointError(
+                newest + (f"; none of the {len(damaged)} can" if len(damaged) > 1 else "")
+            )
         return None
 
     def _read(self, step: int, template: Any) -> Any:
         template = jax.tree.map(np.asarray, template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+        )
         restored = self._manager.restore(step, args=args)
         tree = jax.tree.map(np.asarray, restored["state"])
         if _digest(tree) != restored["meta"]["digest"]:
             raise ValueError("its arrays do not match their digest")
-        wanted, found = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (template, tree))
+        wanted, found = (
+            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (template, tree)
+        )
         if wanted != found:
             raise ValueError("its arrays have other shapes or types than this configuration")
         return tree
@@ -107,7 +117,7 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's log of a damaged file: the checkpoint's own report or error says it."""
+    """Silence Orbax's log of a damaged file, because the checkpoint's report or error says it."""
     logger = absl_logging.get_absl_logger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax import export
 
 from efm_jax.runs.loading import load_policy
-from efm_jax.runs.workdir import RunInfo
+from efm_jax.runs.workdir import RunInfo, resolve
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -14,17 +13,17 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def export_policy(
     workdir: str, *, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"), **options
 ) -> bytearray:
-    """The policy of a work directory, lowered to StableHLO and serialized by ``jax.export``.
+    """Lower the policy of a work directory to StableHLO, and serialize it by ``jax.export``.
 
-    What comes back is read with ``jax.export.deserialize(data).call(observations, seed)``:
-    observations ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of
-    the actions' noise, and the result ``[b, A]`` float32 in the environment's units.  Normalization
-    and sampler are inside.
+    The bytes are read with ``jax.export.deserialize(data).call(observations, seed)``: observations
+    ``[b, S]`` float32 in the environment's units for any ``b``, a ``uint32`` seed of the actions'
+    noise, and the result ``[b, A]`` float32 in the environment's units.  Normalization and sampler
+    are inside.
 
     Args:
-      workdir: of ``launch.train``, local or ``gs://``.
-      platforms: of ``PLATFORMS``, those that it will run on.
-      **options: as of :func:`efm_jax.runs.loading.load_policy`.
+      workdir: what ``launch.train`` left, local or ``gs://``.
+      platforms: some of ``PLATFORMS``, which the policy will run on.
+      **options: as in :func:`efm_jax.runs.loading.load_policy`.
 
     Raises:
       ValueError: as :func:`load_policy`; an unknown platform.
@@ -35,7 +34,7 @@ def export_policy(
         known, given = ", ".join(PLATFORMS), ", ".join(platforms) or "none"
         raise ValueError(f"platforms: expected some of {known}; got {given}")
     policy = load_policy(workdir, **options)
-    info = RunInfo.load(epath.Path(workdir).expanduser())
+    info = RunInfo.read(resolve(workdir))
 
     def act(observations: jax.Array, seed: jax.Array) -> jax.Array:
         return policy(observations, jax.random.key(seed))

@@ -1,73 +1,63 @@
 """``learning_curve.png``: a run's losses, weights, Q-values and returns at a glance."""
 
+import functools
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter, StrMethodFormatter
 
-from efm_jax.files import write_whole
-from efm_jax.runs.metrics import read_table
+from efm_jax.runs.reader import Rows, Run
 
-Rows = list[dict[str, str]]
-
-_PHASE_COLORS = {"behavior": "#4477aa", "critic": "#ccbb44", "policy": "#aa3377"}
-_OTHER_COLORS = ("#228833", "#66ccee", "#ee6677", "#777777")
-_DATASET_COLOR = "#555555"
+_COLORS = {"behavior": "#4477aa", "critic": "#ccbb44", "policy": "#aa3377"}
+_OTHER_COLOR = "#228833"
+_ESS_COLOR, _TOP_WEIGHT_COLOR, _DATASET_COLOR = "#4477aa", "#ee6677", "#555555"
 # Below this effective sample size one action carries nearly all the weight of a state; the run
 # warns too.
-_LOW_ESS = 1.5
+LOW_ESS = 1.5
 
 
-def plot_learning_curve(
-    metrics_csv: epath.PathLike,
-    returns_csv: epath.PathLike,
-    output_png: epath.PathLike,
-    *,
-    dataset_return: float | None = None,
-    title: str = "",
-) -> None:
-    """Draws what a run has logged so far; panels for which nothing is logged yet are left out.
+class _Curve(NamedTuple):
+    steps: np.ndarray  # [P] in order
+    values: np.ndarray  # [P, K]; NaN where a seed has nothing finite
+
+
+def draw_learning_curve(run: Run) -> bytes:
+    """Draw what a run has logged so far, as a PNG; panels for which nothing is there are left out.
 
     Panels: losses by phase; effective sample size and top weight of the policy phase; Q-values of
-      data
-    and support actions; returns of behavior, policy and dataset. Lines are means over training
+    data and support actions; returns of behavior, policy and dataset. Lines are means over training
     seeds, bands reach from the smallest to the largest seed (each seed's return being its mean over
     episodes).
 
-    Args:
-      metrics_csv: as written by :class:`efm_jax.runs.metrics.MetricsWriter`.
-      returns_csv: as written by :func:`efm_jax.runs.metrics.write_returns`; may not exist yet.
-      output_png: replaced in one rename.
-      dataset_return: mean return of the dataset's episodes, drawn as a line.
-      title: over the whole figure.
-
     Raises:
-      FileNotFoundError: no ``metrics_csv``.
       ValueError: there is no finite number to draw.
     """
-    metrics = read_table(metrics_csv)
-    returns = read_table(returns_csv) if epath.Path(returns_csv).exists() else []
+    metrics = run.metrics
     policy = [row for row in metrics if row["phase"] == "policy"]
-    panels: list[Callable[[Axes], None]] = []
-    if _has(metrics, "loss"):
-        panels.append(lambda axes: _draw_losses(axes, metrics))
-    if _has(policy, "ess") or _has(policy, "top_weight"):
-        panels.append(lambda axes: _draw_weights(axes, policy))
-    if _has(metrics, "q_data") or _has(metrics, "q_support"):
-        panels.append(lambda axes: _draw_q_values(axes, metrics))
-    if _has(returns, "return"):
-        # Evaluations carry the total step; the policy phase starts where the earlier phases ended.
-        start = min((int(row["total_step"]) - int(row["step"]) for row in policy), default=0)
-        panels.append(lambda axes: _draw_returns(axes, returns, start, dataset_return))
+    losses = _grouped(metrics, "phase", "loss")
+    weights = _curves(dict.fromkeys(("ess", "top_weight"), policy), "step")
+    q_values = _curves(dict.fromkeys(("q_data", "q_support"), metrics), "total_step")
+    returns = _grouped(run.returns, "policy", "return")
+    # Evaluations carry the total step; the policy phase starts where the earlier phases ended.
+    start = min((int(row["total_step"]) - int(row["step"]) for row in policy), default=0)
+    panels: list[Callable[[Axes], None]] = [
+        functools.partial(draw, curves=curves, **more)
+        for draw, curves, more in (
+            (_draw_losses, losses, {}),
+            (_draw_weights, weights, {}),
+            (_draw_q_values, q_values, {}),
+            (_draw_returns, returns, {"start": start, "dataset_return": run.info.dataset_return}),
+        )
+        if curves
+    ]
     if not panels:
-        raise ValueError(f"{epath.Path(metrics_csv)}: no finite number to draw")
-
+        raise ValueError(f"{run.path}: no finite number to draw")
     rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
     width = 5.6 * columns
     figure = Figure(figsize=(width, 3.9 * rows), dpi=120, layout="constrained")
@@ -78,21 +68,47 @@ def plot_learning_curve(
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, not 10000
         draw(axes)
-    if title:
-        figure.suptitle("\n".join(textwrap.wrap(title, int(10 * width))), fontsize=12)
-    _save(figure, epath.Path(output_png))
+    title = f"{run.info.algorithm} on {run.info.dataset}"
+    figure.suptitle("\n".join(textwrap.wrap(title, int(10 * width))), fontsize=12)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
-def _draw_losses(axes: Axes, metrics: Rows) -> None:
-    smallest, largest = np.inf, -np.inf
-    phases = list(dict.fromkeys(row["phase"] for row in metrics))
-    for index, phase in enumerate(phases):
-        rows = [row for row in metrics if row["phase"] == phase]
-        if _has(rows, "loss"):
-            color = _PHASE_COLORS.get(phase, _OTHER_COLORS[index % len(_OTHER_COLORS)])
-            steps, values = _by_seed(rows, "total_step", "loss")
-            _line(axes, steps, values, phase, color)
-            smallest, largest = min(smallest, np.nanmin(values)), max(largest, np.nanmax(values))
+def _grouped(rows: Rows, group: str, column: str) -> dict[str, _Curve]:
+    """Collect a curve of ``column`` over the total step for each text in the column ``group``."""
+    names = dict.fromkeys(row[group] for row in rows)
+    parts = {name: [row for row in rows if row[group] == name] for name in names}
+    return _curves(parts, "total_step", column)
+
+
+def _curves(parts: Mapping[str, Rows], step: str, column: str | None = None) -> dict[str, _Curve]:
+    """Collect curves of rows over the column ``step``, but those that have no finite value.
+
+    Args:
+      parts: rows, by the name of their curve.
+      step: the column of steps.
+      column: of values, the mean of a seed's rows at a step; by default the curve's name.
+    """
+    curves = {}
+    for name, rows in parts.items():
+        groups: dict[tuple[int, int], list[float]] = {}
+        for row in rows:
+            value = float(row.get(column or name) or np.nan)
+            if np.isfinite(value):
+                groups.setdefault((int(row[step]), int(row["seed"])), []).append(value)
+        if groups:
+            steps, seeds = (sorted(set(part)) for part in zip(*groups, strict=True))
+            points = [[np.mean(groups.get((at, seed), np.nan)) for seed in seeds] for at in steps]
+            curves[name] = _Curve(np.array(steps), np.array(points))
+    return curves
+
+
+def _draw_losses(axes: Axes, curves: Mapping[str, _Curve]) -> None:
+    for phase, curve in curves.items():
+        _line(axes, curve, phase, _COLORS.get(phase, _OTHER_COLOR))
+    smallest = min(np.nanmin(curve.values) for curve in curves.values())
+    largest = max(np.nanmax(curve.values) for curve in curves.values())
     if smallest > 0:
         axes.set_yscale("log")
         number = StrMethodFormatter("{x:g}")
@@ -102,126 +118,64 @@ def _draw_losses(axes: Axes, metrics: Rows) -> None:
     _label(axes, "Loss by phase", "gradient step, all phases", "loss")
 
 
-def _draw_weights(axes: Axes, policy: Rows) -> None:
-    handles = []
-    if _has(policy, "ess"):
-        handles += _line(axes, *_by_seed(policy, "step", "ess"), "effective sample size", "#4477aa")
-        handles.append(
-            axes.axhline(
-                _LOW_ESS, color="#4477aa", linewidth=1, linestyle=":", label=f"warning below {_LOW_ESS}"
-            )
-        )
+def _draw_weights(axes: Axes, curves: Mapping[str, _Curve]) -> None:
+    handles, right = [], axes
+    if "ess" in curves:
+        handles += _line(axes, curves["ess"], "effective sample size", _ESS_COLOR)
+        low = {"color": _ESS_COLOR, "linewidth": 1, "linestyle": ":"}
+        handles.append(axes.axhline(LOW_ESS, label=f"warning below {LOW_ESS}", **low))
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
-    _label(axes, "Weights of a state's support actions", "policy step", "effective sample size")
-    if _has(policy, "top_weight"):
-        right = axes
-        if handles:
-            right = axes.twinx()
-            right.spines[["top"]].set_visible(False)
-        handles += _line(right, *_by_seed(policy, "step", "top_weight"), "top weight", "#ee6677")
+        right = axes.twinx() if "top_weight" in curves else axes
+        right.spines[["top"]].set_visible(False)
+    if "top_weight" in curves:
+        handles += _line(right, curves["top_weight"], "top weight", _TOP_WEIGHT_COLOR)
         right.set_ylabel("top weight")
         right.set_ylim(0.0, 1.0)
-    _legend(axes, handles)
+    y = "effective sample size" if "ess" in curves else "top weight"
+    _label(axes, "Weights of a state's support actions", "policy step", y, handles)
 
 
-def _draw_q_values(axes: Axes, metrics: Rows) -> None:
-    names = (("q_data", "data actions", "#4477aa"), ("q_support", "support actions", "#aa3377"))
-    for column, label, color in names:
-        if _has(metrics, column):
-            _line(axes, *_by_seed(metrics, "total_step", column), label, color)
+def _draw_q_values(axes: Axes, curves: Mapping[str, _Curve]) -> None:
+    for column, curve in curves.items():
+        of = column.removeprefix("q_")
+        _line(axes, curve, f"{of} actions", _COLORS["behavior" if of == "data" else "policy"])
     _label(axes, "Mean Q-value", "gradient step, all phases", "Q")
 
 
-def _draw_returns(axes: Axes, returns: Rows, policy_start: int, dataset_return: float | None) -> None:
-    handles = []
-    names = list(dict.fromkeys(row["policy"] for row in returns))
-    for index, name in enumerate(name for name in names if name != "behavior"):
-        rows = [row for row in returns if row["policy"] == name]
-        steps, values = _by_seed(rows, "total_step", "return")
-        color = _PHASE_COLORS.get(name, _OTHER_COLORS[index % len(_OTHER_COLORS)])
-        handles += _line(axes, steps - policy_start, values, name, color, marker="o")
-    behavior = [row for row in returns if row["policy"] == "behavior"]
-    if _has(behavior, "return"):
-        values = _by_seed(behavior, "total_step", "return")[1][-1]
-        color = _PHASE_COLORS["behavior"]
-        handles.append(axes.axhline(np.nanmean(values), color=color, linewidth=1.6, label="behavior"))
-        axes.axhspan(np.nanmin(values), np.nanmax(values), color=color, alpha=0.15, linewidth=0)
-    if dataset_return is not None and np.isfinite(dataset_return):
-        line = axes.axhline(
-            dataset_return, color=_DATASET_COLOR, linewidth=1.2, linestyle="--", label="dataset"
-        )
-        handles.append(line)
-    if names == ["behavior"]:
+def _draw_returns(
+    axes: Axes, curves: Mapping[str, _Curve], start: int, dataset_return: float
+) -> None:
+    for name, (steps, values) in curves.items():
+        color = _COLORS.get(name, _OTHER_COLOR)
+        if name == "behavior":
+            last = values[-1]
+            axes.axhspan(np.nanmin(last), np.nanmax(last), color=color, alpha=0.15, linewidth=0)
+            axes.axhline(np.nanmean(last), color=color, linewidth=1.6, label=name)
+        else:
+            _line(axes, _Curve(steps - start, values), name, color, marker="o")
+    if np.isfinite(dataset_return):
+        dashes = {"color": _DATASET_COLOR, "linewidth": 1.2, "linestyle": "--"}
+        axes.axhline(dataset_return, label="dataset", **dashes)
+    if list(curves) == ["behavior"]:
         axes.set_xticks([])  # nothing was evaluated along the policy phase yet
-    seeds = len({row["seed"] for row in returns})
+    seeds = max(curve.values.shape[1] for curve in curves.values())
     spread = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
     _label(axes, f"Return of an episode ({spread})", "policy step", "return")
-    _legend(axes, handles)
 
 
-def _line(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str, marker: str | None = None
-) -> list:
-    """Mean over seeds of ``values [points, K]`` with a band to the extremes; the handle for the legend."""
-    if len(steps) == 1:
-        marker = "o"  # a line through one point is invisible
-    handles = axes.plot(
-        steps,
-        np.nanmean(values, axis=1),
-        color=color,
-        label=label,
-        marker=marker,
-        markersize=4,
-        linewidth=1.6,
-    )
+def _line(axes: Axes, curve: _Curve, label: str, color: str, marker: str | None = None) -> list:
+    """Draw the mean over seeds with a band to the extremes; returns handles for a legend."""
+    steps, values = curve
     low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
     axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-    return handles
+    if len(steps) == 1:
+        marker = "o"  # a line through one point is invisible
+    style: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.6}
+    return axes.plot(steps, np.nanmean(values, axis=1), color=color, label=label, **style)
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def _label(axes: Axes, title: str, x: str, y: str, handles: Iterable | None = None) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    handles, _ = axes.get_legend_handles_labels()
-    _legend(axes, handles)
-
-
-def _legend(axes: Axes, handles: Sequence) -> None:
-    if handles:
-        axes.legend(handles=handles, fontsize=8, frameon=False, loc="best")
-
-
-def _number(text: str | None) -> float:
-    """A cell's number; NaN for an empty cell and for what cannot be drawn."""
-    value = float(text) if text else np.nan
-    return value if np.isfinite(value) else np.nan
-
-
-def _has(rows: Rows, column: str) -> bool:
-    return any(np.isfinite(_number(row.get(column))) for row in rows)
-
-
-def _by_seed(rows: Rows, step_column: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps ``[P]`` in order and the values there ``[P, K]``, the mean of a seed's rows at a step.
-
-    NaN where a seed has no finite value; steps at which no seed has one are left out.
-    """
-    groups: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        value = _number(row.get(column))
-        if np.isfinite(value):
-            groups.setdefault((int(row[step_column]), row["seed"]), []).append(value)
-    steps = sorted({step for step, _ in groups})
-    seeds = sorted({seed for _, seed in groups})
-    values = np.full((len(steps), len(seeds)), np.nan)
-    row_of = {step: index for index, step in enumerate(steps)}
-    for (step, seed), numbers in groups.items():
-        values[row_of[step], seeds.index(seed)] = np.mean(numbers)
-    return np.array(steps), values
-
-
-def _save(figure: Figure, output: epath.Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_whole(output, buffer.getvalue())
+    axes.legend(handles=handles, fontsize=8, frameon=False, loc="best")

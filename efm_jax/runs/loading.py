@@ -3,30 +3,85 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from efm_jax import checks
-from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.agents import Agent, State, make_agent
+from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.runs.workdir import RunInfo, restore
-from efm_jax.types import Array
+from efm_jax.runs.checkpoint import Checkpointer
+from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, resolve
+from efm_jax.types import Array, Normalizer
 
 # Fields of a configuration that only concern acting.
 ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_sample_steps")
 
 
 def acting_config(config: QIPOConfig, **options: Any) -> QIPOConfig:
-    """The configuration with other ``ACTING_FIELDS``; a ``ValueError`` for any other field."""
+    """Change ``ACTING_FIELDS`` of a configuration; a ``ValueError`` for any other field."""
     for name in options:
         checks.check_choice("option", name, ACTING_FIELDS)
     return dataclasses.replace(config, **options).validate()
 
 
-def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any) -> Callable:
-    """The policy of a work directory of ``launch.train``.
+class Restored(NamedTuple):
+    """A run as its newest readable checkpoint has it."""
+
+    info: RunInfo
+    agent: Agent
+    step: int  # of all phases
+    state: State  # with a leading seed axis
+    normalizer: Normalizer
+
+
+def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) -> Restored:
+    """Read the newest checkpoint of a run whose policy is trained, or is being trained.
+
+    Args:
+      workdir: what ``launch.train`` left.
+      report: called with one line about every checkpoint that cannot be read.
+      **options: ``ACTING_FIELDS``, instead of the run's.
+
+    Raises:
+      ValueError: no run, no checkpoint or none of the policy phase, or an option out of range.
+    """
+    info = RunInfo.read(workdir)
+    sizes = info.observation_size, info.action_size
+    agent = make_agent(acting_config(info.config, **options), *sizes)
+    keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
+    bounds = (jax.ShapeDtypeStruct((size,), np.float32) for size in np.repeat(sizes, 2))
+    template = {
+        "state": jax.eval_shape(jax.vmap(agent.init), keys),
+        "normalizer": Normalizer(*bounds),
+    }
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
+    found = None
+    if (workdir / CHECKPOINTS_FOLDER).exists():  # because a checkpointer would make it
+        checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report)
+        try:
+            found = checkpointer.restore(template)
+        finally:
+            checkpointer.close()
+    if found is None:
+        raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
+    step, tree = found
+    last = "policy" if info.phase_steps["policy"] else "critic"
+    if int(getattr(tree["state"], last).step[0]) == 0:
+        raise ValueError(
+            f"workdir {workdir}: training stopped before the {last} phase; nothing to evaluate"
+        )
+    return Restored(info, agent, step, tree["state"], Normalizer(*tree["normalizer"]))
+
+
+def load_policy(
+    workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any
+) -> Callable:
+    """Load the policy of a work directory of ``launch.train``.
 
     Args:
       workdir: local or ``gs://``.
@@ -45,23 +100,21 @@ def load_policy(workdir: str, *, name: str = "policy", seed_index: int = 0, **op
       >>> policy = load_policy("runs/qipo_ot-efm-pendulum-scripted-v0-seed0")  # doctest: +SKIP
       >>> policy(observations, jax.random.key(0))  # doctest: +SKIP
     """
-    folder = epath.Path(workdir).expanduser()
-    info = RunInfo.load(folder)
-    if info is None:
-        raise ValueError(f"workdir {folder}: holds no run (no config.json)")
-    checks.check_choice("name", name, ("policy", "behavior"))
+    checks.check_choice("name", name, POLICIES)
     checks.check_integer("seed_index", seed_index, 0)
+    restored = restore(resolve(workdir), lambda text: warnings.warn(text, stacklevel=5), **options)
+    info, agent = restored.info, restored.agent
     if seed_index >= info.num_seeds:
-        raise ValueError(f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}")
-    algorithm = Algorithm(acting_config(info.config, **options), info.observation_size, info.action_size)
-    restored = restore(folder, info, algorithm, lambda text: warnings.warn(text, stacklevel=3))
-    acting = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.acting())
+        raise ValueError(
+            f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}"
+        )
+    params = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.params())
 
     @jax.jit
     def policy(observations: Array, key: Array) -> Array:
-        checks.check_shape("observations", observations, (observations.shape[0], info.observation_size))
-        shape = (observations.shape[0], algorithm.num_noises(name), info.action_size)
-        noise = jax.random.normal(key, shape)
-        return algorithm.actions(name, acting, restored.normalizer, observations, noise)
+        checks.check_shape(
+            "observations", observations, (observations.shape[0], info.observation_size)
+        )
+        return agent.act(params, restored.normalizer, key, observations, name)
 
     return policy

@@ -1,23 +1,48 @@
-"""A work directory as the library sees it: what ``config.json`` says of its run, and its checkpoints."""
+"""The work directory of a run: the names of its files, and the record in ``config.json``."""
 
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import NamedTuple
+import typing
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from efm_jax import __version__
-from efm_jax.rl.algorithm import Algorithm, State
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.files import write_whole
-from efm_jax.types import Array, Dataset, Normalizer
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.runs.plugins import load_plugins
 
 CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.csv"
+RETURNS_FILE = "returns.csv"
+RESULT_FILE = "result.json"  # there when the run is done
+CURVE_FILE = "learning_curve.png"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def resolve(path: epath.PathLike) -> epath.Path:
+    """Find the work directory at ``path``, there or not; a ``ValueError`` if it is a file."""
+    workdir = epath.Path(path).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={path}: is a file; expected a folder")
+    return workdir
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Read the object in a JSON file; a ``ValueError`` if another thing is in it."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object; got {type(values).__name__}")
+    return values
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +50,9 @@ class RunInfo:
     """Everything that identifies a run and is needed to evaluate it without its dataset."""
 
     config: QIPOConfig
+    plugins: list[str]  # modules that registered what the configuration names
+    algorithm: str  # the agent's name in results
+    phase_steps: dict[str, int]
     seed: int
     num_seeds: int
     dataset: str
@@ -36,32 +64,6 @@ class RunInfo:
     env_spec: str
     reference_scores: tuple[float, float] | None
 
-    @classmethod
-    def describe(
-        cls,
-        config: QIPOConfig,
-        dataset: Dataset,
-        transitions: int,
-        fingerprint: str,
-        references: tuple[float, float] | None,
-        seed: int,
-        num_seeds: int,
-    ) -> "RunInfo":
-        """The record of a run about to start; ``dataset`` may hold this host's part of the transitions."""
-        return cls(
-            config=config,
-            seed=seed,
-            num_seeds=num_seeds,
-            dataset=dataset.name,
-            fingerprint=fingerprint,
-            transitions=transitions,
-            dataset_return=float(dataset.episode_returns.mean()),
-            observation_size=dataset.observation_size,
-            action_size=dataset.action_size,
-            env_spec=dataset.env_spec,
-            reference_scores=references,
-        )
-
     @property
     def seeds(self) -> list[int]:
         """The root seed of every training run."""
@@ -70,43 +72,63 @@ class RunInfo:
     def save(self, workdir: epath.Path) -> None:
         """Write ``config.json``, whole or not at all."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = self.config.to_dict()
-        write_whole(workdir / CONFIG_FILE, json.dumps({"version": __version__, **values}, indent=2) + "\n")
+        config = self.config.to_dict()
+        write_json(workdir / CONFIG_FILE, {"version": __version__, **values, "config": config})
 
     @classmethod
     def load(cls, workdir: epath.Path) -> "RunInfo | None":
-        """The record of a run started before; None where there is none.
+        """Read the record of a run started before; None where there is none.
 
         Raises:
-          ValueError: if the file cannot be understood, or is missing beside checkpoints: they could
-            be of any run.
+          ValueError: the file cannot be understood, or is missing beside checkpoints, which could
+            then be those of any run.
         """
         path = workdir / CONFIG_FILE
         if not path.exists():
-            checkpoints = workdir / CHECKPOINTS
-            if checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir()):
+            checkpoints = workdir / CHECKPOINTS_FOLDER
+            if checkpoints.is_dir() and any(
+                child.name.isdigit() for child in checkpoints.iterdir()
+            ):
                 raise ValueError(
                     f"workdir {workdir}: checkpoints are there, but {CONFIG_FILE} is missing; "
                     "put it back or give another --workdir"
                 )
             return None
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text())
-            values.pop("version")
+            del values["version"]
+            load_plugins(values["plugins"])
             values["config"] = QIPOConfig.from_dict(values["config"])
-            if values["reference_scores"] is not None:
+            if isinstance(values["reference_scores"], list):
                 values["reference_scores"] = tuple(values["reference_scores"])
+            for field in dataclasses.fields(cls):
+                _check_field(field, values[field.name])
             return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"workdir {workdir}: {CONFIG_FILE} cannot be read: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path}: cannot be read: no field {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+
+    @classmethod
+    def read(cls, workdir: epath.Path) -> "RunInfo":
+        """Read the record of a run, as :meth:`load`; a ``ValueError`` also where there is none."""
+        info = cls.load(workdir)
+        if info is None:
+            missing = "" if workdir.exists() else "no such folder; "
+            raise ValueError(f"workdir {workdir}: {missing}holds no run (no {CONFIG_FILE})")
+        return info
 
     def check_same(self, other: "RunInfo", workdir: epath.Path) -> None:
         """Refuse to continue a run of another configuration, dataset or seed."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
-        pairs = [(f"config.{name}", theirs[name], mine[name]) for name in mine]
+        pairs = [(f"config.{name}", theirs.get(name), mine[name]) for name in mine]
         # One file has several paths: the fingerprint tells datasets apart, the name only says it
         # better.
-        data = "dataset" if self.fingerprint != other.fingerprint and self.dataset != other.dataset else None
+        data = (
+            "dataset"
+            if self.fingerprint != other.fingerprint and self.dataset != other.dataset
+            else None
+        )
         for name in (data or "fingerprint", "seed", "num_seeds", "env_spec"):
             pairs.append((name, getattr(other, name), getattr(self, name)))
         for name, before, now in pairs:
@@ -117,47 +139,14 @@ class RunInfo:
                 )
 
 
-class Restored(NamedTuple):
-    """A run as its newest readable checkpoint has it."""
-
-    step: int  # of all phases
-    state: State  # with a leading seed axis
-    normalizer: Normalizer
-    keys: Array  # [K] root keys of the seeds
-
-
-def restore(
-    workdir: epath.Path, info: RunInfo, algorithm: Algorithm, report: Callable[[str], None]
-) -> Restored:
-    """The newest readable checkpoint of a run whose policy has been trained, or is being trained.
-
-    Args:
-      workdir: where ``info`` was read.
-      info: what the run is.
-      algorithm: of the same configuration.
-      report: told of checkpoints that cannot be read.
-
-    Raises:
-      ValueError: no checkpoint, or none of the policy phase.
-    """
-    keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
-    sizes = (info.observation_size,) * 2 + (info.action_size,) * 2
-    template = {
-        "state": jax.vmap(algorithm.init)(keys),
-        "normalizer": Normalizer(*(jnp.zeros(size) for size in sizes)),
-    }
-    found = None
-    if (workdir / CHECKPOINTS).exists():  # a checkpointer would make it
-        checkpointer = Checkpointer(workdir / CHECKPOINTS, report=report)
-        try:
-            found = checkpointer.restore(template)
-        finally:
-            checkpointer.close()
-    if found is None:
-        raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
-    step, tree = found
-    state = tree["state"]
-    last = "policy" if info.config.phase_steps["policy"] else "critic"
-    if int(getattr(state, last).step[0]) == 0:
-        raise ValueError(f"workdir {workdir}: training stopped before the {last} phase; nothing to evaluate")
-    return Restored(step, state, Normalizer(*tree["normalizer"]), keys)
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    """Refuse what no run writes, because it would be misread without a word."""
+    kind = typing.get_origin(field.type) or field.type
+    kind = (int, float) if kind is float else kind
+    if field.name == "reference_scores":
+        numbers = value is None or all(isinstance(end, (int, float)) for end in value)
+        fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))
+    else:
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits:
+        raise ValueError(f"field {field.name!r}: got {value!r}, which no run writes")

@@ -16,10 +16,8 @@ import numpy as np
 from etils import epath
 
 from efm_jax.envs import mean_and_interval, normalized_score
-from efm_jax.runs.metrics import METRICS_FILE, RETURNS_FILE
-from launch.workdir import RESULT_FILE, resolve
+from efm_jax.runs.workdir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, RETURNS_FILE, resolve
 
-CONFIG_FILE = "config.json"
 VIDEO_SUFFIXES = {".mp4": "video/mp4", ".gif": "image/gif"}
 
 _NUMBER = (int, float)

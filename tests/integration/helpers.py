@@ -88,8 +88,12 @@ class Launcher:
         }
         self._zygote = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.helpers"],
-            cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def start(self, module, *args, cwd=REPOSITORY, env=None):
         """Start `python -m launch.MODULE ARGS`."""
@@ -115,7 +119,7 @@ class Launcher:
 
 
 def fresh(module, *args, env=None):
-    """Run `python -m launch.MODULE ARGS` in a process of its own, which has imported nothing before."""
+    """Run `python -m launch.MODULE ARGS` in a process that has imported nothing before."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | (env or {})
     command = [sys.executable, "-m", f"launch.{module}", *map(str, args)]
     done = subprocess.run(
@@ -127,9 +131,14 @@ def fresh(module, *args, env=None):
 def _zygote():
     # Everything heavy that the entry points import; not the entry points, which define flags.
     for module in (
-        "minari", "efm_jax.data", "efm_jax.rl.trainer", "efm_jax.runs.checkpoint",
-        "efm_jax.runs.metrics", "efm_jax.runs.learning_curve", "launch.cli", "launch.evaluation",
-    ):  # fmt: skip
+        "minari",
+        "efm_jax.data",
+        "efm_jax.rl.trainer",
+        "efm_jax.runs.evaluation",
+        "efm_jax.runs.loading",
+        "efm_jax.runs.writer",
+        "launch.cli",
+    ):
         importlib.import_module(module)
     write_whole_entries()  # of all its children, some of which are killed
 

@@ -8,11 +8,18 @@ import orbax.checkpoint as ocp
 STEPS = {"behavior": 40, "critic": 40, "policy": 60}
 TOTAL = sum(STEPS.values())
 CONFIG = {
-    "hidden_dims": "(16,)", "critic_hidden_dims": "(16,)", "support_size": 3, "batch_size": 32,
-    "sample_steps": 2, "renew_every": 20, "log_every": 10, "checkpoint_every": 10, "eval_every": 30,
+    "hidden_dims": "(16,)",
+    "critic_hidden_dims": "(16,)",
+    "support_size": 3,
+    "batch_size": 32,
+    "sample_steps": 2,
+    "renew_every": 20,
+    "log_every": 10,
+    "checkpoint_every": 10,
+    "eval_every": 30,
     "eval_episodes": 2,
     **{f"{phase}_steps": steps for phase, steps in STEPS.items()},
-}  # fmt: skip
+}
 ROWS = 300
 
 

@@ -89,10 +89,16 @@ def test_exported_file_runs_in_a_clean_interpreter(launcher, run, tmp_path):
     [
         ([], "--workdir: expected the work directory"),
         (["--workdir=/nowhere/at/all"], "holds no run"),
-        (["--workdir={run}", "--platforms=abacus"], "expected some of cpu, cuda, rocm, tpu; got abacus"),
-        (["--workdir={run}", "--seed_index=9"], "seed_index: expected less than the run's 2 seeds; got 9"),
+        (
+            ["--workdir={run}", "--platforms=abacus"],
+            "expected some of cpu, cuda, rocm, tpu; got abacus",
+        ),
+        (
+            ["--workdir={run}", "--seed_index=9"],
+            "seed_index: expected less than the run's 2 seeds; got 9",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_flags_write_nothing(launcher, run, flags, message):
     result = launcher.run("export", *(flag.format(run=run) for flag in flags))
     assert result.status == 2
@@ -106,9 +112,14 @@ def test_evaluation_samples_in_another_way_and_is_filmed(launcher, run, tmp_path
     plain = launcher.run("evaluate", *flags)
     film = tmp_path / "film.gif"
     other = launcher.run(
-        "evaluate", *flags, "--solver=rk4", "--sample_steps=3", "--action_selection=mean",
-        "--num_candidates=2", f"--video={film}",
-    )  # fmt: skip
+        "evaluate",
+        *flags,
+        "--solver=rk4",
+        "--sample_steps=3",
+        "--action_selection=mean",
+        "--num_candidates=2",
+        f"--video={film}",
+    )
     assert (plain.status, other.status) == (0, 0), (plain.err, other.err)
     assert plain.line["policy_return"] != other.line["policy_return"]
     with Image.open(film) as frames:

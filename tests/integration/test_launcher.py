@@ -1,4 +1,4 @@
-"""`launch.train` and `launch.evaluate` as processes: what they print, leave behind, survive and refuse."""
+"""`launch.train` and `launch.evaluate` as processes: what they print, leave, survive, refuse."""
 
 import http.server
 import json
@@ -66,9 +66,17 @@ def test_train_prints_the_contract_line(finished):
     result = finished[1]
     line = result.line
     for name in (
-        "dataset", "algorithm", "seeds", "steps", "dataset_return", "behavior_return", "policy_return",
-        "behavior_score", "policy_score", "seconds",
-    ):  # fmt: skip
+        "dataset",
+        "algorithm",
+        "seeds",
+        "steps",
+        "dataset_return",
+        "behavior_return",
+        "policy_return",
+        "behavior_score",
+        "policy_score",
+        "seconds",
+    ):
         assert name in line
     assert (line["algorithm"], line["seeds"], line["steps"]) == ("qipo_ot", 2, TOTAL)
     assert json.loads((finished[0] / "result.json").read_text()) == line
@@ -90,7 +98,7 @@ def test_train_leaves_the_promised_files(finished):
     rows = table(workdir / "metrics.csv")
     for phase, steps in STEPS.items():
         found = [(int(row["step"]), int(row["seed"])) for row in rows if row["phase"] == phase]
-        assert found == [(step, seed) for step in range(10, steps + 1, 10) for seed in (0, 1)]
+        assert found == [(step, seed) for step in range(10, steps + 1, 10) for seed in (3, 4)]
     for row in rows:
         assert np.isfinite(float(row["loss"]))
         assert float(row["steps_per_second"]) > 0
@@ -111,6 +119,7 @@ def test_returns_file_explains_the_printed_returns(finished):
     for name, step in (("behavior", STEPS["behavior"]), ("policy", TOTAL)):
         found = [row for row in rows if (row["policy"], int(row["total_step"])) == (name, step)]
         assert len(found) == 2 * CONFIG["eval_episodes"]
+        assert {row["seed"] for row in found} == {"3", "4"}
         assert len({row["return"] for row in found}) == len(found)
         mean = np.mean([float(row["return"]) for row in found])
         assert mean == pytest.approx(result.line[f"{name}_return"], rel=1e-9)

@@ -1,4 +1,4 @@
-"""Two processes on this machine as two hosts: the whole launcher, and what happens when one of them stops."""
+"""Two processes on this machine as two hosts: the launcher, and what follows when one stops."""
 
 import re
 import signal
@@ -23,12 +23,15 @@ def start_hosts(launcher, datasets, workdir, *more, **config):
         port = probe.getsockname()[1]
     return [
         launcher.start(
-            "train", *train_flags(dataset, workdir, *more, **config),
-            f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={host}",
+            "train",
+            *train_flags(dataset, workdir, *more, **config),
+            f"--coordinator_address=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={host}",
             env=devices(2),
         )
         for host, dataset in enumerate(datasets)
-    ]  # fmt: skip
+    ]
 
 
 # Episodes that two hosts share unevenly, and steps for seconds: so long takes a SIGTERM to reach

@@ -100,7 +100,7 @@ def damage(path, kind):
 
 @pytest.mark.parametrize("kind", ["halved", "deleted", "flipped"])
 def test_any_damaged_file_of_the_newest(checkpoints, kind):
-    """Whatever the damage, what comes back is exactly what was saved: then, or one checkpoint before."""
+    """What comes back is exactly what was saved: then, or one checkpoint before."""
     newest = checkpoints / "40"
     fell_back = 0
     for path in files(newest):
@@ -141,7 +141,7 @@ def test_two_damaged(checkpoints):
 
 @pytest.mark.parametrize("bad", [(40,), (40, 30), (40, 30, 20)])
 def test_one_line_about_each_unreadable_checkpoint(checkpoints, caplog, bad):
-    """Orbax logs an error of its own about such files; an error is all that is said when none is good."""
+    """Orbax, which logs an error of its own, is silent; when none is good, one error says so."""
     for step in bad:
         for path in files(checkpoints / str(step)):
             path.write_bytes(path.read_bytes()[:10])

@@ -1,4 +1,4 @@
-"""Files of a work directory on gs://, with fsspec's in-memory file system in the place of Google's."""
+"""Files of a work directory on gs://, which fsspec's in-memory file system stands for."""
 
 import io
 import sys
@@ -10,13 +10,12 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX import record_writer
 
-from efm_jax.data import load_dataset
-from efm_jax.rl.config import QIPOConfig
-from efm_jax.runs.learning_curve import plot_learning_curve
-from efm_jax.runs.metrics import MetricsWriter, read_table, return_rows, write_returns
-from efm_jax.runs.workdir import RunInfo
-from launch.workdir import RESULT_FILE, resolve, write_json
-from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
+from efm_jax.envs import Rollouts
+from efm_jax.runs.learning_curve import draw_learning_curve
+from efm_jax.runs.metrics import MetricsWriter, write_returns
+from efm_jax.runs.reader import Run
+from efm_jax.runs.workdir import RESULT_FILE, RunInfo, resolve, write_json
+from tests.unit.test_runs import info
 
 
 class Bucket(MemoryFileSystem):
@@ -57,36 +56,28 @@ def workdir(monkeypatch):
     return resolve("gs://bucket/run")
 
 
-def test_config_and_result(workdir, tmp_path):
-    dataset = load_dataset(write_d4rl(tmp_path / "a.hdf5", d4rl_arrays([0, 0, 1], [0, 0, 0])))
+def test_config_and_result(workdir):
     assert RunInfo.load(workdir) is None
-    info = RunInfo.describe(QIPOConfig(), dataset, 3, dataset.fingerprint(), (0.0, 1.0), 0, 1)
-    info.save(workdir)
-    assert RunInfo.load(workdir) == info
+    info().save(workdir)
+    assert RunInfo.load(workdir) == info()
     write_json(workdir / RESULT_FILE, {"a": 1})
     assert sorted(path.name for path in workdir.iterdir()) == ["config.json", "result.json"]
+    assert Run.read("gs://bucket/run") == Run(workdir, info(), [], [], {"a": 1})
 
 
 def test_metrics_returns_and_curve(workdir):
+    info().save(workdir)
     for resume_from in (None, 20):
-        writer = MetricsWriter(workdir, resume_from)
+        writer = MetricsWriter(workdir, [3, 4], resume_from)
         for step in (10, 20, 30):
             if resume_from is None or step > resume_from:
                 writer.write(step, "behavior", step, {"loss": np.array([1.0 / step, 2.0])})
         writer.close()
-    steps = [int(row["step"]) for row in read_table(workdir / "metrics.csv")]
-    assert steps == [10, 10, 20, 20, 30, 30]
+    rollouts = Rollouts(np.ones((2, 3)), np.ones((2, 3), int))
     for total in (30, 40):
-        rows = return_rows(total, "policy", np.ones((2, 3)), np.ones((2, 3), int), [0, 1, 2])
-        write_returns(workdir, rows)
-    assert len(read_table(workdir / "returns.csv")) == 12
+        write_returns(workdir, total, "policy", rollouts, [3, 4], [0, 1, 2])
+    run = Run.read(workdir)
+    assert [int(row["step"]) for row in run.metrics] == [10, 10, 20, 20, 30, 30]
+    assert len(run.returns) == 12
     assert len(list((workdir / "tensorboard").iterdir())) == 2
-    curve = workdir / "learning_curve.png"
-    plot_learning_curve(
-        workdir / "metrics.csv",
-        workdir / "returns.csv",
-        curve,
-        dataset_return=0.5,
-        title="in memory",
-    )
-    assert matplotlib.image.imread(io.BytesIO(curve.read_bytes())).std() > 0
+    assert matplotlib.image.imread(io.BytesIO(draw_learning_curve(run))).std() > 0

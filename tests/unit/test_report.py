@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from efm_jax.runs.metrics import MetricsWriter, return_rows, write_returns
+from efm_jax.envs import Rollouts
+from efm_jax.runs.metrics import MetricsWriter, write_returns
 from launch.report import page as report_page
 from launch.report.page import build_page
 from launch.report.runs import load_runs
@@ -101,7 +102,14 @@ def write(folder, *, info=(), result=RESULT, phases=None, returns=None):
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     if phases is not None:
-        writer, total = MetricsWriter(folder, None), 0
+        writer, total = (
+            MetricsWriter(
+                folder,
+                range(max(np.size(v) for p in phases.values() for _, m in p for v in m.values())),
+                None,
+            ),
+            0,
+        )
         for phase, points in phases.items():
             for step, values in points:
                 writer.write(total + step, phase, step, values)
@@ -110,7 +118,8 @@ def write(folder, *, info=(), result=RESULT, phases=None, returns=None):
     for (policy, step), values in (returns or {}).items():
         values = np.asarray(values, float)
         seeds = range(values.shape[1])
-        write_returns(folder, return_rows(step, policy, values, np.full(values.shape, 200), seeds))
+        rollouts = Rollouts(values, np.full(values.shape, 200))
+        write_returns(folder, step, policy, rollouts, range(len(values)), seeds)
     return folder
 
 

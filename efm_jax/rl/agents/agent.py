@@ -32,7 +32,7 @@ from efm_jax.training.step import StepFn, cached_samples, make_step, sample_rows
 from efm_jax.types import Array, Normalizer, Params
 from efm_jax.weights import AxisName
 
-POLICIES = ("policy", "behavior")  # which of an agent's policies acts
+POLICIES = ("behavior", "policy")  # of every agent, each may act
 
 
 class Purpose(enum.IntEnum):

@@ -1,0 +1,133 @@
+"""Evaluation of a run: the same episodes for all of its seeds and for every policy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from gymnasium.envs.registration import EnvSpec
+
+from efm_jax.envs import Rollouts, evaluate, mean_and_interval, normalized_score
+from efm_jax.rl.agents import Agent, AgentParams, player
+from efm_jax.rl.agents.agent import POLICIES
+from efm_jax.runs.workdir import RunInfo
+from efm_jax.training import hosts
+from efm_jax.types import Normalizer
+
+# Far from the seeds that recordings use.
+_FIRST_EPISODE_SEED = 1_000_000
+
+
+def episode_seeds(count: int) -> list[int]:
+    """List environment seeds of evaluation episodes; a longer list begins with a shorter one."""
+    return list(range(_FIRST_EPISODE_SEED, _FIRST_EPISODE_SEED + count))
+
+
+def check_environment(env_spec: str, observation_size: int, action_size: int) -> None:
+    """Play one step, so that what is missing shows before hours of training.
+
+    Raises:
+      ValueError: if the environment cannot be made or does not fit the data.
+    """
+
+    def act(observations: np.ndarray, _: int) -> np.ndarray:
+        if observations.shape[-1] != observation_size:
+            raise ValueError(
+                f"environment {EnvSpec.from_json(env_spec).id}: expected observations of size "
+                f"{observation_size}, as in the dataset; got {observations.shape[-1]}"
+            )
+        return np.zeros((1, 1, action_size), np.float32)
+
+    evaluate(act, env_spec, episode_seeds=[0], max_steps=1)
+
+
+class Evaluator:
+    """Plays a run's policies, those of all training seeds together.
+
+    Args:
+      info: what the run is.
+      agent: whose behavior model and policy act.
+      normalizer: statistics of the training data.
+    """
+
+    def __init__(self, info: RunInfo, agent: Agent, normalizer: Normalizer):
+        self._info, self._agent, self._normalizer = info, agent, normalizer
+        self._keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
+
+    def act(
+        self, name: str, params: AgentParams, episodes: Sequence[int], seeds: slice = slice(None)
+    ) -> Callable[[np.ndarray, int], np.ndarray]:
+        """Bind parameters to a policy, as :func:`efm_jax.envs.evaluate` wants it.
+
+        Args:
+          name: "policy" or "behavior".
+          params: what acts, with a leading seed axis.
+          episodes: environment seeds of the episodes; they also seed the actions' noise.
+          seeds: which of the run's training seeds act, by default all.
+        """
+        keys, params = jax.tree.map(lambda leaf: leaf[seeds], (self._keys, params))
+        return player(self._agent, name, params, self._normalizer, keys, episodes)
+
+    def play(
+        self,
+        name: str,
+        params: AgentParams,
+        episodes: Sequence[int],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Rollouts:
+        """Play episodes with all seeds; each host plays a share of them and gets all.
+
+        Args:
+          name, params, episodes: as for :meth:`act`; on several hosts the same on all of them.
+          progress: as for :func:`efm_jax.envs.evaluate`.
+        """
+        share = np.array_split(episodes, hosts.count())[hosts.index()].tolist()
+        count = self._info.num_seeds
+        rollouts = Rollouts(np.zeros((count, 0)), np.zeros((count, 0), np.int64))
+        if share:
+            rollouts = evaluate(
+                self.act(name, params, share),
+                self._info.env_spec,
+                num_policies=count,
+                episode_seeds=share,
+                progress=progress,
+            )
+        return Rollouts(*(np.concatenate(hosts.gather(part.T)).T for part in rollouts))
+
+
+def result_line(
+    info: RunInfo,
+    workdir: epath.Path,
+    step: int,
+    rollouts: Mapping[str, Rollouts],
+    seconds: float,
+) -> dict[str, Any]:
+    """Sum up an evaluation: the line of JSON that training and evaluation end with.
+
+    Each policy has the mean over seeds of the mean return, its interval (over training seeds where
+    there are several, otherwise over episodes) and its score.
+
+    Args:
+      info: what the run is.
+      workdir: where it is.
+      step: gradient steps of all phases.
+      rollouts: of each of ``POLICIES``.
+      seconds: how long it took.
+    """
+    line: dict[str, Any] = {
+        "dataset": info.dataset,
+        "algorithm": info.algorithm,
+        "seeds": info.num_seeds,
+        "steps": step,
+        "dataset_return": info.dataset_return,
+    }
+    for name in POLICIES:
+        returns = rollouts[name].returns
+        samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
+        mean, low, high = mean_and_interval(samples)
+        line[f"{name}_return"] = mean
+        line[f"{name}_interval"] = [low, high]
+        line[f"{name}_score"] = normalized_score(mean, info.reference_scores)
+    return {**line, "seconds": round(seconds, 1), "workdir": str(workdir)}

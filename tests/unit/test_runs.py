@@ -1,0 +1,217 @@
+"""What a work directory tells of its run, and the picture of it."""
+
+import dataclasses
+import io
+
+import jax
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from efm_jax.envs import Rollouts
+from efm_jax.rl.algorithm import State
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.runs.learning_curve import draw_learning_curve
+from efm_jax.runs.metrics import MetricsWriter
+from efm_jax.runs.reader import Run, read_result
+from efm_jax.runs.workdir import RunInfo
+from efm_jax.runs.writer import RunWriter
+from efm_jax.training.state import TrainState
+from efm_jax.types import Normalizer
+from tests.unit.test_metrics import SEEDS, add_returns
+
+
+def info(seeds=2):
+    return RunInfo(
+        config=QIPOConfig(),
+        seed=SEEDS[0],
+        num_seeds=seeds,
+        dataset="data",
+        fingerprint="f",
+        transitions=10,
+        dataset_return=3.0,
+        observation_size=3,
+        action_size=1,
+        env_spec='{"id": "Pendulum-v1"}',
+        reference_scores=None,
+    )
+
+
+def sample_run(workdir, phases, seeds, evaluated):
+    info(seeds).save(workdir)
+    writer = MetricsWriter(workdir, info(seeds).seeds, None)
+    total = 0
+    for phase in phases:
+        for step in range(100, 1100, 100):
+            values = {"loss": 1.0 / (step + 100 * np.arange(seeds)), "steps_per_second": 5.0}
+            if phase == "policy":
+                values |= {"ess": 900.0 / step, "top_weight": 0.5, "q_support": step}
+            if phase != "behavior":
+                values["q_data"] = np.linspace(1.0, 2.0, seeds)
+            writer.write(total + step, phase, step, values)
+            if evaluated and phase == "policy":
+                returns = np.add.outer(step + np.arange(seeds), np.arange(4.0))
+                add_returns(workdir, total + step, "policy", returns, info(seeds).seeds)
+        total += 1000
+        if evaluated and phase == "behavior":
+            add_returns(workdir, total, "behavior", np.ones((seeds, 4)), info(seeds).seeds)
+    writer.close()
+
+
+def test_a_run_is_read_as_far_as_it_has_come(tmp_path):
+    folder = epath.Path(tmp_path)
+    with pytest.raises(ValueError, match=r"nosuch: no such folder; holds no run"):
+        Run.read(tmp_path / "nosuch")
+    with pytest.raises(ValueError, match=r"holds no run \(no config\.json\)"):
+        Run.read(tmp_path)
+    info().save(folder)
+    assert Run.read(tmp_path) == Run(folder, info(), [], [], None)
+    sample_run(folder, ["behavior"], 2, True)
+    (tmp_path / "result.json").write_text('{"steps": 3}')
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("1200,12")  # a run that is writing
+    run = Run.read(str(tmp_path))
+    assert (len(run.metrics), len(run.returns), run.result) == (20, 8, {"steps": 3})
+    assert {row["seed"] for row in run.metrics + run.returns} == {"3", "4"}
+    assert run.metrics[0]["loss"] == "0.01"
+    with pytest.raises(ValueError, match="is a file"):
+        Run.read(tmp_path / "config.json")
+
+
+def replaced(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+DAMAGE = {
+    "half a config": (replaced("config.json", '"seed": 3', '"seed'), ["config.json"]),
+    "another config": (lambda d: (d / "config.json").write_text("[1]"), ["config.json", "list"]),
+    "no field": (replaced("config.json", '"dataset"', '"data"'), ["config.json", "'dataset'"]),
+    "new field": (replaced("config.json", '"seed"', '"new": 1, "seed"'), ["config.json", "'new'"]),
+    "text": (replaced("config.json", '"seed": 3', '"seed": "x"'), ["config.json", "'seed'", "'x'"]),
+    "references": (replaced("config.json", "null", "[0.0, 0.0]"), ["reference_scores"]),
+    "hyper-parameter": (replaced("config.json", '"beta": 10.0', '"beta": -1'), ["beta", "-1"]),
+    "result": (lambda d: (d / "result.json").write_text("{"), ["result.json"]),
+    "metric": (replaced("metrics.csv", "0.005,", "half,"), ["metrics.csv", "line 3, loss", "half"]),
+    "step": (replaced("metrics.csv", "\n100,100,", "\n100,ten,"), ["metrics.csv", "step", "ten"]),
+    "cells": (replaced("metrics.csv", "\n100,", "\n100,1,1,1,1,1,"), ["line 2", "cells"]),
+    "no column": (replaced("metrics.csv", "phase", "stage"), ["metrics.csv", "'phase'"]),
+    "return": (replaced("returns.csv", ",1.0,", ",,"), ["returns.csv", "empty return", "1000"]),
+    "bytes": (lambda d: (d / "returns.csv").write_bytes(b"\xff\n"), ["returns.csv"]),
+    "quotes": (replaced("returns.csv", "behavior", '"behavior"x'), ["returns.csv"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_files_that_cannot_be_understood(tmp_path, case):
+    change, words = DAMAGE[case]
+    sample_run(epath.Path(tmp_path), ["behavior"], 2, True)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        Run.read(tmp_path)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_result_alone(tmp_path):
+    assert read_result(tmp_path) is None
+    (tmp_path / "result.json").write_text('{"steps": 3}')
+    assert read_result(tmp_path) == {"steps": 3}
+
+
+def picture(workdir):
+    return matplotlib.image.imread(io.BytesIO(draw_learning_curve(Run.read(workdir))))[..., :3]
+
+
+@pytest.mark.parametrize(
+    ("phases", "seeds", "evaluated", "shape"),
+    [
+        (["behavior", "critic", "policy"], 3, True, (2, 2)),
+        (["behavior", "critic"], 2, True, (1, 3)),
+        (["behavior"], 1, False, (1, 1)),
+        (["policy"], 1, False, (1, 3)),
+    ],
+)
+def test_learning_curve_shows_every_panel_it_has(tmp_path, phases, seeds, evaluated, shape):
+    sample_run(epath.Path(tmp_path), phases, seeds, evaluated)
+    image = picture(tmp_path)
+    rows, columns = shape
+    height, width = image.shape[0] / rows, image.shape[1] / columns
+    for row in range(rows):
+        for column in range(columns):
+            top, left = int((row + 0.15) * height), int((column + 0.15) * width)
+            panel = image[top : top + int(0.7 * height), left : left + int(0.7 * width)]
+            # Colored curves, not only gray grid lines and text.
+            assert np.sum(panel.max(axis=-1) - panel.min(axis=-1) > 0.2) > 50
+
+
+def test_curve_survives_non_finite_and_negative_values(tmp_path):
+    info().save(epath.Path(tmp_path))
+    writer = MetricsWriter(tmp_path, SEEDS, None)
+    writer.write(1, "policy", 1, {"loss": [-1.0, np.inf], "ess": [np.nan, np.nan]})
+    writer.write(2, "policy", 2, {"loss": [np.nan, np.nan], "ess": [np.nan, 2.0]})
+    writer.close()
+    assert picture(tmp_path).std() > 0.01
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    info().save(epath.Path(tmp_path))
+    writer = MetricsWriter(tmp_path, SEEDS, None)
+    writer.write(1, "policy", 1, {"loss": np.nan})
+    writer.close()
+    with pytest.raises(ValueError, match="no finite number"):
+        draw_learning_curve(Run.read(tmp_path))
+
+
+def fresh_state(value):
+    def stage(steps):
+        stage = TrainState.create({"w": np.full((2, 3), value, np.float32)}, optax.adam(1e-3))
+        return stage.replace(step=np.full(2, steps))
+
+    return State(stage(10), stage(5), stage(0), {"w": np.zeros((2, 3), np.float32)})
+
+
+def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
+    folder, normalizer = epath.Path(tmp_path) / "run", Normalizer(*np.ones((4, 3), np.float32))
+    writer = RunWriter(folder, info(), normalizer)
+    assert not folder.exists()
+    assert writer.start(fresh_state(0.0), print) is None
+    total = QIPOConfig().behavior_steps
+    writer.metrics("behavior", 10, {"loss": np.ones(2)})
+    writer.renewal({"ess": np.full(2, 1.5)})
+    writer.metrics("critic", 5, {"loss": np.ones(2)})
+    writer.checkpoint(fresh_state(7.0))
+    writer.close()
+    assert Run.read(folder).result is None
+
+    writer = RunWriter(folder, info(), normalizer)
+    lines = []
+    step, state = writer.start(fresh_state(0.0), lines.append)
+    assert (step, lines) == (15, [])
+    jax.tree.map(np.testing.assert_array_equal, state, fresh_state(7.0))
+    writer.renewal({"ess": np.full(2, 1.5)})
+    writer.metrics("policy", 2, {"loss": np.ones(2)})
+    writer.returns("policy", 12, Rollouts(np.ones((2, 1)), np.ones((2, 1), int)), [0])
+    writer.finish({"steps": 15})
+    run = Run.read(folder)
+    # What was logged beyond the checkpoint went; a renewal's numbers go beside the policy's.
+    logged = [(row["phase"], row["total_step"], row["ess"]) for row in run.metrics]
+    assert logged[::2] == [("behavior", "10", ""), ("policy", str(2 * total + 2), "1.5")]
+    assert (len(run.returns), run.result) == (2, {"steps": 15})
+    assert matplotlib.image.imread(tmp_path / "run" / "learning_curve.png").std() > 0
+
+
+def test_a_writer_refuses_the_folder_of_another_run(tmp_path):
+    info().save(epath.Path(tmp_path))
+    for name, other in {"seed": 4, "num_seeds": 1, "fingerprint": "g", "env_spec": "{}"}.items():
+        with pytest.raises(ValueError, match=f"holds a run with {name} = .*give another --workdir"):
+            RunWriter(epath.Path(tmp_path), dataclasses.replace(info(), **{name: other}), None)
+    moved = dataclasses.replace(info(), dataset="elsewhere", transitions=11)
+    assert RunWriter(epath.Path(tmp_path), moved, None)  # the fingerprint is the same
