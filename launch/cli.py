@@ -146,6 +146,9 @@ def _reason(error: Exception, argv: list[str]) -> str:
         word = re.match(r"\W*(\w*)", text)[1]
         if word in {part for name in names for part in name.split(".")[1:]}:
             return f"unknown field {word!r}"
+    nested = re.search(r"Attempting to lookup: (\w+)", text)
+    if nested:  # NAME.FIELD where the configuration has no NAME
+        return f"unknown field {nested[1]!r}"
     return text if " " in text else f"{type(error).__name__}: {text!r}"
 
 

@@ -84,6 +84,7 @@ _PARALLEL = flags.DEFINE_enum(
     MODES,
     "Over devices: data splits batches and dataset, seeds spreads whole seeds.",
 )
+flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(multihost)
 _NUM_SEEDS = flags.DEFINE_integer(
     "num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1
