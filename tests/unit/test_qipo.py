@@ -9,7 +9,6 @@ from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.qipo import (
     Support,
     effective_actions,
-    support_beta,
     support_weights,
     weigh_support,
 )
@@ -162,12 +161,18 @@ def test_data_copies_are_copies(copies):
 @pytest.mark.parametrize(("copies", "fraction"), [(1.0, 0.5), (4.0, 0.8), (1.0, 0.25)])
 def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
     q = scale * np.random.default_rng(2).standard_normal((300, M + 1)).astype(np.float32)
-    beta = support_beta(jnp.asarray(q), copies, fraction)
-    ess = effective_actions(support_weights(jnp.asarray(q), beta, copies), copies)
+    options = config(target_ess=fraction, data_copies=copies)
+    support = Support(jnp.zeros((*q.shape, A)), jnp.asarray(q))
+    table, found = weigh_support(options, support, None)
+    ess = effective_actions(table.weights, copies)
     assert float(ess.mean()) == pytest.approx(fraction * (M + copies), rel=1e-3)
-    halves = jnp.asarray(q).reshape(2, 150, -1)
-    both = jax.vmap(lambda q: support_beta(q, copies, fraction, "i"), axis_name="i")(halves)
-    np.testing.assert_allclose(both, [beta, beta], rtol=1e-4)
+    assert found["ess"] == pytest.approx(float(ess.mean()), rel=1e-5)
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, 150, *leaf.shape[1:]), support)
+    weigh = lambda half: weigh_support(options, half, "i")[1]["beta"]  # noqa: E731
+    both = jax.vmap(weigh, axis_name="i")(halves)
+        halves
+    )
+    np.testing.assert_allclose(both, [found["beta"]] * 2, rtol=1e-4)
 
 
 def test_weights_of_extreme_values():

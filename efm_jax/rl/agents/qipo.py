@@ -22,7 +22,7 @@ from efm_jax.rl.batch import Batch, draw_noise, gather
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.types import Array, Params
-from efm_jax.weights import AxisName, bisect, boltzmann_logits
+from efm_jax.weights import AxisName, beta_for_mean_ess, boltzmann_logits
 
 
 class Support(NamedTuple):
@@ -104,24 +104,30 @@ def weigh_support(
 
     The summary has means over all states of the weights' concentration and of Q.
     """
-    q, copies = support.q_values, config.data_copies
-    beta = config.beta
+    q, copies, beta = support.q_values, config.data_copies, config.beta
+
+    def mean(values: Array) -> Array:
+        return values.mean() if axis_name is None else lax.pmean(values.mean(), axis_name)
+
+    def mean_ess(beta: Array) -> Array:
+        return mean(effective_actions(support_weights(q, beta, copies), copies))
+
     if config.target_ess:
-        beta = support_beta(q, copies, config.target_ess, axis_name)
+        count = config.support_size + copies
+        beta = beta_for_mean_ess(mean_ess, config.target_ess * count, mean(q.std(-1)))
     weights = support_weights(q, beta, copies)
     ess = effective_actions(weights, copies)
-    means = {
+    every = ess if axis_name is None else lax.all_gather(ess, axis_name, tiled=True)
+    return WeightedSupport(support.actions, weights), {
         "beta": jnp.asarray(beta, ess.dtype),
-        "ess": ess.mean(),
-        "top_weight": weights.max(-1).mean() / q.shape[-1],
-        "q_data": q[:, 0].mean(),
-        "q_support": q[:, 1:].mean(),
-        "q_weighted": (weights * q).mean(),
-        "q_spread": q[:, 1:].std(axis=-1).mean(),
+        "ess": mean(ess),
+        "ess_low": jnp.quantile(every, 0.1),
+        "top_weight": mean(weights.max(-1)) / q.shape[-1],
+        "q_data": mean(q[:, 0]),
+        "q_support": mean(q[:, 1:]),
+        "q_weighted": mean(weights * q),
+        "q_spread": mean(q[:, 1:].std(axis=-1)),
     }
-    if axis_name is not None:
-        means, ess = lax.pmean(means, axis_name), lax.all_gather(ess, axis_name, tiled=True)
-    return WeightedSupport(support.actions, weights), means | {"ess_low": jnp.quantile(ess, 0.1)}
 
 
 def support_weights(q_values: Array, beta: Array, data_copies: float = 1.0) -> Array:
@@ -144,35 +150,3 @@ def effective_actions(weights: Array, data_copies: float = 1.0) -> Array:
     # c weights of w / c: their squares sum to c (w / c)^2 = w^2 / c.
     squares = (weights**2).at[..., 0].divide(data_copies)
     return weights.sum(-1) ** 2 / squares.sum(-1)
-
-
-def support_beta(
-    q_values: Array, data_copies: float, fraction: float, axis_name: AxisName = None
-) -> Array:
-    """The one beta at which support sets have a mean effective sample size of a fraction of M + c.
-
-    Where every state's Q-values tie, no beta reaches the target and the largest tried is returned.
-
-    Args:
-      q_values: ``[N, M + 1]``, the data action's first.
-      data_copies: as in :func:`support_weights`.
-      fraction: in (0, 1); of the actions in a support set.
-      axis_name: mapped axis over which the states are split.
-    """
-    count = q_values.shape[-1] - 1 + data_copies
-
-    def mean(values: Array) -> Array:
-        return values.mean() if axis_name is None else lax.pmean(values.mean(), axis_name)
-
-    # In units of one over Q's mean spread within a state: from no effect to the best action alone.
-    spread = mean(q_values.std(-1))
-    unit = 1 / jnp.maximum(spread, jnp.finfo(q_values.dtype).tiny ** 0.5)
-
-    def above(log_beta: Array) -> Array:
-        weights = support_weights(q_values, unit * jnp.exp(log_beta), data_copies)
-        return mean(effective_actions(weights, data_copies)) > fraction * count
-
-    low, high = jnp.full((), -20.0, q_values.dtype), jnp.full((), 20.0, q_values.dtype)
-    # 32 halvings of a bracket 40 wide: to a rounding error of float32.
-    low, high = bisect(above, low, high, 32)
-    return unit * jnp.exp((low + high) / 2)
