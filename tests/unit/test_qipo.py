@@ -170,8 +170,6 @@ def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 150, *leaf.shape[1:]), support)
     weigh = lambda half: weigh_support(options, half, "i")[1]["beta"]  # noqa: E731
     both = jax.vmap(weigh, axis_name="i")(halves)
-        halves
-    )
     np.testing.assert_allclose(both, [found["beta"]] * 2, rtol=1e-4)
 
 
