@@ -22,8 +22,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks
 from efm_jax.data import DataError, builtin, recording
-from efm_jax.envs import environments, normalized_score, reference_scores
-from efm_jax.envs import pointmaze as waypoints
+from efm_jax.envs import dataset_references, environments, normalized_score, pointmaze
 from efm_jax.rl import load_policy
 from efm_jax.runs.workdir import RunInfo
 from launch import cli
@@ -86,7 +85,7 @@ def main(_: list[str]) -> int:
         raise cli.UsageError(str(error)) from error
     if not recorded.published:
         raise cli.UsageError(f"dataset {dataset_id}: another process has recorded it meanwhile")
-    references = recorded.reference_scores or reference_scores(spec.id)
+    references = dataset_references(recorded.reference_scores, dataset_id, spec.id)
     mean = float(recorded.returns.mean())
     line = {
         "dataset": dataset_id,
@@ -120,7 +119,7 @@ def _environment_spec() -> EnvSpec:
             raise ValueError(f"--policy={_POLICY.value}: holds no run (no config.json)")
         return environments.parse_spec(f"--policy={_POLICY.value}", info.env_spec)
     spec = environments.registered_spec("--env", _ENV.value)
-    return waypoints.task(spec) if waypoints.is_point_maze(spec) else spec
+    return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 
 
 def _default_id(spec: EnvSpec) -> str:
@@ -131,7 +130,7 @@ def _default_id(spec: EnvSpec) -> str:
 
 def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
     """What can be refused before anything is made."""
-    if _POLICY.value == "waypoints" and not waypoints.is_point_maze(spec):
+    if _POLICY.value == "waypoints" and not pointmaze.is_point_maze(spec):
         raise ValueError(f"--policy=waypoints: expected a PointMaze environment; got {spec.id}")
     if _EPISODES.value and _STEPS.value:
         raise ValueError("--episodes, --steps: expected one of them; got both")
@@ -157,10 +156,10 @@ def _policy(env: gymnasium.Env) -> recording.Begin:
         )
     if _POLICY.value == "waypoints":
         maze, noise = (
-            waypoints.Maze.of(env),
+            pointmaze.Maze.of(env),
             _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value,
         )
-        return lambda episode: waypoints.wanderer(
+        return lambda episode: pointmaze.wanderer(
             maze, np.random.default_rng([seed, _ACTIONS, episode]), noise
         )
     return _trained_policy(env)
@@ -178,8 +177,8 @@ def _trained_policy(env: gymnasium.Env) -> recording.Begin:
 
 def _expert(env: gymnasium.Env) -> recording.Act | None:
     """What scores 100, where there is a script for the environment."""
-    if waypoints.is_point_maze(env.spec):
-        return waypoints.expert(waypoints.Maze.of(env))
+    if pointmaze.is_point_maze(env.spec):
+        return pointmaze.expert(pointmaze.Maze.of(env))
     return builtin.best if env.spec.id == builtin.ENVIRONMENT else None
 
 

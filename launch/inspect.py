@@ -14,9 +14,8 @@ from etils import epath
 
 from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summarize
 from efm_jax.data.summary_plot import draw_summary
-from efm_jax.envs import normalized_score, reference_scores
+from efm_jax.envs import dataset_references, normalized_score
 from efm_jax.files import write_whole
-from efm_jax.types import Dataset
 from launch import cli
 from launch.datasets import dataset_folders
 
@@ -39,7 +38,7 @@ def main(_: list[str]) -> int:
             raise ValueError(f"--plot: expected a path ending in .png; got {_PLOT.value!r}")
         dataset = load_dataset(_DATASET.value, env=_ENV.value, folders=dataset_folders())
         summary = summarize(dataset)
-        references = _references(dataset, summary["environment"])
+        references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
         summary["references"] = references
         summary["scores"] = None
         if references is not None:
@@ -54,12 +53,6 @@ def main(_: list[str]) -> int:
     _print(summary)
     print("\n" + json.dumps(summary))
     return 0
-
-
-def _references(dataset: Dataset, env_id: str | None) -> tuple[float, float] | None:
-    """The source's own, else those of the dataset's name, else those of its environment."""
-    found = dataset.reference_scores or reference_scores(dataset.name)
-    return found or (reference_scores(env_id) if env_id else None)
 
 
 def _print(summary: dict[str, Any]) -> None:
