@@ -21,8 +21,15 @@ from absl import flags
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks
-from efm_jax.data import DataError, builtin, recording
-from efm_jax.envs import dataset_references, environments, normalized_score, pointmaze
+from efm_jax.data import BUILTIN_DATASET, DataError, recording
+from efm_jax.envs import (
+    dataset_references,
+    environments,
+    normalized_score,
+    pendulum,
+    play,
+    pointmaze,
+)
 from efm_jax.rl import load_policy
 from efm_jax.runs.workdir import RunInfo
 from launch import cli
@@ -117,8 +124,8 @@ def _environment_spec() -> EnvSpec:
         info = RunInfo.load(resolve(_POLICY.value))
         if info is None:
             raise ValueError(f"--policy={_POLICY.value}: holds no run (no config.json)")
-        return environments.parse_spec(f"--policy={_POLICY.value}", info.env_spec)
-    spec = environments.registered_spec("--env", _ENV.value)
+        return environments.read_spec(f"--policy={_POLICY.value}", info.env_spec)
+    spec = environments.read_spec("--env", _ENV.value)
     return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 
 
@@ -140,18 +147,18 @@ def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
             raise ValueError(
                 "--noise: expected another policy than random; its actions are noise already"
             )
-    if dataset_id == builtin.BUILTIN_DATASET:
+    if dataset_id == BUILTIN_DATASET:
         raise ValueError(
             f"--dataset={dataset_id}: expected another id; this is the built-in dataset's"
         )
     recording.check_new(dataset_id)
 
 
-def _policy(env: gymnasium.Env) -> recording.Begin:
+def _policy(env: gymnasium.Env) -> play.Begin:
     """What acts in each episode."""
     seed = _SEED.value
     if _POLICY.value == "random":
-        return lambda episode: recording.random_actions(
+        return lambda episode: play.random_actions(
             env.action_space, np.random.default_rng([seed, _ACTIONS, episode])
         )
     if _POLICY.value == "waypoints":
@@ -165,21 +172,21 @@ def _policy(env: gymnasium.Env) -> recording.Begin:
     return _trained_policy(env)
 
 
-def _trained_policy(env: gymnasium.Env) -> recording.Begin:
+def _trained_policy(env: gymnasium.Env) -> play.Begin:
     """The policy of a work directory; refused here if it is one of another environment."""
     try:
-        begin = recording.batched(env, load_policy(_POLICY.value), _SEED.value, _NOISE.value or 0.0)
-        recording.check_action(env, begin(0)(env.reset(seed=0)[0]))
+        begin = play.batched(env, load_policy(_POLICY.value), _SEED.value, _NOISE.value or 0.0)
+        play.check_action(env, begin(0)(env.reset(seed=0)[0]))
     except ValueError as error:
         raise ValueError(f"--policy={_POLICY.value}: {error}") from error
     return begin
 
 
-def _expert(env: gymnasium.Env) -> recording.Act | None:
+def _expert(env: gymnasium.Env) -> play.Act | None:
     """What scores 100, where there is a script for the environment."""
     if pointmaze.is_point_maze(env.spec):
         return pointmaze.expert(pointmaze.Maze.of(env))
-    return builtin.best if env.spec.id == builtin.ENVIRONMENT else None
+    return pendulum.expert if env.spec.id == pendulum.ENVIRONMENT else None
 
 
 def _describe_policy() -> str:

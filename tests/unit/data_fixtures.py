@@ -1,5 +1,9 @@
 """Small datasets made by hand, for the tests of `efm_jax.data`."""
 
+import contextlib
+import functools
+import http.server
+import threading
 import warnings
 from pathlib import Path
 
@@ -10,6 +14,29 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server on this machine whose requests go to a handler of `http.server`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def serving_files(folder):
+    """The same for the files of a folder."""
+    return serving(functools.partial(_Files, directory=folder))
 
 
 def d4rl_arrays(terminals, timeouts=None, *, observation_size=3, action_size=2, seed=0):

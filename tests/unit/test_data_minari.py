@@ -137,7 +137,8 @@ def test_flatten_sorts_keys_whatever_the_order_of_the_space():
         (box(2), np.zeros(2), "(2,)"),
         (spaces.Dict(a=box(2)), {"b": np.zeros((5, 2))}, "['a']"),
         (spaces.Dict(a=box(2)), np.zeros((5, 2)), "ndarray"),
-        (spaces.Tuple([box(2)]), (), "tuple"),
+        (spaces.Tuple([box(2)]), (), "keys [0]; got []"),
+        (spaces.Tuple([box(2)]), np.zeros((5, 2)), "ndarray"),
         (spaces.Dict(a=spaces.Discrete(2)), {"a": np.zeros(5)}, "Discrete"),
     ],
 )
