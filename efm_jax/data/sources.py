@@ -13,7 +13,7 @@ _NPZ_ENDING = ".npz"
 _PATH_STARTS = ("/", "./", "../", "~")
 
 DATASET_SOURCES = f"""\
-{builtin.BUILTIN_DATASET}: the built-in dataset, scripted controllers on Pendulum-v1, recorded at first use;
+{builtin.BUILTIN_DATASET}: built in, scripted controllers on Pendulum-v1, recorded at first use;
 a Minari id such as D4RL/pointmaze/umaze-v2: read from Minari's local folder, else downloaded;
 a classic name of D4RL such as hopper-medium-v2: read from D4RL's local folder, else downloaded;
 an OGBench task such as cube-single-play-singletask-v0: read from OGBench's folder, else downloaded;
@@ -22,7 +22,7 @@ a path ending in .npz: a file in OGBench's layout, local or gs://."""
 
 
 class Folders(NamedTuple):
-    """Where files that are asked for by name are looked for, and downloaded to: each project's own place."""
+    """Places of the files that are asked for by name, found or downloaded: each project's own."""
 
     d4rl: str = d4rl_files.DEFAULT_FOLDER
     ogbench: str = ogbench.DEFAULT_FOLDER
@@ -31,8 +31,7 @@ class Folders(NamedTuple):
 def load_dataset(
     name: str, *, env: str | None = None, rows: Rows = all_rows, folders: Folders | None = None
 ) -> Dataset:
-    """Read a dataset from one of the ``DATASET_SOURCES``, validated, in the environment's own
-    units.
+    """Read and validate a dataset of the ``DATASET_SOURCES``, in the environment's own units.
 
     Args:
       name: the built-in id, a Minari id, a name of D4RL or OGBench, or the path of an HDF5 or npz

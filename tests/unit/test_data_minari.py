@@ -242,8 +242,8 @@ def test_action_spaces_that_are_refused(space, word):
 @pytest.mark.parametrize(
     ("space", "word"),
     [
-        (spaces.Box(0, 255, (64, 64, 3), np.uint8), "images"),
-        (spaces.Box(0, 1, (8, 8)), "images"),
+        (spaces.Box(0, 255, (64, 64, 3), np.uint8), "image"),
+        (spaces.Box(0, 1, (8, 8)), "image"),
         (spaces.Dict(view=spaces.Box(0, 255, (64, 64, 3), np.uint8), state=box(2)), "image"),
         (spaces.Dict(view=spaces.Box(0, 255, (64, 64), np.uint8)), "image"),
         (spaces.Discrete(4), "Discrete"),
