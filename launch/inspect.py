@@ -6,9 +6,9 @@ Exit status: 0 done, 2 bad flags or data.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 from etils import epath
 
@@ -39,13 +39,9 @@ def main(_: list[str]) -> int:
         dataset = load_dataset(_DATASET.value, env=_ENV.value, folders=dataset_folders())
         summary = summarize(dataset)
         references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
-        summary["references"] = references
-        summary["scores"] = None
-        if references is not None:
-            values = normalized_score(
-                np.array([summary["returns"][key] for key in _STATS]), references
-            )
-            summary["scores"] = dict(zip(_STATS, values.tolist(), strict=True))
+        returns = summary["returns"]
+        scores = {key: normalized_score(value, references) for key, value in returns.items()}
+        summary |= {"references": references, "scores": None if references is None else scores}
         if _PLOT.value is not None:
             plot = epath.Path(_PLOT.value).expanduser()
             write_whole(plot, draw_summary(dataset, summary, references))
@@ -72,16 +68,14 @@ def _print(summary: dict[str, Any]) -> None:
     print(f"copies        {summary['copies']:,} transitions equal an earlier one")
     print(f"actions       {actions['any_at_bounds']:.1%} have a dimension at a bound")
 
-    print(f"\n{'':<14}" + "".join(f"{name:>11}" for name in _STATS))
+    print("\n" + _row("", _STATS))
     for name in ("lengths", "returns", "scores", "rewards"):
         if summary[name] is not None:
-            print(f"{name:<14}" + "".join(f"{_short(summary[name][key]):>11}" for key in _STATS))
+            print(_row(name, [_short(summary[name][key]) for key in _STATS]))
     if summary["scores"] is None:
         print(f"{'scores':<14}  no reference returns are known")
 
-    _print_columns(
-        "action", summary["actions"], ("low", "high", "min", "max", "mean", "std", "at_bounds")
-    )
+    _print_columns("action", actions, ("low", "high", "min", "max", "mean", "std", "at_bounds"))
     _print_columns("observation", summary["observations"], ("min", "max", "mean", "std"))
 
     print(f"\nproblems      {'none found' if not summary['problems'] else ''}")
@@ -92,12 +86,16 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _print_columns(title: str, columns: dict[str, Any], names: tuple[str, ...]) -> None:
-    """A row for each dimension."""
-    print(f"\n{title:<14}" + "".join(f"{name.replace('_', ' '):>11}" for name in names))
+    """Print a row for each dimension."""
+    print("\n" + _row(title, [name.replace("_", " ") for name in names]))
     for i in range(min(columns["size"], _MOST_DIMENSIONS)):
-        print(f"{i:<14}" + "".join(f"{_short(columns[name][i]):>11}" for name in names))
+        print(_row(str(i), [_short(columns[name][i]) for name in names]))
     if columns["size"] > _MOST_DIMENSIONS:
         print(f"  and {columns['size'] - _MOST_DIMENSIONS} more dimensions")
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<14}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _short(value: float) -> str:

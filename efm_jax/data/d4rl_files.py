@@ -142,7 +142,7 @@ def task_of_file(path: str) -> str:
 def family_of(task: str) -> Family:
     """Oddities of a task's files, by the first word of its name; none for other names."""
     family = _FAMILIES.get(first_word(task), Family())
-    early = task.lower().endswith(("v0", "v1"))
+    early = task.lower().replace("_", "-").endswith(("-v0", "-v1"))
     return family._replace(jumps_end=True) if family.terminals_pass and early else family
 
 
