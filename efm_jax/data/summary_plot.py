@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from efm_jax.types import Dataset
 
@@ -113,7 +113,7 @@ def _actions(axes: Axes, dataset: Dataset, columns: dict[str, Any]) -> None:
     bar.ax.tick_params(labelsize=8)
     title = f"Actions: share per bin; {columns['any_at_bounds']:.1%} have a dimension at a bound"
     _label(axes, title, "dimension", "scaled to its bounds")
-    _whole_ticks(axes, size)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _observations(axes: Axes, dataset: Dataset) -> None:
@@ -130,15 +130,11 @@ def _observations(axes: Axes, dataset: Dataset) -> None:
     bottom = axes.get_ylim()[0]
     axes.set_ylim(bottom=4.0 * bottom if bottom < -1.0 else bottom - 1.0)  # room for the legend
     _label(axes, "Observations", "dimension", "value")
-    _whole_ticks(axes, rows.shape[1])
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows[:: max(1, len(rows) // _SAMPLE)], np.float64)
-
-
-def _whole_ticks(axes: Axes, size: int) -> None:
-    axes.set_xticks(np.arange(0, size, max(1, -(-size // 12))))
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:

@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from efm_jax import checks
 from efm_jax.envs import environments
@@ -39,10 +39,10 @@ def evaluate(
 ) -> Rollouts:
     """Run ``E = len(episode_seeds)`` episodes of each of ``K = num_policies`` policies.
 
-    All ``K * E`` episodes are sub-environments of one vector environment, so ``act`` is called
-    once a step, always with the same shapes. Episode ``e`` of every policy is reset with
-    ``episode_seeds[e]``. After an episode has ended its environment is left alone: its observation
-    stays the last one, its actions are ignored, and nothing is added to its return.
+    All ``K * E`` episodes go on side by side, so ``act`` is called once a step, always with the
+    same shapes. Episode ``e`` of every policy is reset with ``episode_seeds[e]``. After an episode
+    has ended its environment is left alone: its observation stays the last one, its actions are
+    ignored, and nothing is added to its return.
 
     Args:
       act: ``(observations [K, E, S] float32, step) -> actions [K, E, A]`` in environment units;
@@ -72,62 +72,36 @@ def evaluate(
     spec = _bounded_spec(env_spec, max_steps)
     seeds = [int(seed) for seed in episode_seeds]
     batch = (num_policies, len(seeds))
+    returns = np.zeros(batch, np.float64)
+    lengths = np.zeros(batch, np.int64)
+    running = np.ones(batch, bool)
 
-    with contextlib.closing(_vectorize(spec, num_policies * len(seeds), make)) as vector:
-        space = vector.single_action_space
+    with contextlib.ExitStack() as stack:
+        games = [stack.enter_context(contextlib.closing(make(spec))) for _ in range(running.size)]
+        space, observed = games[0].action_space, games[0].observation_space
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"environment {spec.id}: expected a Box action space [A]; got {space}")
-        returns = np.zeros(batch, np.float64)
-        lengths = np.zeros(batch, np.int64)
-        running = np.ones(batch, bool)
-        observations, _ = vector.reset(seed=seeds * num_policies)
+        states = [
+            game.reset(seed=seed)[0] for game, seed in zip(games, seeds * num_policies, strict=True)
+        ]
         for step in range(spec.max_episode_steps):
-            flat = flatten_observation(vector.single_observation_space, observations, 1)
-            actions = np.asarray(act(flat.reshape(*batch, -1), step))
+            together = concatenate(observed, states, create_empty_array(observed, len(games)))
+            observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
+            actions = np.asarray(act(observations, step))
             checks.check_shape("actions", actions, (*batch, *space.shape))
             _check_finite(actions, running, step, seeds)
             actions = np.clip(actions, space.low, space.high).astype(space.dtype)
-            observations, rewards, terminated, truncated, _ = vector.step(
-                actions.reshape(-1, *space.shape)
-            )
-            returns += np.where(running, rewards.reshape(batch), 0.0)
-            lengths += running
-            running &= ~(terminated | truncated).reshape(batch)
+            for place in zip(*np.nonzero(running), strict=True):
+                game = place[0] * len(seeds) + place[1]
+                states[game], reward, terminated, truncated, _ = games[game].step(actions[place])
+                returns[place] += float(reward)
+                lengths[place] += 1
+                running[place] = not (terminated or truncated)
             if progress is not None:
                 progress(step + 1, int(running.size - running.sum()))
             if not running.any():
                 break
     return Rollouts(returns, lengths)
-
-
-class _OneEpisode(gymnasium.Wrapper):
-    """An environment that plays a single episode and then stands still.
-
-    Gymnasium's autoreset would start, and simulate, a further episode in every finished
-    sub-environment until the slowest one ends. Under ``NEXT_STEP`` the vector environment calls
-    ``reset()`` without a seed once after the end; here that call, and every step after it, does
-    nothing.
-    """
-
-    def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
-        self._last_observation: Any = None
-        self._ended = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict]:
-        if self._ended:
-            return self._last_observation, {}
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        if self._ended:
-            return self._last_observation, 0.0, False, False, {}
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        self._ended = bool(terminated or truncated)
-        self._last_observation = observation
-        return observation, float(reward), bool(terminated), bool(truncated), {}
 
 
 def _bounded_spec(env_spec: str, max_steps: int | None) -> EnvSpec:
@@ -144,23 +118,6 @@ def _bounded_spec(env_spec: str, max_steps: int | None) -> EnvSpec:
         )
     spec.max_episode_steps = min(limits)
     return spec
-
-
-def _vectorize(
-    spec: EnvSpec, count: int, make: Callable[[EnvSpec], gymnasium.Env]
-) -> SyncVectorEnv:
-    """``count`` copies behind one vector environment; an error closes those already made."""
-    with contextlib.ExitStack() as made:
-        copies = [
-            made.enter_context(contextlib.closing(_OneEpisode(make(spec)))) for _ in range(count)
-        ]
-        # NEXT_STEP, because the returned observation and reward then belong to the same episode and
-        # no sub-environment is reset within the step that ended it.
-        vector = SyncVectorEnv(
-            [lambda env=env: env for env in copies], autoreset_mode=AutoresetMode.NEXT_STEP
-        )
-        made.pop_all()
-    return vector
 
 
 def _check_finite(

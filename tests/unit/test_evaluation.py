@@ -1,3 +1,4 @@
+import copy
 import json
 import sys
 
@@ -277,7 +278,7 @@ def test_bad_arguments():
 
 
 def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
-    spec = gymnasium.spec("Pendulum-v1")
+    spec = copy.deepcopy(gymnasium.spec("Pendulum-v1"))  # the registry's is everybody's
     spec.kwargs = {"render_mode": "no_such_mode"}
     assert evaluate(zeros, spec.to_json(), episode_seeds=[0], max_steps=1).lengths.tolist() == [[1]]
 
