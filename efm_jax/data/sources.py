@@ -8,10 +8,6 @@ from efm_jax.data.minari import load_minari, local_path
 from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Rows, all_rows
 
-_HDF5_ENDINGS = (".hdf5", ".h5")
-_NPZ_ENDING = ".npz"
-_PATH_STARTS = ("/", "./", "../", "~")
-
 DATASET_SOURCES = f"""\
 {builtin.BUILTIN_DATASET}: built in, scripted controllers on Pendulum-v1, recorded at first use;
 a Minari id such as D4RL/pointmaze/umaze-v2: read from Minari's local folder, else downloaded;
@@ -48,11 +44,12 @@ def load_dataset(
         where.
     """
     folders = folders or Folders()
-    ending = _path_ending(name)
-    if ending == _NPZ_ENDING:
+    if name.lower().endswith(".npz"):
         return ogbench.load_ogbench(name, env=env, rows=rows)
-    if ending is not None:
+    if name.lower().endswith((".hdf5", ".h5")):
         return load_d4rl(name, env=env, rows=rows)
+    if name.startswith(("/", "./", "../", "~")) or "://" in name:
+        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5, .h5 or .npz")
     if name in d4rl_files.D4RL_FILES:
         return load_d4rl(d4rl_files.ensure_file(name, folders.d4rl), name=name, env=env, rows=rows)
     if ogbench.is_ogbench(name):
@@ -63,13 +60,3 @@ def load_dataset(
     if problem is not None and not local_path(name).exists():
         raise DataError(problem)
     return load_minari(name, env=env, rows=rows)
-
-
-def _path_ending(name: str) -> str | None:
-    """The ending of a path of a dataset's file; None for what is no path."""
-    for ending in (*_HDF5_ENDINGS, _NPZ_ENDING):
-        if name.lower().endswith(ending):
-            return ending
-    if name.startswith(_PATH_STARTS) or "://" in name:
-        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5, .h5 or .npz")
-    return None
