@@ -10,10 +10,24 @@ from pathlib import Path
 import h5py
 import minari
 import numpy as np
+import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
+from efm_jax.data import DataError, load_dataset
+
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def fails(source, *words, **options):
+    """`load_dataset` refuses the source in one line that begins with it and has the words."""
+    with pytest.raises(DataError) as caught:
+        load_dataset(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(source)
+    for word in words:
+        assert word in message, message
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from efm_jax.data import DataError, load_dataset
 from efm_jax.envs.flatten import flat_size, flatten_observation
-from tests.unit.data_fixtures import SHARED_DATA, box, episode, write_minari
+from tests.unit.data_fixtures import SHARED_DATA, box, episode, fails, write_minari
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,6 @@ def folder(tmp_path, monkeypatch):
 def rows(first, steps, size=3):
     """Observations that name themselves, `[steps + 1, size]`."""
     return (first + np.arange(steps + 1)[:, None] + 0.1 * np.arange(size)).astype(np.float32)
-
-
-def fails(name, *words, **options):
-    with pytest.raises(DataError) as caught:
-        load_dataset(name, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(name)
-    for word in words:
-        assert word in message, message
 
 
 def corrupt(folder, name, change):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from efm_jax.data import DataError, Folders, load_dataset, ogbench
-from tests.unit.data_fixtures import serving_files
+from efm_jax.data import Folders, load_dataset, ogbench
+from tests.unit.data_fixtures import fails, serving_files
 
 # rows:      0  1  2  3  4  5  6    trajectories of states: 0-3, 4-6
 TERMINALS = [0, 0, 0, 1, 0, 0, 1]
@@ -34,16 +34,6 @@ def labeled():
 def write(path, content):
     np.savez_compressed(path, **content)
     return str(path)
-
-
-def fails(source, *words, **options):
-    with pytest.raises(DataError) as caught:
-        load_dataset(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(source)
-    for word in words:
-        assert word in message, message
 
 
 class Goal(gymnasium.Env):
