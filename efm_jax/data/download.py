@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import pooch
-
 from efm_jax.errors import DataError, reason
 
 # First bytes of the formats that are downloaded: a server's error page must not become a dataset.
@@ -32,10 +30,12 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
       DataError: no connection, no such file there, a download cut short or of another format, or a
         folder that cannot be written; nothing is left behind.
     """
+    import pooch  # here, because it is slow and only a download needs it
+
     pooch.get_logger().setLevel("WARNING")  # it would tell the file's hash
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
 
-    def download(url: str, draft: str, _: pooch.Pooch) -> None:
+    def download(url: str, draft: str, _: object) -> None:
         os.unlink(draft)  # because pooch has made it for its owner alone
         http(url, draft, None)
         with open(draft, "rb") as file:
