@@ -17,14 +17,14 @@ def requirements() -> list[str]:
 
 MUJOCO = [
     "mujoco>=3.2,<5",  # Gymnasium's Hopper, HalfCheetah, Walker2d, Ant
-    "imageio>=2.14.1,<3",  # which gymnasium.envs.mujoco imports
+    "imageio>=2.28,<3",  # which gymnasium.envs.mujoco imports
 ]
 ROBOTICS = [
     "gymnasium-robotics>=1.4,<2",  # PointMaze, AntMaze, Adroit, kitchen
     *MUJOCO,
 ]
 VIDEO = [
-    "av>=14,<19",  # H.264 for launch.evaluate --video
+    "imageio[ffmpeg]>=2.28,<3",  # H.264 and GIF for launch.evaluate --video
     "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
 ]
 EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export

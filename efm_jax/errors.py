@@ -12,7 +12,7 @@ class DataError(ValueError):
 
 
 def reason(error: BaseException, limit: int = 300) -> str:
-    """Another library's error as part of a one-line message: its type and its text, cut at ``limit``."""
+    """Another library's error within a one-line message: its type, and its text up to ``limit``."""
     text = " ".join(str(error).split())
     if len(text) > limit:
         text = text[:limit] + "..."

@@ -21,9 +21,15 @@ from absl import flags
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks, load_policy
-from efm_jax.data import DataError, builtin, recording
-from efm_jax.envs import environments, normalized_score, reference_scores
-from efm_jax.envs import pointmaze as waypoints
+from efm_jax.data import BUILTIN_DATASET, DataError, recording
+from efm_jax.envs import (
+    dataset_references,
+    environments,
+    normalized_score,
+    pendulum,
+    play,
+    pointmaze,
+)
 from efm_jax.runs.workdir import RunInfo, resolve
 from launch import cli
 
@@ -45,14 +51,13 @@ _NOISE = flags.DEFINE_float(
     "noise",
     None,
     "Standard deviation of Gaussian noise on actions, in units of half their range; waypoints: "
-    "its mean over "
-    "episodes, by default 0.5; a work directory: by default 0.",
+    "its mean over episodes, by default 0.5; a work directory: by default 0.",
 )
 
 _DEFAULT_STEPS = 100_000
 _DEFAULT_NOISE = 0.5  # of waypoints; D4RL's
 _SCRIPTED = ("random", "waypoints")
-# Of the scripted policies' random numbers, folded into the seed; not one of the recording's own.
+# Purpose of the scripted policies' random numbers, folded into the seed; no purpose of a recording.
 _ACTIONS = 0
 
 
@@ -65,7 +70,7 @@ def main(_: list[str]) -> int:
         _check_flags(spec, dataset_id)
         env = environments.make(spec)
         recording.check_environment(env)
-        begin = _policy(env)
+        begin, description = _policy(env)
     steps = None if _EPISODES.value else _STEPS.value or _DEFAULT_STEPS
     try:
         recorded = recording.record(
@@ -76,7 +81,7 @@ def main(_: list[str]) -> int:
             episodes=_EPISODES.value,
             steps=steps,
             expert=_expert(env),
-            algorithm_name=_describe_policy(),
+            algorithm_name=description,
             code_permalink="launch/collect.py",
             description=f"{spec.id}, recorded locally with seed {_SEED.value}",
         )
@@ -84,7 +89,7 @@ def main(_: list[str]) -> int:
         raise cli.UsageError(str(error)) from error
     if not recorded.published:
         raise cli.UsageError(f"dataset {dataset_id}: another process has recorded it meanwhile")
-    references = recorded.reference_scores or reference_scores(spec.id)
+    references = dataset_references(recorded.reference_scores, dataset_id, spec.id)
     mean = float(recorded.returns.mean())
     line = {
         "dataset": dataset_id,
@@ -101,24 +106,23 @@ def main(_: list[str]) -> int:
 
 
 def _environment_spec() -> EnvSpec:
-    """What is played in: of ``--env``, else of the training run."""
+    """The spec of ``--env``, else of the training run."""
+    expected = "expected random, waypoints or a work directory"
     if not _POLICY.value:
-        raise ValueError("--policy: expected random, waypoints or a work directory; got none")
+        raise ValueError(f"--policy: {expected}; got none")
+    flag = f"--policy={_POLICY.value}"
     if _POLICY.value in _SCRIPTED:
         if not _ENV.value:
-            raise ValueError(
-                f"--env: expected a Gymnasium id for --policy={_POLICY.value}; got none"
-            )
+            raise ValueError(f"--env: expected a Gymnasium id for {flag}; got none")
     elif not resolve(_POLICY.value).exists():
-        expected = "random, waypoints or a work directory"
-        raise ValueError(f"--policy={_POLICY.value}: expected {expected}; there is no such folder")
+        raise ValueError(f"{flag}: {expected}; there is no such folder")
     elif not _ENV.value:
         info = RunInfo.load(resolve(_POLICY.value))
         if info is None:
-            raise ValueError(f"--policy={_POLICY.value}: holds no run (no config.json)")
-        return environments.parse_spec(f"--policy={_POLICY.value}", info.env_spec)
-    spec = environments.registered_spec("--env", _ENV.value)
-    return waypoints.task(spec) if waypoints.is_point_maze(spec) else spec
+            raise ValueError(f"{flag}: holds no run (no config.json)")
+        return environments.read_spec(flag, info.env_spec)
+    spec = environments.read_spec("--env", _ENV.value)
+    return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 
 
 def _default_id(spec: EnvSpec) -> str:
@@ -128,67 +132,54 @@ def _default_id(spec: EnvSpec) -> str:
 
 
 def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
-    """What can be refused before anything is made."""
-    if _POLICY.value == "waypoints" and not waypoints.is_point_maze(spec):
+    """Refuse what can be refused before anything is made."""
+    if _POLICY.value == "waypoints" and not pointmaze.is_point_maze(spec):
         raise ValueError(f"--policy=waypoints: expected a PointMaze environment; got {spec.id}")
     if _EPISODES.value and _STEPS.value:
         raise ValueError("--episodes, --steps: expected one of them; got both")
     if _NOISE.value is not None:
         checks.check_number("--noise", _NOISE.value, minimum=0.0)
         if _POLICY.value == "random":
-            raise ValueError(
-                "--noise: expected another policy than random; its actions are noise already"
-            )
-    if dataset_id == builtin.BUILTIN_DATASET:
+            problem = "expected another policy than random, whose actions are noise already"
+            raise ValueError(f"--noise: {problem}")
+    if dataset_id == BUILTIN_DATASET:
         raise ValueError(
             f"--dataset={dataset_id}: expected another id; this is the built-in dataset's"
         )
     recording.check_new(dataset_id)
 
 
-def _policy(env: gymnasium.Env) -> recording.Begin:
-    """What acts in each episode."""
-    seed = _SEED.value
+def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
+    """The policy of each episode, and the algorithm's name in the metadata."""
+
+    def rng(episode: int) -> np.random.Generator:
+        return np.random.default_rng([_SEED.value, _ACTIONS, episode])
+
     if _POLICY.value == "random":
-        return lambda episode: recording.random_actions(
-            env.action_space, np.random.default_rng([seed, _ACTIONS, episode])
-        )
+        space = env.action_space
+        return lambda i: play.random_actions(space, rng(i)), "uniformly random actions"
     if _POLICY.value == "waypoints":
-        maze, noise = (
-            waypoints.Maze.of(env),
-            _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value,
+        maze = pointmaze.Maze.of(env)
+        noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
+        return lambda i: pointmaze.wanderer(maze, rng(i), noise), (
+            "waypoint controller between goals of its own, random gains, "
+            f"noise of mean deviation {noise:g}"
         )
-        return lambda episode: waypoints.wanderer(
-            maze, np.random.default_rng([seed, _ACTIONS, episode]), noise
-        )
-    return _trained_policy(env)
-
-
-def _trained_policy(env: gymnasium.Env) -> recording.Begin:
-    """The policy of a work directory; refused here if it is one of another environment."""
+    noise = _NOISE.value or 0.0
     try:
-        begin = recording.batched(env, load_policy(_POLICY.value), _SEED.value, _NOISE.value or 0.0)
-        recording.check_action(env, begin(0)(env.reset(seed=0)[0]))
+        begin = play.batched(env, load_policy(_POLICY.value), _SEED.value, noise)
+        # Refused here, if it is a policy of another environment.
+        play.check_action(env, begin(0)(env.reset(seed=0)[0]))
     except ValueError as error:
         raise ValueError(f"--policy={_POLICY.value}: {error}") from error
-    return begin
+    return begin, f"efm_jax policy, noise of deviation {noise:g}"
 
 
-def _expert(env: gymnasium.Env) -> recording.Act | None:
+def _expert(env: gymnasium.Env) -> play.Act | None:
     """What scores 100, where there is a script for the environment."""
-    if waypoints.is_point_maze(env.spec):
-        return waypoints.expert(waypoints.Maze.of(env))
-    return builtin.best if env.spec.id == builtin.ENVIRONMENT else None
-
-
-def _describe_policy() -> str:
-    """The algorithm's name in the metadata."""
-    if _POLICY.value == "random":
-        return "uniformly random actions"
-    if _POLICY.value == "waypoints":
-        noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
-        return f"waypoint controller between goals of its own, random gains, noise of mean deviation {noise:g}"
-    return f"efm_jax policy, noise of deviation {_NOISE.value or 0:g}"
+    if pointmaze.is_point_maze(env.spec):
+        return pointmaze.expert(pointmaze.Maze.of(env))
+    return pendulum.expert if env.spec.id == pendulum.ENVIRONMENT else None
 
 
 if __name__ == "__main__":

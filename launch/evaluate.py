@@ -45,7 +45,7 @@ _CANDIDATES = flags.DEFINE_integer(
     "num_candidates", None, "Actions that best and mean sample; by default as in training.", 1
 )
 _VIDEO = flags.DEFINE_string(
-    "video", None, "An .mp4 (needs the extra video) or .gif file to record."
+    "video", None, "An .mp4 or .gif file to record (needs the extra video)."
 )
 
 

@@ -6,17 +6,16 @@ Exit status: 0 done, 2 bad flags or data.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 from etils import epath
 
 from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summarize
 from efm_jax.data.summary_plot import draw_summary
-from efm_jax.envs import normalized_score, reference_scores
+from efm_jax.envs import dataset_references, normalized_score
 from efm_jax.files import write_whole
-from efm_jax.types import Dataset
 from launch import cli
 from launch.datasets import dataset_folders
 
@@ -39,14 +38,10 @@ def main(_: list[str]) -> int:
             raise ValueError(f"--plot: expected a path ending in .png; got {_PLOT.value!r}")
         dataset = load_dataset(_DATASET.value, env=_ENV.value, folders=dataset_folders())
         summary = summarize(dataset)
-        references = _references(dataset, summary["environment"])
-        summary["references"] = references
-        summary["scores"] = None
-        if references is not None:
-            values = normalized_score(
-                np.array([summary["returns"][key] for key in _STATS]), references
-            )
-            summary["scores"] = dict(zip(_STATS, values.tolist(), strict=True))
+        references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
+        returns = summary["returns"]
+        scores = {key: normalized_score(value, references) for key, value in returns.items()}
+        summary |= {"references": references, "scores": None if references is None else scores}
         if _PLOT.value is not None:
             plot = epath.Path(_PLOT.value).expanduser()
             write_whole(plot, draw_summary(dataset, summary, references))
@@ -54,12 +49,6 @@ def main(_: list[str]) -> int:
     _print(summary)
     print("\n" + json.dumps(summary))
     return 0
-
-
-def _references(dataset: Dataset, env_id: str | None) -> tuple[float, float] | None:
-    """The source's own, else those of the dataset's name, else those of its environment."""
-    found = dataset.reference_scores or reference_scores(dataset.name)
-    return found or (reference_scores(env_id) if env_id else None)
 
 
 def _print(summary: dict[str, Any]) -> None:
@@ -79,16 +68,14 @@ def _print(summary: dict[str, Any]) -> None:
     print(f"copies        {summary['copies']:,} transitions equal an earlier one")
     print(f"actions       {actions['any_at_bounds']:.1%} have a dimension at a bound")
 
-    print(f"\n{'':<14}" + "".join(f"{name:>11}" for name in _STATS))
+    print("\n" + _row("", _STATS))
     for name in ("lengths", "returns", "scores", "rewards"):
         if summary[name] is not None:
-            print(f"{name:<14}" + "".join(f"{_short(summary[name][key]):>11}" for key in _STATS))
+            print(_row(name, [_short(summary[name][key]) for key in _STATS]))
     if summary["scores"] is None:
         print(f"{'scores':<14}  no reference returns are known")
 
-    _print_columns(
-        "action", summary["actions"], ("low", "high", "min", "max", "mean", "std", "at_bounds")
-    )
+    _print_columns("action", actions, ("low", "high", "min", "max", "mean", "std", "at_bounds"))
     _print_columns("observation", summary["observations"], ("min", "max", "mean", "std"))
 
     print(f"\nproblems      {'none found' if not summary['problems'] else ''}")
@@ -99,12 +86,16 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def _print_columns(title: str, columns: dict[str, Any], names: tuple[str, ...]) -> None:
-    """A row for each dimension."""
-    print(f"\n{title:<14}" + "".join(f"{name.replace('_', ' '):>11}" for name in names))
+    """Print a row for each dimension."""
+    print("\n" + _row(title, [name.replace("_", " ") for name in names]))
     for i in range(min(columns["size"], _MOST_DIMENSIONS)):
-        print(f"{i:<14}" + "".join(f"{_short(columns[name][i]):>11}" for name in names))
+        print(_row(str(i), [_short(columns[name][i]) for name in names]))
     if columns["size"] > _MOST_DIMENSIONS:
         print(f"  and {columns['size'] - _MOST_DIMENSIONS} more dimensions")
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<14}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _short(value: float) -> str:

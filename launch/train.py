@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from gymnasium.envs.registration import EnvSpec
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ from efm_jax.data import (
     load_dataset,
     preprocess,
 )
-from efm_jax.envs import Rollouts, reference_scores
+from efm_jax.envs import Rollouts, dataset_references
 from efm_jax.rl.agents import AgentParams, State, make_agent
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
@@ -137,9 +136,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     with multihost.agreed_errors():
         layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value)
         dataset, total = _load(config, layout)
-        env_id = EnvSpec.from_json(dataset.env_spec).id
-        references = dataset.reference_scores or reference_scores(dataset.name)
-        references = references or reference_scores(env_id)
+        references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)
         check_fits(memory, device_limit(layout), layout)
     # In parallel=seeds every host has read everything, and has nothing to ask the others.

@@ -27,17 +27,15 @@ normalizes every action.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 
 import h5py
 import numpy as np
-from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import d4rl_files, validation
-from efm_jax.data.episodes import episodes
+from efm_jax.data.rows import Columns, episodes, open_file
 from efm_jax.envs import environments
-from efm_jax.errors import DataError, reason
+from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
 # First word of a D4RL file's name -> today's version of its environment.
@@ -48,14 +46,7 @@ CLASSIC_ENVIRONMENTS = {
     "ant": "Ant-v5",
 }
 
-_RANKS = {
-    "observations": 2,
-    "actions": 2,
-    "rewards": 1,
-    "terminals": 1,
-    "timeouts": 1,
-    "next_observations": 2,
-}
+_REQUIRED = ("observations", "actions", "rewards", "terminals")
 _OPTIONAL = ("timeouts", "next_observations")
 
 
@@ -81,41 +72,36 @@ def load_d4rl(
     """
     task = d4rl_files.task_of_file(path)
     family = d4rl_files.family_of(task)
-    with _open(path) as file:
-        stored = _stored(path, file)
-        validation.check_action_dtype(path, stored["actions"])
-        validation.check_lengths(path, stored, _ranks(stored))
-        if "next_observations" in stored:
-            shapes = stored["observations"].shape, stored["next_observations"].shape
-            if shapes[0] != shapes[1]:
-                raise DataError(
-                    f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}"
-                )
+    # What h5py raises for damage.
+    with (
+        open_file(path, "HDF5", RuntimeError, KeyError) as handle,
+        h5py.File(handle, "r") as file,
+    ):
+        columns = _columns(path, file)
+        sizes = columns["observations"].shape[1], columns["actions"].shape[1]
         # With an environment given, the file's own is not asked for.
         stated = env or _text_attribute(path, "env_id", file.attrs.get("env_id"))
-        spec, low, high = _environment(
-            path, task, stated, stored["observations"].shape[1], stored["actions"].shape[1]
-        )
+        spec, low, high = _environment(path, task, stated, *sizes)
         validation.check_bounds(path, low, high)
 
-        terminals = validation.as_flags(path, "terminals", stored["terminals"][()].reshape(-1))
-        if "timeouts" in stored:
-            timeouts = validation.as_flags(path, "timeouts", stored["timeouts"][()].reshape(-1))
+        terminals = columns.flags("terminals")
+        if "timeouts" in columns:
+            timeouts = columns.flags("timeouts")
         else:
             timeouts = _timeouts(path, terminals, spec, family)
         if family.jumps_end:
-            timeouts |= _jumps(stored["observations"])
+            timeouts |= _jumps(columns["observations"])
         ends = timeouts if family.terminals_pass else terminals | timeouts
-        rewards = _numbers(path, stored, "rewards")
-        kept = _kept_rows(path, terminals, timeouts, "next_observations" in stored)
+        rewards = columns.numbers("rewards")
+        kept = _kept_rows(path, terminals, timeouts, "next_observations" in columns)
         selected = rows(len(kept))
         # The rows of the file from the first selected one up to the first one after them.
         start = 0 if selected.start == 0 else int(kept[selected.start])
         stop = len(terminals) if selected.stop == len(kept) else int(kept[selected.stop])
         kept = kept[selected]
-        actions = _numbers(path, stored, "actions", start, stop)
+        actions = columns.numbers("actions", start, stop)
         actions = validation.clip_actions(path, actions, low, high, first_row=start)
-        observations, next_observations = _observations(path, stored, ends, start, stop)
+        observations, next_observations = _observations(columns, ends, start, stop)
 
     firsts, returns, lengths = episodes(rewards, ends, terminals)
     begun = (firsts >= start) & (firsts < stop)
@@ -132,71 +118,30 @@ def load_d4rl(
         episode_lengths=lengths[begun],
         action_low=low,
         action_high=high,
-        env_spec=None if spec is None else environments.spec_json(path, spec),
+        env_spec=environments.spec_json(path, spec),
         reference_scores=None,
         first_row=selected.start,
     )
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[h5py.File]:
-    """The file, for reading; what h5py raises inside is a :class:`DataError`."""
-    file_path = epath.Path(path).expanduser()
-    try:
-        if not file_path.exists():
-            raise DataError(f"{path}: no such file")
-        if file_path.is_dir():
-            raise DataError(f"{path}: expected an HDF5 file; got a folder")
-        with file_path.open("rb") as handle, h5py.File(handle, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError, ImportError) as error:
-        # h5py: OSError, RuntimeError and KeyError for damage; ImportError: no client for this kind
-        # of path.
-        raise DataError(f"{path}: cannot be read as an HDF5 file ({reason(error)})") from error
-
-
-def _stored(path: str, file: h5py.File) -> dict[str, h5py.Dataset]:
-    """Every dataset of the layout that the file has, not read yet."""
-    stored = {name: file[name] for name in _RANKS if name in file}
-    missing = [name for name in _RANKS if name not in stored and name not in _OPTIONAL]
-    if missing:
-        raise DataError(f"{path}: the file has no dataset {', '.join(map(repr, missing))}")
+def _columns(path: str, file: h5py.File) -> Columns:
+    """Every array of the layout that the file has, not read yet."""
+    stored = {name: file[name] for name in (*_REQUIRED, *_OPTIONAL) if name in file}
     for name, dataset in stored.items():
         if not isinstance(dataset, h5py.Dataset):
             raise DataError(f"{path}: {name!r} is a group; expected a dataset")
-    return stored
-
-
-def _ranks(stored: dict[str, h5py.Dataset]) -> dict[str, int]:
-    """The number of axes that each dataset must have: a column of shape ``[N, 1]`` may keep its second."""
-    return {
-        name: 2 if stored[name].shape[1:] == (1,) else rank
-        for name, rank in _RANKS.items()
-        if name in stored
-    }
-
-
-def _numbers(
-    path: str, stored: dict[str, h5py.Dataset], name: str, start: int = 0, stop: int | None = None
-) -> np.ndarray:
-    """Rows ``start .. stop`` of a dataset as float32, finite."""
-    array = validation.as_float32(path, name, stored[name][start:stop])
-    if _RANKS[name] == 1:
-        array = array.reshape(-1)
-    validation.check_finite(path, name, array, first_row=start)
-    return array
+    return Columns(path, stored, _REQUIRED)
 
 
 def _observations(
-    path: str, stored: dict[str, h5py.Dataset], ends: np.ndarray, start: int, stop: int
+    columns: Columns, ends: np.ndarray, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observations and next observations of the rows ``start .. stop``."""
-    if "next_observations" in stored:
+    if "next_observations" in columns:
         return tuple(
-            _numbers(path, stored, name, start, stop)
-            for name in ("observations", "next_observations")
+            columns.numbers(name, start, stop) for name in ("observations", "next_observations")
         )
-    following = _numbers(path, stored, "observations", start, min(stop + 1, len(ends)))
+    following = columns.numbers("observations", start, min(stop + 1, len(ends)))
     observations = following[: stop - start]
     following = np.concatenate([following[1:], following[-1:]])[: stop - start]
     return observations, np.where(ends[start:stop, None], observations, following)
@@ -230,18 +175,17 @@ def _text_attribute(path: str, name: str, value: object) -> str | None:
 def _environment(
     path: str, task: str, stated: str | None, observation_size: int, action_size: int
 ) -> tuple[EnvSpec | None, np.ndarray, np.ndarray]:
-    """The environment's spec (or None) and the action bounds ``[A]`` float32; ``stated`` may be its id."""
+    """The environment's spec or None, and action bounds ``[A]`` float32; ``stated`` is an id."""
     unit = np.ones(action_size, np.float32)
     chosen = stated or CLASSIC_ENVIRONMENTS.get(d4rl_files.first_word(task))
     if chosen is None:
         return None, -unit, unit
-    spec = environments.registered_spec(path, chosen)
+    spec = environments.read_spec(path, chosen)
     spaces = environments.make_spaces(spec)
     if spaces is None:
         if spec.id not in CLASSIC_ENVIRONMENTS.values():
             raise DataError(
-                f"{path}: environment {spec.id} cannot be made here, so its action bounds are "
-                "unknown"
+                f"{path}: environment {spec.id} cannot be made here: its action bounds are unknown"
             )
         return spec, -unit, unit
     try:
@@ -260,14 +204,13 @@ def _environment(
 def _timeouts(
     path: str, terminals: np.ndarray, spec: EnvSpec | None, family: d4rl_files.Family
 ) -> np.ndarray:
-    """Timeouts of a file that does not have them: the last step that the step limit allows to an episode."""
+    """Timeouts of a file without them: the last step that the limit allows to an episode."""
     if family.terminals_end_all:
         return np.zeros_like(terminals)
     limit = family.step_limit or (spec.max_episode_steps if spec is not None else None)
     if limit is None:
         raise DataError(
-            f"{path}: the file has no dataset 'timeouts' and names no environment with a step "
-            "limit, "
+            f"{path}: the file has no array 'timeouts' and names no environment with a step limit, "
             "so the ends of its episodes are unknown; give the environment's id"
         )
     rows = np.arange(len(terminals))

@@ -1,5 +1,4 @@
-"""D4RL's classic datasets: their names, the files that hold them, and what is odd about each
-family.
+"""D4RL's classic datasets: their names, their files, and what is odd about each family.
 
 Names, files and step limits are facts of ``d4rl/infos.py`` and of the environments' registrations
 (``d4rl/locomotion``, ``kitchen``, ``hand_manipulation_suite``, ``pointmaze``) in
@@ -58,6 +57,7 @@ class Family(NamedTuple):
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d", "ant")
 _ADROIT = ("pen", "door", "hammer", "relocate")
+_MAZE_KINDS = ("medium-play", "medium-diverse", "large-play", "large-diverse")
 _MAZE_FILES = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}
 
 
@@ -75,16 +75,12 @@ def _files() -> dict[str, str]:
                 stem = f"{task}_{kind.replace('-', '_')}-{version}"
                 files[f"{task}-{kind}-{version}"] = f"gym_mujoco_{version}/{stem}.hdf5"
     files["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
-    for maze, kind in (
-        ("umaze", ""), ("umaze", "diverse"), ("medium", "play"), ("medium", "diverse"), ("large", "play"),
-        ("large", "diverse"),
-    ):  # fmt: skip
-        task = f"antmaze-{maze}-{kind}".rstrip("-")
-        starts, goals = kind != "", kind == "diverse"
-        rest = f"noisy_multistart_{starts}_multigoal_{goals}_sparse"
-        files[f"{task}-v0"] = f"ant_maze_new/Ant_maze_{_MAZE_FILES[maze]}_{rest}.hdf5"
-        files[f"{task}-v1"] = f"ant_maze_v1/Ant_maze_{maze}_{rest}.hdf5"
-        files[f"{task}-v2"] = f"ant_maze_v2/Ant_maze_{_MAZE_FILES[maze]}_{rest}_fixed.hdf5"
+    for kind in ("umaze", "umaze-diverse", *_MAZE_KINDS):
+        maze, _, goals = kind.partition("-")
+        rest = f"noisy_multistart_{goals != ''}_multigoal_{goals == 'diverse'}_sparse"
+        files[f"antmaze-{kind}-v0"] = f"ant_maze_new/Ant_maze_{_MAZE_FILES[maze]}_{rest}.hdf5"
+        files[f"antmaze-{kind}-v1"] = f"ant_maze_v1/Ant_maze_{maze}_{rest}.hdf5"
+        files[f"antmaze-{kind}-v2"] = f"ant_maze_v2/Ant_maze_{_MAZE_FILES[maze]}_{rest}_fixed.hdf5"
     for task in _ADROIT:
         files[f"{task}-human-v0"] = f"hand_dapg/{task}-v0_demos_clipped.hdf5"
         files[f"{task}-cloned-v0"] = f"hand_dapg/{task}-demos-v0-bc-combined.hdf5"
@@ -110,29 +106,23 @@ _FAMILIES = {
     "antmaze": Family(terminals_pass=True),
     "kitchen": Family(terminals_end_all=True),
     "pen": Family(step_limit=100),
-    "door": Family(step_limit=200),
-    "hammer": Family(step_limit=200),
-    "relocate": Family(step_limit=200),
+    **dict.fromkeys(("door", "hammer", "relocate"), Family(step_limit=200)),
 }
 
 
 def misspelled(name: str) -> str | None:
     """What to say of a name that begins like one of D4RL's and is none; None for any other name."""
-    if (
-        name in D4RL_FILES
-        or "/" in name
-        or first_word(name) not in (*_LOCOMOTION, *_FAMILIES, "maze2d")
-    ):
+    kinds = (*_LOCOMOTION, *_FAMILIES, "maze2d")
+    if name in D4RL_FILES or "/" in name or first_word(name) not in kinds:
         return None
     close = difflib.get_close_matches(name, D4RL_FILES, n=3, cutoff=0.0)
     return f"{name}: unknown dataset: D4RL has no such name; the nearest are {', '.join(close)}"
 
 
 def ensure_file(name: str, folder: str = DEFAULT_FOLDER) -> str:
-    """The path of a classic dataset's file in ``folder``, downloaded if it is not there.
+    """Path of a classic dataset's file in ``folder``, downloaded if it is not there.
 
-    The folder and the file's name in it are those that ``d4rl`` itself uses, so its downloads are
-    found.
+    ``d4rl`` itself uses the same folder and the same name in it, so its downloads are found.
 
     Raises:
       DataError: as :func:`.download.fetch` does.
@@ -144,27 +134,20 @@ def ensure_file(name: str, folder: str = DEFAULT_FOLDER) -> str:
 
 
 def task_of_file(path: str) -> str:
-    """The classic name of a file, by the name that D4RL gave it; else the file's own, without its ending."""
+    """The classic name of a file that D4RL named; for another file its own, without the ending."""
     base = posixpath.basename(path.replace("\\", "/"))
     return _NAME_OF_FILE.get(base, posixpath.splitext(base)[0])
 
 
 def family_of(task: str) -> Family:
-    """What is known of a task's files, by the first word of its name; nothing for other names."""
-    words = _words(task)
-    family = _FAMILIES.get(words[0], Family())
-    if family.terminals_pass and words[-1] in ("v0", "v1"):
-        family = family._replace(jumps_end=True)
-    return family
+    """Oddities of a task's files, by the first word of its name; none for other names."""
+    family = _FAMILIES.get(first_word(task), Family())
+    early = task.lower().replace("_", "-").endswith(("-v0", "-v1"))
+    return family._replace(jumps_end=True) if family.terminals_pass and early else family
 
 
 def first_word(task: str) -> str:
     """The kind of task that a file's or a dataset's name begins with, in lower case."""
-    return _words(task)[0]
-
-
-def _words(task: str) -> list[str]:
     words = task.lower().replace("_", "-").split("-")
-    if words[:2] == ["ant", "maze"]:  # D4RL's own files: Ant_maze_u-maze_...
-        words[:2] = ["antmaze"]
-    return words
+    # D4RL's own files: Ant_maze_u-maze_...
+    return "antmaze" if words[:2] == ["ant", "maze"] else words[0]

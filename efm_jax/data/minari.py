@@ -1,15 +1,21 @@
 """Minari datasets: local ones, and others by download."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import validation
 from efm_jax.envs import environments
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
+
+# Arrays of an episode -> their axes; observations, which may nest, aside.
+_EPISODE_RANKS = {"actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
 
 
 def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
@@ -34,11 +40,7 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
     low, high = (np.asarray(bound, np.float32) for bound in (spaces[1].low, spaces[1].high))
     metadata = source.storage.metadata
 
-    if source.total_episodes == 0:
-        raise DataError(f"{name}: the dataset is empty: 0 episodes")
     lengths = _lengths(name, source)
-    if lengths.sum() == 0:
-        raise DataError(f"{name}: the dataset is empty: 0 transitions")
     ends = np.cumsum(lengths)
     starts = ends - lengths
     selected = rows(int(ends[-1]))
@@ -55,7 +57,8 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
     for field, column in columns.items():
         validation.check_finite(name, field, column, locate, first)
     columns["actions"] = validation.clip_actions(name, columns["actions"], low, high, locate, first)
-    spec = _env_spec(name, metadata, env)
+    stated = env or metadata.get("eval_env_spec") or metadata.get("env_spec")
+    spec = None if stated is None else environments.read_spec(name, stated)
     if env is not None:
         environments.check_sizes(name, spec, columns["observations"].shape[1], len(low))
 
@@ -69,10 +72,22 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
         episode_lengths=lengths[wanted][begun],
         action_low=low,
         action_high=high,
-        env_spec=None if spec is None else environments.spec_json(name, spec),
+        env_spec=environments.spec_json(name, spec),
         reference_scores=_reference_scores(metadata),
         first_row=selected.start,
     )
+
+
+def is_id(name: str) -> bool:
+    """Whether ``name`` has the form of a Minari id with a version."""
+    # Imported where it is needed, because a D4RL file needs no Minari, and its import is slow.
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError):  # TypeError: Minari's int(None) for an id without a version
+        return False
+    return True
 
 
 def local_path(name: str) -> Path:
@@ -87,74 +102,67 @@ def local_path(name: str) -> Path:
         ) from error
 
 
-def _open(name: str):
-    """The local dataset, or a download of it."""
-    # Imported here: a D4RL file needs no Minari, and its import is slow.
-    import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
+@contextlib.contextmanager
+def _problems_of(what: str) -> Iterator[None]:
+    """Say ``what`` failed in one line, whatever Minari raised.
 
+    Everything is caught, because Minari asserts and indexes its way through the metadata, and its
+    file formats and clients (h5py, Pillow, Arrow, storage clouds) have no exception in common.
+    """
     try:
-        parse_dataset_id(name)
-    except (
-        ValueError,
-        TypeError,
-    ) as error:  # TypeError: Minari's int(None) for an id without a version
+        yield
+    except Exception as error:
+        raise DataError(f"{what} ({reason(error)})") from error
+
+
+def _open(name: str) -> Any:
+    """The local dataset, or a download of it."""
+    import minari
+
+    if not is_id(name):
         raise DataError(
             f"{name}: unknown dataset: not a Minari id (namespace/name-v0), no name of D4RL or "
-            "OGBench, "
-            "and not a path ending in .hdf5, .h5 or .npz"
-        ) from error
+            "OGBench, and not a path ending in .hdf5, .h5 or .npz"
+        )
     path = local_path(name)
     if not path.joinpath("data").exists():
-        # Minari imports it only for a download, and that import sets the level that is overridden
-        # here.
+        # Imported here, because Minari imports it only for a download, and the import sets the
+        # level that is overridden.
         from huggingface_hub.utils import logging as hub_logging
 
-        # Its client logs every retry; the error below says how it ended.
+        # Silenced, because its client logs every retry, and the error says how it ended.
         verbosity = hub_logging.get_verbosity()
         hub_logging.set_verbosity(hub_logging.CRITICAL)
         try:
-            minari.download_dataset(name)
-        except (
-            Exception
-        ) as error:  # each of Minari's storage clients has its own exceptions, no common base
-            raise DataError(
-                f"{name}: no such dataset at {path}, and it could not be downloaded "
-                f"({reason(error)})"
-            ) from error
+            with _problems_of(f"{name}: no such dataset at {path}, and it could not be downloaded"):
+                minari.download_dataset(name)
         finally:
             hub_logging.set_verbosity(verbosity)
-    try:
+    with _problems_of(f"{name}: cannot read the Minari dataset at {path}"):
         return minari.load_dataset(name)
-    except Exception as error:  # Minari asserts and indexes its way through the metadata
-        raise DataError(
-            f"{name}: cannot read the Minari dataset at {path} ({reason(error)})"
-        ) from error
 
 
-def _lengths(name: str, source) -> np.ndarray:
+def _lengths(name: str, source: Any) -> np.ndarray:
     """Steps of every episode, from the metadata that Minari keeps of each."""
-    try:
+    with _problems_of(f"{name}: the lengths of its episodes cannot be read"):
         metadata = source.storage.get_episode_metadata(range(source.total_episodes))
-        return np.array([int(episode["total_steps"]) for episode in metadata], np.int64)
-    except Exception as error:  # as in _read_episodes
-        raise DataError(
-            f"{name}: the lengths of its episodes cannot be read ({reason(error)})"
-        ) from error
+        lengths = np.array([int(episode["total_steps"]) for episode in metadata], np.int64)
+    if lengths.sum() == 0:
+        raise DataError(f"{name}: the dataset is empty: {len(lengths)} episodes, 0 transitions")
+    return lengths
 
 
-def _read_episodes(name: str, source, wanted: np.ndarray, lengths: np.ndarray) -> list[Transitions]:
+def _read_episodes(
+    name: str, source: Any, wanted: np.ndarray, lengths: np.ndarray
+) -> list[Transitions]:
+    """The transitions of the ``wanted`` episodes, as many as their metadata says."""
     episodes = []
     iterator = iter(source.iterate_episodes(wanted.tolist()))
     for index in wanted:
         label = f"{name}: episode {index}"
-        try:
+        with _problems_of(f"{label} cannot be read"):
             episode = next(iterator)
-        except (
-            Exception
-        ) as error:  # h5py, Pillow, Arrow: whatever the storage format raises on damage
-            raise DataError(f"{label} cannot be read ({reason(error)})") from error
-        episodes.append(_episode_transitions(label, source.observation_space, episode))
+        episodes.append(_transitions(label, source.observation_space, episode))
         if episodes[-1].size != lengths[index]:
             raise DataError(
                 f"{label}: lengths disagree: expected the {lengths[index]} steps of its metadata; "
@@ -163,27 +171,21 @@ def _read_episodes(name: str, source, wanted: np.ndarray, lengths: np.ndarray) -
     return episodes
 
 
-def _episode_transitions(label: str, observation_space, episode) -> Transitions:
+def _transitions(label: str, space: gymnasium.Space, episode: Any) -> Transitions:
     """One episode of ``T`` steps as transitions ``[T, ...]``, lengths checked."""
     try:
-        observations = flatten_observation(observation_space, episode.observations, 1)
+        observations = flatten_observation(space, episode.observations, 1)
     except DataError as error:
         raise DataError(f"{label}: {error}") from error
     arrays = {
-        "actions": validation.as_float32(label, "actions", episode.actions),
-        "rewards": validation.as_float32(label, "rewards", episode.rewards),
-        "terminations": validation.as_float32(label, "terminations", episode.terminations),
-        "truncations": validation.as_float32(label, "truncations", episode.truncations),
+        name: validation.as_float32(label, name, getattr(episode, name)) for name in _EPISODE_RANKS
     }
-    validation.check_lengths(
-        label, arrays, {"actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
-    )
+    validation.check_lengths(label, arrays, _EPISODE_RANKS)
     steps = len(arrays["rewards"])
     if len(observations) != steps + 1:
         raise DataError(
             f"{label}: lengths disagree: expected {steps + 1} observations, one more than its "
-            "actions; "
-            f"got {len(observations)}"
+            f"actions; got {len(observations)}"
         )
     return Transitions(
         observations=observations[:-1],
@@ -194,13 +196,6 @@ def _episode_transitions(label: str, observation_space, episode) -> Transitions:
     )
 
 
-def _env_spec(name: str, metadata: dict, env: str | None) -> EnvSpec | None:
-    if env is not None:
-        return environments.registered_spec(name, env)
-    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    return None if text is None else environments.parse_spec(name, text)
-
-
-def _reference_scores(metadata: dict) -> tuple[float, float] | None:
+def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
     scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     return None if None in scores else (float(scores[0]), float(scores[1]))

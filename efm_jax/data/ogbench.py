@@ -34,16 +34,14 @@ import contextlib
 import importlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from efm_jax.data import validation
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
-from efm_jax.data.episodes import episodes
+from efm_jax.data.rows import Columns, episodes, open_file
 from efm_jax.envs import environments
 from efm_jax.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
@@ -55,17 +53,8 @@ URL = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
 _NAME = re.compile(
     r"(?P<maze>.+)-(?P<kind>[a-z]+)-singletask(?P<task>-task[1-5])?-(?P<version>v\d+)"
 )
-_FLAGS = ("terminals", "masks", "valids")
-_RANKS = {
-    "observations": 2,
-    "actions": 2,
-    "terminals": 1,
-    "rewards": 1,
-    "masks": 1,
-    "valids": 1,
-    "next_observations": 2,
-}
 _REQUIRED = ("observations", "actions", "terminals")
+_OPTIONAL = ("rewards", "masks", "valids", "next_observations")
 _STATE = ("qpos", "button_states")  # what rewards are computed from
 
 
@@ -121,7 +110,7 @@ def load_ogbench_name(
     fetch(name, URL + task.file, path, NPZ_SIGNATURE)
     dataset = load_ogbench(str(path), env=task.env, rows=rows)
     if env is not None:
-        spec = environments.registered_spec(name, env)
+        spec = environments.read_spec(name, env)
         environments.check_sizes(name, spec, dataset.observation_size, dataset.action_size)
         dataset = dataset._replace(env_spec=environments.spec_json(name, spec))
     return dataset._replace(name=name)
@@ -138,38 +127,32 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
         refuses. Indices in messages are rows of the file.
     """
     arrays = _read(path)
-    validation.check_action_dtype(path, arrays["actions"])
-    validation.check_lengths(path, {k: v for k, v in arrays.items() if k in _RANKS}, _RANKS)
-    observations = _numbers(path, "observations", arrays["observations"])
-    flags = {k: validation.as_flags(path, k, arrays[k]) for k in _FLAGS if k in arrays}
-    kept, next_observations, last = _layout(path, arrays, observations, flags)
-
-    size, action_size = observations.shape[1], arrays["actions"].shape[1]
-    bound = np.ones(action_size, np.float32)
+    columns = Columns(path, arrays, _REQUIRED)
+    kept, observations, next_observations, last = _layout(path, columns)
     spec = None
     if env is not None:
         if "-singletask" in env:
             _import_ogbench(path)
-        spec = environments.registered_spec(path, env)
-        environments.check_sizes(path, spec, size, action_size)
-    if "rewards" in arrays:
-        if "masks" not in flags:
-            raise DataError(
-                f"{path}: the file has 'rewards' but no 'masks', which say where the task is done"
-            )
-        rewards, terminated = _numbers(path, "rewards", arrays["rewards"]), ~flags["masks"]
-    else:
-        rewards, terminated = _relabel(path, env, arrays)
+        spec = environments.read_spec(path, env)
+        sizes = observations.shape[1], columns["actions"].shape[1]
+        environments.check_sizes(path, spec, *sizes)
+    if "rewards" not in columns:
+        columns = Columns(path, arrays | _relabel(path, env, arrays), _REQUIRED)
+    if "masks" not in columns:
+        raise DataError(
+            f"{path}: the file has 'rewards' but no 'masks', which say where the task is done"
+        )
+    rewards, terminated = columns.numbers("rewards"), ~columns.flags("masks")
 
     selected = rows(len(kept))
-    # Trajectories as rows of transitions, so that an episode begins in exactly one host's part of
-    # them.
+    # Trajectories as rows of transitions, so that an episode begins in exactly one host's part.
     firsts, returns, lengths = episodes(rewards[kept], last[kept], terminated[kept])
     begun = (firsts >= selected.start) & (firsts < selected.stop)
-    # The action of a last state was never played: whatever it is, it is not looked at.
-    actions = np.zeros_like(arrays["actions"])
-    actions[kept] = arrays["actions"][kept]
-    actions = validation.clip_actions(path, _numbers(path, "actions", actions), -bound, bound)
+    # Whatever the action of a last state is, it was never played, so it is not looked at.
+    columns["actions"][np.setdiff1d(np.arange(len(columns)), kept)] = 0.0
+    actions = columns.numbers("actions")
+    high = np.ones(actions.shape[1], np.float32)
+    actions = validation.clip_actions(path, actions, -high, high)
     kept = kept[selected]
     return Dataset(
         name=path,
@@ -182,61 +165,31 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
         ),
         episode_returns=returns[begun],
         episode_lengths=lengths[begun],
-        action_low=-bound,
-        action_high=bound,
-        env_spec=None if spec is None else environments.spec_json(path, spec),
+        action_low=-high,
+        action_high=high,
+        env_spec=environments.spec_json(path, spec),
         reference_scores=None,
         first_row=selected.start,
     )
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
-    with _open(path) as file:
-        arrays = {name: file[name] for name in (*_RANKS, *_STATE) if name in file}
-    missing = [name for name in _REQUIRED if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: the file has no array {', '.join(map(repr, missing))}")
-    return arrays
+    # ValueError: pickled objects, or a damaged header.
+    with open_file(path, "npz", ValueError, EOFError, zipfile.BadZipFile) as handle:
+        file = np.load(handle, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: expected an npz file; got a single array")
+        with file:
+            return {n: file[n] for n in (*_REQUIRED, *_OPTIONAL, *_STATE) if n in file}
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The file, for reading; what NumPy raises inside is a :class:`DataError`."""
-    file_path = epath.Path(path).expanduser()
-    try:
-        if not file_path.exists():
-            raise DataError(f"{path}: no such file")
-        if file_path.is_dir():
-            raise DataError(f"{path}: expected an npz file; got a folder")
-        with file_path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: expected an npz file; got a single array")
-            with file:
-                yield file
-    except DataError:
-        raise
-    # ValueError: pickled objects, or a damaged header; ImportError: no client for this kind of
-    # path.
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, ImportError) as error:
-        raise DataError(f"{path}: cannot be read as an npz file ({reason(error)})") from error
-
-
-def _layout(
-    path: str, arrays: dict[str, np.ndarray], observations: np.ndarray, flags: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that are transitions, next observations ``[N, S]``, and the rows ``[N]`` that end a trajectory."""
-    terminals = flags["terminals"]
-    if "next_observations" in arrays:
-        following = _numbers(path, "next_observations", arrays["next_observations"])
-        if following.shape != observations.shape:
-            shapes = observations.shape, following.shape
-            raise DataError(
-                f"{path}: observations have shape {shapes[0]}, next_observations {shapes[1]}"
-            )
-        return np.arange(len(terminals)), following, terminals
-    states_only = ~flags["valids"] if "valids" in flags else terminals
-    following = np.concatenate([observations[1:], observations[-1:]])
+def _layout(path: str, columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that are transitions, observations and next ones, and the last rows of trajectories."""
+    observations, terminals = columns.numbers("observations"), columns.flags("terminals")
+    if "next_observations" in columns:
+        every_row = np.arange(len(terminals))
+        return every_row, observations, columns.numbers("next_observations"), terminals
+    states_only = ~columns.flags("valids") if "valids" in columns else terminals
     if not states_only[-1]:
         row = len(terminals) - 1
         raise DataError(f"{path}: the last row, {row}, is not marked as the end of a trajectory")
@@ -245,13 +198,12 @@ def _layout(
         raise DataError(
             f"{path}: the dataset is empty: no row of {len(terminals)} has a next observation"
         )
-    return kept, following, np.append(states_only[1:], True)
+    following = np.concatenate([observations[1:], observations[-1:]])
+    return kept, observations, following, np.append(states_only[1:], True)
 
 
-def _relabel(
-    path: str, env: str | None, arrays: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards ``[N]`` and where the task is done ``[N]`` bool, by OGBench's function."""
+def _relabel(path: str, env: str | None, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rewards and masks ``[N]``, which are 0 where the task is done, by OGBench's function."""
     if env is None or "-singletask" not in env:
         given = "" if env is None else f", not {env}"
         raise DataError(
@@ -267,21 +219,16 @@ def _relabel(
         relabel = importlib.import_module("ogbench.relabel_utils").relabel_dataset
     except ImportError as error:
         raise DataError(f"{path}: rewards need ogbench >= 1.1 ({reason(error)})") from error
-    dataset: dict[str, Any] = {name: arrays[name] for name in _STATE if name in arrays}
-    environment = environments.make(environments.registered_spec(path, env))
-    try:
-        relabel(env, environment, dataset)
-    except (AssertionError, AttributeError, KeyError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: rewards of {env} cannot be computed ({reason(error)})") from error
-    finally:
-        environment.close()
-    return _numbers(path, "rewards", dataset["rewards"]), dataset["masks"] == 0
-
-
-def _numbers(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    array = validation.as_float32(path, name, array)
-    validation.check_finite(path, name, array)
-    return array
+    dataset = {name: arrays[name] for name in _STATE if name in arrays}
+    environment = environments.make(environments.read_spec(path, env))
+    with contextlib.closing(environment):
+        try:
+            relabel(env, environment, dataset)
+        except (AssertionError, AttributeError, KeyError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{path}: rewards of {env} cannot be computed ({reason(error)})"
+            ) from error
+    return {name: dataset[name] for name in ("rewards", "masks")}
 
 
 def _import_ogbench(source: str) -> None:

@@ -7,7 +7,6 @@ its temporary folder behind: it is never read, and may be deleted.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -15,43 +14,32 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gymnasium
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from efm_jax import checks
 from efm_jax.data import validation
-from efm_jax.data.minari import local_path
-from efm_jax.envs.flatten import flatten_observation
+from efm_jax.data.minari import is_id, local_path
+from efm_jax.envs.play import Act, Begin, play, random_actions
 from efm_jax.errors import DataError, reason
-from efm_jax.types import Array
 
 REFERENCE_EPISODES = 100
 
-# One observation, as the environment gives it, to an action [A] in its units; bounds are seen to
-# here.
-Act = Callable[[Any], np.ndarray]
-
-# What plays an episode, given its number.
-Begin = Callable[[int], Act]
-
 # Purposes of a recording's random numbers, folded into its seed; smaller ones are the recorded
-# policy's own.
-_RESETS, _REFERENCE_RESETS, _RANDOM_ACTIONS, _ACTION_NOISE = 2, 3, 4, 5
+# policy's own, and `efm_jax.envs.play` has another.
+_RESETS, _REFERENCE_RESETS, _RANDOM_ACTIONS = 2, 3, 4
 
 
 class Recording(NamedTuple):
-    """What was recorded."""
+    """What was recorded; not ``published`` where another process's dataset was there by then."""
 
     returns: np.ndarray  # [E] float64, of every episode
     lengths: np.ndarray  # [E] int64
     reference_scores: tuple[float, float] | None
-    published: (
-        bool  # False when another process had recorded the dataset by then, which was left as it is
-    )
+    published: bool
 
 
 def record(
@@ -65,8 +53,7 @@ def record(
     expert: Act | None = None,
     **metadata: str,
 ) -> Recording:
-    """Record whole episodes of ``env`` as the Minari dataset ``dataset_id``, to be evaluated in
-    ``env`` too.
+    """Record whole episodes of ``env`` as a Minari dataset, to be evaluated in ``env`` too.
 
     The same arguments give the same bytes, and more episodes begin with the same ones.  Where an
     ``expert`` is given, the metadata has reference scores: ``ref_min_score`` is the mean return of
@@ -90,57 +77,45 @@ def record(
         that is not finite or of another shape.
       ValueError: bad numbers, or not exactly one of ``episodes`` and ``steps``.
     """
+    import minari
+
     checks.check_integer("seed", seed, 0)
     if (episodes is None) == (steps is None):
         raise ValueError(f"episodes, steps: expected one of them; got {episodes} and {steps}")
-    checks.check_integer(
-        "episodes" if steps is None else "steps", episodes if steps is None else steps, 1
-    )
+    unit, count = ("step", steps) if episodes is None else ("episode", episodes)
+    checks.check_integer(f"{unit}s", count, 1)
     check_environment(env)
     with contextlib.closing(env), new_dataset(dataset_id) as (temporary_id, publish):
-        references = None
-        if expert is not None:
-            references = _reference_scores(env, seed, expert)
+        references = None if expert is None else _reference_scores(env, seed, expert)
         returns, lengths = [], []
         resets = np.random.default_rng([seed, _RESETS])
-        bar = tqdm(
-            total=episodes or steps,
-            desc="recording",
-            unit="episode" if episodes else "step",
-            disable=None,
-        )
-        with bar, _collector(env) as collector:
-            while len(returns) < episodes if episodes else sum(lengths) < steps:
-                act = begin(len(returns))
-                total, length = play(collector, _reset_seed(resets), act)
+        collector = minari.DataCollector(env, data_format="hdf5")
+        bar = tqdm(total=count, desc="recording", unit=unit, disable=None)
+        with contextlib.closing(collector), bar:
+            while (sum(lengths) if episodes is None else len(returns)) < count:
+                total, length = play(collector, _reset_seed(resets), begin(len(returns)))
                 returns.append(total)
                 lengths.append(length)
-                bar.update(1 if episodes else length)
-            _create(collector, temporary_id, env.spec, references, metadata)
+                bar.update(length if episodes is None else 1)
+            if references is not None:
+                metadata["ref_min_score"], metadata["ref_max_score"] = references
+                metadata["num_episodes_average_score"] = REFERENCE_EPISODES
+            collector.create_dataset(temporary_id, eval_env=env.spec, author="efm_jax", **metadata)
         published = publish()
     return Recording(np.array(returns), np.array(lengths), references, published)
 
 
 def check_new(dataset_id: str) -> None:
-    """``dataset_id`` must be a Minari id with a version that no local dataset has."""
-    from minari.dataset.minari_dataset import parse_dataset_id
-
-    try:
-        parse_dataset_id(dataset_id)
-    except (
-        ValueError,
-        TypeError,
-    ) as error:  # TypeError: Minari's int(None) for an id without a version
-        raise DataError(
-            f"dataset {dataset_id!r}: expected a Minari id, as namespace/name-v0"
-        ) from error
+    """Refuse what is no Minari id with a version, and the id of a local dataset."""
+    if not is_id(dataset_id):
+        raise DataError(f"dataset {dataset_id!r}: expected a Minari id, as namespace/name-v0")
     path = local_path(dataset_id)
     if path.joinpath("data").exists():
         raise DataError(f"dataset {dataset_id}: expected a new id; there is one at {path}")
 
 
 def check_environment(env: gymnasium.Env) -> None:
-    """What is recorded must be something that this package reads, and each episode must end."""
+    """Refuse an environment whose data this package cannot read, or whose episodes may not end."""
     name = f"environment {env.spec.id}"
     validation.check_observation_space(name, env.observation_space)
     validation.check_action_space(name, env.action_space)
@@ -150,72 +125,6 @@ def check_environment(env: gymnasium.Env) -> None:
         )
 
 
-def random_actions(space: gymnasium.spaces.Box, rng: np.random.Generator) -> Act:
-    """Actions uniform between the bounds of ``space``."""
-    return lambda observation: rng.uniform(space.low, space.high)
-
-
-def batched(
-    env: gymnasium.Env, policy: Callable[[np.ndarray, Array], Array], seed: int, noise: float = 0.0
-) -> Begin:
-    """A policy of batches, such as a trained one, for single episodes of ``env``.
-
-    Args:
-      env: what it will act in.
-      policy: ``(observations [B, S] float32, key) -> actions [B, A]``; observations are flattened.
-      seed: the keys and the noise are folded from it, the episode and the step.
-      noise: standard deviation of Gaussian noise on the actions, in units of half their range.
-    """
-    space = env.action_space
-    deviation = noise * (space.high - space.low) / 2
-    root = jax.random.key(seed)
-    fold = jax.jit(
-        lambda episode, step: jax.random.fold_in(jax.random.fold_in(root, episode), step)
-    )
-
-    def begin(episode: int) -> Act:
-        rng = np.random.default_rng([seed, _ACTION_NOISE, episode])
-        steps = itertools.count()
-
-        def act(observation: Any) -> np.ndarray:
-            flat = flatten_observation(env.observation_space, observation, 0)
-            actions = np.asarray(policy(flat[None], fold(episode, next(steps))))
-            return actions[0] + deviation * rng.standard_normal(space.shape)
-
-        return act
-
-    return begin
-
-
-def check_action(env: gymnasium.Env, action: Any) -> np.ndarray:
-    """An action of ``env``'s shape and type; a :class:`DataError` for another shape or a non-finite one."""
-    space = env.action_space
-    array = np.asarray(action, space.dtype)
-    if array.shape != space.shape:
-        raise DataError(
-            f"actions: expected shape {space.shape}, of {env.spec.id}; got {array.shape}"
-        )
-    if not np.isfinite(array).all():
-        raise DataError(f"actions: expected finite numbers; got {array}")
-    return array
-
-
-def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
-    """One episode, actions clipped to their bounds; its return and its length."""
-    space = env.action_space
-    observation, _ = env.reset(seed=seed)
-    total, length, over = 0.0, 0, False
-    while not over:
-        action = check_action(env, act(observation))
-        observation, reward, terminated, truncated, _ = env.step(
-            np.clip(action, space.low, space.high)
-        )
-        total += float(reward)
-        length += 1
-        over = terminated or truncated
-    return total, length
-
-
 @contextlib.contextmanager
 def new_dataset(dataset_id: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     """A temporary Minari id to create, and what makes it the dataset ``dataset_id`` then.
@@ -223,19 +132,22 @@ def new_dataset(dataset_id: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     ``publish()`` returns False where another process's dataset is there already, and leaves that
     alone.
     """
-    # Its own name for each process and call; without a namespace, since Minari walks through every
-    # folder, those that another process is just removing too, to create one.
+    # A name of its own for each process and call; without a namespace, because Minari walks through
+    # every folder, those that another process is just removing too, to create one.
     temporary_id = f"efm-recording-{os.getpid()}-{secrets.token_hex(4)}-v0"
     temporary = local_path(temporary_id)
 
     def publish() -> bool:
-        _set_dataset_id(temporary / "data" / "metadata.json", dataset_id)
+        # Written here, because Minari itself refuses to change an id.
+        path = temporary / "data" / "metadata.json"
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(metadata | {"dataset_id": dataset_id}), encoding="utf-8")
         return _publish(temporary, local_path(dataset_id))
 
     try:
         with warnings.catch_warnings():
-            # Minari leaves the removal of temporary folders to the garbage collector, and asks for
-            # an e-mail.
+            # Because Minari leaves the removal of temporary folders to the garbage collector, and
+            # asks for an e-mail.
             warnings.simplefilter("ignore", ResourceWarning)
             warnings.filterwarnings("ignore", message="`author_email` is set to None")
             yield temporary_id, publish
@@ -247,32 +159,25 @@ def new_dataset(dataset_id: str) -> Iterator[tuple[str, Callable[[], bool]]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _collector(env: gymnasium.Env) -> Iterator[Any]:
-    import minari
-
-    collector = minari.DataCollector(env, data_format="hdf5")
+def _publish(temporary: Path, final: Path) -> bool:
+    """Rename the recording to its place and say so, unless another process's is there already."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for folder in final.relative_to(temporary.parent).parents[:-1]:
+        # Minari's mark of a namespace, whole or not at all.
+        mark = temporary.parent / folder / "namespace_metadata.json"
+        if not mark.exists():
+            draft = temporary / f"{folder.name}-{mark.name}"
+            draft.write_text("{}", encoding="utf-8")
+            os.replace(draft, mark)
     try:
-        yield collector
-    finally:
-        collector.close()
-
-
-def _create(
-    collector: Any,
-    dataset_id: str,
-    spec: gymnasium.envs.registration.EnvSpec,
-    references: tuple[float, float] | None,
-    metadata: dict[str, str],
-) -> None:
-    scores = {}
-    if references is not None:
-        scores = {
-            "ref_min_score": references[0],
-            "ref_max_score": references[1],
-            "num_episodes_average_score": REFERENCE_EPISODES,
-        }
-    collector.create_dataset(dataset_id, eval_env=spec, author="efm_jax", **scores, **metadata)
+        os.rename(temporary, final)
+    except OSError:
+        # The folder of the other process's finished recording, which is not empty, stopped the
+        # rename.
+        if not final.joinpath("data").exists():
+            raise
+        return False
+    return True
 
 
 def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float, float]:
@@ -298,38 +203,3 @@ def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float
 
 def _reset_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**31))
-
-
-def _set_dataset_id(path: Path, dataset_id: str) -> None:
-    """Give a recording its final id; Minari itself refuses to change one."""
-    metadata = json.loads(path.read_text(encoding="utf-8"))
-    metadata["dataset_id"] = dataset_id
-    path.write_text(json.dumps(metadata), encoding="utf-8")
-
-
-def _publish(temporary: Path, final: Path) -> bool:
-    """Rename the recording to its place, unless another process's is there already; whether it was done."""
-    root = temporary.parent
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (final.parent, *final.parent.parents):
-        if folder == root:
-            break
-        _mark_namespace(folder, temporary)
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        # The folder of the other process's finished recording, which is not empty, stopped the
-        # rename.
-        if not final.joinpath("data").exists():
-            raise
-        return False
-    return True
-
-
-def _mark_namespace(folder: Path, temporary: Path) -> None:
-    """Write Minari's mark of a namespace, whole or not at all."""
-    mark = folder / "namespace_metadata.json"
-    if not mark.exists():
-        draft = temporary / f"{folder.name}-{mark.name}"
-        draft.write_text("{}", encoding="utf-8")
-        os.replace(draft, mark)

@@ -8,12 +8,8 @@ from efm_jax.data.minari import load_minari, local_path
 from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Rows, all_rows
 
-_HDF5_ENDINGS = (".hdf5", ".h5")
-_NPZ_ENDING = ".npz"
-_PATH_STARTS = ("/", "./", "../", "~")
-
 DATASET_SOURCES = f"""\
-{builtin.BUILTIN_DATASET}: the built-in dataset, scripted controllers on Pendulum-v1, recorded at first use;
+{builtin.BUILTIN_DATASET}: built in, scripted controllers on Pendulum-v1, recorded at first use;
 a Minari id such as D4RL/pointmaze/umaze-v2: read from Minari's local folder, else downloaded;
 a classic name of D4RL such as hopper-medium-v2: read from D4RL's local folder, else downloaded;
 an OGBench task such as cube-single-play-singletask-v0: read from OGBench's folder, else downloaded;
@@ -22,7 +18,7 @@ a path ending in .npz: a file in OGBench's layout, local or gs://."""
 
 
 class Folders(NamedTuple):
-    """Where files that are asked for by name are looked for, and downloaded to: each project's own place."""
+    """Places of the files that are asked for by name, found or downloaded: each project's own."""
 
     d4rl: str = d4rl_files.DEFAULT_FOLDER
     ogbench: str = ogbench.DEFAULT_FOLDER
@@ -31,8 +27,7 @@ class Folders(NamedTuple):
 def load_dataset(
     name: str, *, env: str | None = None, rows: Rows = all_rows, folders: Folders | None = None
 ) -> Dataset:
-    """Read a dataset from one of the ``DATASET_SOURCES``, validated, in the environment's own
-    units.
+    """Read and validate a dataset of the ``DATASET_SOURCES``, in the environment's own units.
 
     Args:
       name: the built-in id, a Minari id, a name of D4RL or OGBench, or the path of an HDF5 or npz
@@ -49,11 +44,12 @@ def load_dataset(
         where.
     """
     folders = folders or Folders()
-    ending = _path_ending(name)
-    if ending == _NPZ_ENDING:
+    if name.lower().endswith(".npz"):
         return ogbench.load_ogbench(name, env=env, rows=rows)
-    if ending is not None:
+    if name.lower().endswith((".hdf5", ".h5")):
         return load_d4rl(name, env=env, rows=rows)
+    if name.startswith(("/", "./", "../", "~")) or "://" in name:
+        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5, .h5 or .npz")
     if name in d4rl_files.D4RL_FILES:
         return load_d4rl(d4rl_files.ensure_file(name, folders.d4rl), name=name, env=env, rows=rows)
     if ogbench.is_ogbench(name):
@@ -64,13 +60,3 @@ def load_dataset(
     if problem is not None and not local_path(name).exists():
         raise DataError(problem)
     return load_minari(name, env=env, rows=rows)
-
-
-def _path_ending(name: str) -> str | None:
-    """The ending of a path of a dataset's file; None for what is no path."""
-    for ending in (*_HDF5_ENDINGS, _NPZ_ENDING):
-        if name.lower().endswith(ending):
-            return ending
-    if name.startswith(_PATH_STARTS) or "://" in name:
-        raise DataError(f"{name}: unknown dataset: expected a path ending in .hdf5, .h5 or .npz")
-    return None

@@ -1,6 +1,7 @@
 """What is in a dataset, in numbers, and what looks wrong with it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,7 @@ from efm_jax.types import Dataset, Transitions
 
 # Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay
 # within.
-_AT_BOUND = (
-    1e-3  # distance from a bound, relative to the distance of the bounds, that counts as at it
-)
+_AT_BOUND = 1e-3  # distance from a bound, relative to that of the bounds, that counts as at it
 _MANY_AT_BOUND = 0.5  # share of an action dimension
 _NARROW = 0.1  # share of the interval between the bounds that an action dimension uses
 _MANY_COPIES = 0.01  # share of the transitions
@@ -23,11 +22,9 @@ _SAMPLE = 100_000  # rows that percentiles of steps are taken of
 _SPARSE = 3  # so many different rewards, or fewer
 _MOST_NAMED = 8  # dimensions in a message
 
-Stats = dict[str, float]
-
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Numbers about a whole dataset, all of them JSON values.
+    """Describe a whole dataset in numbers, all of them JSON values.
 
     ``min, q25, median, q75, max, mean`` are the keys of statistics over values.
 
@@ -39,8 +36,8 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
       - ``ends``: ``trajectories`` (runs of transitions each of which starts where the one before
         led), how many of them end ``terminated`` or ``truncated`` (all others: timeouts, and
         recordings that stop), ``terminated_steps`` and ``terminated_share``, the share of
-        trajectories with a terminated step
-        anywhere: the success rate where the environment ends at its goal;
+        trajectories with a terminated step anywhere: the success rate where the environment ends
+        at its goal;
       - ``rewards``: statistics over transitions, ``zero_share``, and ``values``, the list of all
         different rewards if they are few, else None;
       - ``observations``: ``size``, lists ``[S]`` of ``min, max, mean, std``, and the list
@@ -77,12 +74,11 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
     return summary | {"problems": _problems(dataset, summary, starts)}
 
 
-def _stats(values: np.ndarray) -> Stats:
-    names = ("min", "q25", "median", "q75", "max")
-    quantiles = np.quantile(np.asarray(values, np.float64), (0.0, 0.25, 0.5, 0.75, 1.0))
-    return {name: float(q) for name, q in zip(names, quantiles, strict=True)} | {
-        "mean": float(np.mean(values, dtype=np.float64))
-    }
+def _stats(values: np.ndarray) -> dict[str, float]:
+    values = np.asarray(values, np.float64)
+    low, q25, median, q75, high = np.quantile(values, (0.0, 0.25, 0.5, 0.75, 1.0)).tolist()
+    mean = float(values.mean())
+    return {"min": low, "q25": q25, "median": median, "q75": q75, "max": high, "mean": mean}
 
 
 def _trajectory_starts(data: Transitions) -> np.ndarray:
@@ -131,75 +127,60 @@ def _columns(array: np.ndarray) -> dict[str, list[float]]:
 
 def _copies(data: Transitions) -> int:
     """How many transitions equal an earlier one, by a hash of 64 bits of all their numbers."""
-    rows = np.zeros(data.size, np.uint64)
-    with np.errstate(over="ignore"):
-        for array in data:
-            for column in np.asarray(array, np.float32).reshape(data.size, -1).T:
-                # -0.0 + 0.0 is 0.0, so that equal numbers have equal bits.
-                rows ^= (column + np.float32(0.0)).view(np.uint32)
-                rows *= np.uint64(0x9E3779B97F4A7C15)
-                rows ^= rows >> np.uint64(29)
-    return data.size - len(np.unique(rows))
+    rows = np.concatenate([array.reshape(data.size, -1) for array in data], axis=1)
+    rows += 0.0  # because -0.0 + 0.0 is 0.0, so that equal numbers have equal bits
+    return data.size - len({hash(row.tobytes()) for row in rows})
 
 
 def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> list[str]:
-    problems = []
-    if dataset.env_spec is None:
-        problems.append("names no environment: training needs one to evaluate in")
+    episodes, copies = summary["episodes"], summary["copies"]
+    returns, rewards = summary["returns"], summary["rewards"]
     # One more trajectory than episodes is a recording that stops in the middle of an episode.
-    unmarked = len(starts) - summary["episodes"] - 1
-    if unmarked > 0:
-        problems.append(
-            f"{unmarked} ends of trajectories are not marked: returns and lengths there are of "
-            "several "
-            "episodes together"
-        )
+    unmarked = len(starts) - episodes - 1
     # An episode of one step that timed out may have no transition, and so no trajectory.
     continued = int(np.sum(dataset.episode_lengths > 1)) - len(starts)
-    if continued > 0:
-        problems.append(
-            f"{continued} episodes begin where the one before led: ends are marked where the data "
-            "goes on"
-        )
     short = int(np.sum(dataset.episode_lengths == 1))
-    if short > _MANY_SHORT * summary["episodes"]:
-        problems.append(f"{short} of {summary['episodes']} episodes have a single step")
-    if summary["episodes"] > 1 and summary["returns"]["min"] == summary["returns"]["max"]:
-        problems.append(f"every episode returned {summary['returns']['max']:g}")
-    if summary["rewards"]["min"] == summary["rewards"]["max"]:
-        problems.append(
-            f"every reward is {summary['rewards']['max']:g}: there is nothing to learn from"
-        )
-    return (
-        problems
-        + _observation_problems(dataset.transitions, summary["observations"])
-        + _action_problems(summary["actions"])
-        + _copy_problems(summary)
-    )
+    same_returns = episodes > 1 and returns["min"] == returns["max"]
+    same_rewards = rewards["min"] == rewards["max"]
 
+    columns = summary["observations"]
+    least, most, mean, std = (np.array(columns[key]) for key in ("min", "max", "mean", "std"))
+    outliers = np.maximum(most - mean, mean - least) > _OUTLIER * std
+    outliers[columns["constant"]] = False
+    jumps = _jumps(dataset.transitions, std)
 
-def _observation_problems(data: Transitions, columns: dict[str, Any]) -> list[str]:
-    problems = []
-    if columns["constant"]:
-        problems.append(f"observation {_dimensions(columns['constant'])} never change")
-    mean, std = np.array(columns["mean"]), np.array(columns["std"])
-    farthest = np.maximum(np.array(columns["max"]) - mean, mean - np.array(columns["min"]))
-    varying = np.setdiff1d(np.arange(columns["size"]), columns["constant"])
-    outliers = varying[farthest[varying] > _OUTLIER * std[varying]]
-    if len(outliers):
-        problems.append(
-            f"observation {_dimensions(outliers)} have values farther than {_OUTLIER:g} standard "
-            "deviations "
-            "from their mean"
-        )
-    jumps = _jumps(data, std)
-    if jumps:
-        problems.append(
-            f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of "
-            "trajectories may "
-            "not be marked there"
-        )
-    return problems
+    actions = summary["actions"]
+    least, most, low, high = (np.array(actions[key]) for key in ("min", "max", "low", "high"))
+    used = (most - least) / (high - low)
+    still = used <= CONSTANT_TOLERANCE
+    narrow = (used < _NARROW) & ~still
+    # A dimension that never changes may well be at its bound, which is said already.
+    full = (np.array(actions["at_bounds"]) > _MANY_AT_BOUND) & ~still
+
+    # What may be wrong, and whether it is.
+    found = {
+        "names no environment: training needs one to evaluate in": dataset.env_spec is None,
+        f"{unmarked} ends of trajectories are not marked: returns and lengths there are of several "
+        "episodes together": unmarked > 0,
+        f"{continued} episodes begin where the one before led: ends are marked where the data goes "
+        "on": continued > 0,
+        f"{short} of {episodes} episodes have a single step": short > _MANY_SHORT * episodes,
+        f"every episode returned {returns['max']:g}": same_returns,
+        f"every reward is {rewards['max']:g}: there is nothing to learn from": same_rewards,
+        f"observation {_dimensions(columns['constant'])} never change": bool(columns["constant"]),
+        f"observation {_dimensions(np.flatnonzero(outliers))} have values farther than "
+        f"{_OUTLIER:g} standard deviations from their mean": outliers.any(),
+        f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of "
+        "trajectories may not be marked there": jumps > 0,
+        f"action {_dimensions(np.flatnonzero(still))} never change": still.any(),
+        f"action {_dimensions(np.flatnonzero(narrow))} use less than {_NARROW:.0%} of their "
+        "interval": narrow.any(),
+        f"action {_dimensions(np.flatnonzero(full))} are at a bound in more than "
+        f"{_MANY_AT_BOUND:.0%} of steps": full.any(),
+        f"{copies} transitions ({copies / summary['transitions']:.1%}) are exact copies of earlier "
+        "ones": copies > _MANY_COPIES * summary["transitions"],
+    }
+    return [text for text, is_so in found.items() if is_so]
 
 
 def _jumps(data: Transitions, std: np.ndarray) -> int:
@@ -217,37 +198,7 @@ def _jumps(data: Transitions, std: np.ndarray) -> int:
     return int(jumped.sum())
 
 
-def _action_problems(columns: dict[str, Any]) -> list[str]:
-    problems = []
-    low, high = np.array(columns["low"]), np.array(columns["high"])
-    used = (np.array(columns["max"]) - np.array(columns["min"])) / (high - low)
-    still = np.flatnonzero(used <= CONSTANT_TOLERANCE)
-    narrow = np.flatnonzero((used < _NARROW) & (used > CONSTANT_TOLERANCE))
-    full = np.flatnonzero(np.array(columns["at_bounds"]) > _MANY_AT_BOUND)
-    if len(still):
-        problems.append(f"action {_dimensions(still)} never change")
-    if len(narrow):
-        problems.append(
-            f"action {_dimensions(narrow)} use less than {_NARROW:.0%} of their interval"
-        )
-    # A dimension that never changes may well be at its bound, which was said.
-    full = np.setdiff1d(full, still)
-    if len(full):
-        problems.append(
-            f"action {_dimensions(full)} are at a bound in more than {_MANY_AT_BOUND:.0%} of steps"
-        )
-    return problems
-
-
-def _copy_problems(summary: dict[str, Any]) -> list[str]:
-    share = summary["copies"] / summary["transitions"]
-    if share <= _MANY_COPIES:
-        return []
-    return [f"{summary['copies']} transitions ({share:.1%}) are exact copies of earlier ones"]
-
-
-def _dimensions(indices: Any) -> str:
+def _dimensions(indices: Sequence[int]) -> str:
     named = ", ".join(str(int(i)) for i in indices[:_MOST_NAMED])
-    return f"dimensions {named}" + (
-        f" and {len(indices) - _MOST_NAMED} more" if len(indices) > _MOST_NAMED else ""
-    )
+    more = len(indices) - _MOST_NAMED
+    return f"dimensions {named}" + (f" and {more} more" if more > 0 else "")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from efm_jax.types import Dataset
 
@@ -20,7 +20,7 @@ _BINS = 40
 def draw_summary(
     dataset: Dataset, summary: dict[str, Any], references: tuple[float, float] | None = None
 ) -> bytes:
-    """The PNG of six panels.
+    """Draw six panels as a PNG.
 
     Histograms of episode returns (with scores on a second axis where there are ``references``),
     lengths and rewards; returns in the order of the recording; where in its interval every action
@@ -46,9 +46,8 @@ def draw_summary(
     _observations(panels[5], dataset)
     title = (
         f"{summary['dataset']}: {summary['transitions']:,} transitions, {summary['episodes']:,} "
-        "episodes, "
-        f"{summary['observations']['size']} observation and {summary['actions']['size']} action "
-        "dimensions"
+        f"episodes, {summary['observations']['size']} observation and "
+        f"{summary['actions']['size']} action dimensions"
     )
     figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=12)
     buffer = io.BytesIO()
@@ -63,14 +62,11 @@ def _returns(axes: Axes, dataset: Dataset, references: tuple[float, float] | Non
     axes.legend(fontsize=8, frameon=False)
     if references is not None:
         low, high = references
-
-        def score(returns: np.ndarray) -> np.ndarray:
-            return 100.0 * (returns - low) / (high - low)
-
-        def inverse(scores: np.ndarray) -> np.ndarray:
-            return low + scores * (high - low) / 100.0
-
-        top = axes.secondary_xaxis("top", functions=(score, inverse))
+        score = (
+            lambda x: 100.0 * (x - low) / (high - low),
+            lambda y: low + y * (high - low) / 100.0,
+        )
+        top = axes.secondary_xaxis("top", functions=score)
         top.set_xlabel("score", fontsize=8)
         top.tick_params(labelsize=8)
 
@@ -80,7 +76,7 @@ def _histogram(
 ) -> None:
     values = np.asarray(values, np.float64)
     low, high = float(values.min()), float(values.max())
-    if low == high:  # one value: a bar in the middle of an interval that shows its size
+    if low == high:  # a bar in the middle of an interval that shows its size
         margin = max(0.5, 0.1 * abs(low))
         low, high = low - margin, high + margin
     axes.hist(values, bins=_BINS, range=(low, high), color=_COLOR, log=log)
@@ -100,7 +96,7 @@ def _course(axes: Axes, dataset: Dataset) -> None:
 
 
 def _actions(axes: Axes, dataset: Dataset, columns: dict[str, Any]) -> None:
-    """Every action dimension's histogram over the interval between its bounds, as a column of shades."""
+    """Every action dimension's histogram between its bounds, as a column of shades."""
     low, high = dataset.action_low, dataset.action_high
     scaled = 2.0 * (_sample(dataset.transitions.actions) - low) / (high - low) - 1.0
     counts = np.stack(
@@ -108,25 +104,20 @@ def _actions(axes: Axes, dataset: Dataset, columns: dict[str, Any]) -> None:
     )
     shares = counts.T / len(scaled)
     size = shares.shape[1]
-    # The square root, or a few full bins would leave all others white.
-    image = axes.imshow(
-        np.sqrt(shares),
-        aspect="auto",
-        origin="lower",
-        cmap="Blues",
-        extent=(-0.5, size - 0.5, -1.0, 1.0),
-    )
+    # The square root, because a few full bins would leave all others white.
+    extent = (-0.5, size - 0.5, -1.0, 1.0)
+    image = axes.imshow(np.sqrt(shares), aspect="auto", origin="lower", cmap="Blues", extent=extent)
     bar = axes.figure.colorbar(image, ax=axes)
     ticks = [tick for tick in bar.get_ticks() if 0.0 <= tick <= np.sqrt(shares.max())]
     bar.set_ticks(ticks, labels=[f"{tick**2:.1%}" for tick in ticks])
     bar.ax.tick_params(labelsize=8)
     title = f"Actions: share per bin; {columns['any_at_bounds']:.1%} have a dimension at a bound"
     _label(axes, title, "dimension", "scaled to its bounds")
-    _whole_ticks(axes, size)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _observations(axes: Axes, dataset: Dataset) -> None:
-    """Quantiles of every observation dimension, on a scale that is linear near 0 and logarithmic beyond 1."""
+    """Quantiles of every observation dimension, on a scale that is logarithmic beyond 1."""
     rows = _sample(dataset.transitions.observations)
     x = np.arange(rows.shape[1])
     least, low, middle, high, most = np.quantile(rows, (0.0, 0.05, 0.5, 0.95, 1.0), axis=0)
@@ -139,15 +130,11 @@ def _observations(axes: Axes, dataset: Dataset) -> None:
     bottom = axes.get_ylim()[0]
     axes.set_ylim(bottom=4.0 * bottom if bottom < -1.0 else bottom - 1.0)  # room for the legend
     _label(axes, "Observations", "dimension", "value")
-    _whole_ticks(axes, rows.shape[1])
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows[:: max(1, len(rows) // _SAMPLE)], np.float64)
-
-
-def _whole_ticks(axes: Axes, size: int) -> None:
-    axes.set_xticks(np.arange(0, size, max(1, -(-size // 12))))
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:

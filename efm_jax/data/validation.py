@@ -1,5 +1,4 @@
-"""What data must satisfy before anything is trained on it; each failure is a one-line
-:class:`DataError`.
+"""Checks of data before anything is trained on it; each failure is a one-line ``DataError``.
 
 ``source`` is what the message begins with (the dataset's name or file) and ``locate(i)`` may add
 where row ``i`` is in it, such as its episode.
@@ -25,8 +24,8 @@ def _nowhere(index: int) -> str:
 
 
 def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> None:
-    """Each array must have its rank, and all of them one and the same leading size of at least 1."""
-    first = next(iter(arrays))
+    """Refuse an array that has not its rank, or not the leading size (of 1 at least) of all."""
+    first, count = next((name, array.shape[:1]) for name, array in arrays.items())
     for name, array in arrays.items():
         if name.endswith("observations") and array.ndim > 2:
             shape = array.shape
@@ -38,18 +37,17 @@ def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[
                 f"{source}: {name}: expected {ranks[name]} axes; got shape {array.shape}"
             )
     for name, array in arrays.items():
-        if len(array) != len(arrays[first]):
-            found = f"{first} have {len(arrays[first])} rows, {name} {len(array)}"
+        if array.shape[:1] != count:
+            found = f"{first} have {count[0]} rows, {name} {len(array)}"
             raise DataError(f"{source}: lengths disagree: {found}")
-    if len(arrays[first]) == 0:
+    if count == (0,):
         raise DataError(f"{source}: the dataset is empty: 0 transitions")
 
 
 def check_finite(
     source: str, name: str, array: np.ndarray, locate: Locate = _nowhere, first_row: int = 0
 ) -> None:
-    """No NaN and no infinity in ``array [N, ...]``; the message names the array and the first bad
-    row.
+    """Refuse a NaN or an infinity in ``array [N, ...]``, with the place of the first.
 
     ``first_row`` is the number that the array's first row has in the source.
     """
@@ -64,18 +62,14 @@ def check_finite(
 
 
 def check_observation_space(source: str, space: spaces.Space) -> None:
-    """Vectors, alone or nested: no images, and no discrete or text observations."""
-    if isinstance(space, spaces.Box) and len(space.shape) != 1:
-        raise DataError(
-            f"{source}: observations of shape {space.shape} look like images; only vectors are "
-            "supported"
-        )
+    """Refuse all but vectors, alone or nested: images, and discrete or text observations."""
     try:
         leaves = box_leaves(space)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     for place, box in leaves:
-        if len(box.shape) >= 3 or (len(box.shape) == 2 and box.dtype == np.uint8):
+        axes = len(box.shape)
+        if axes >= 3 or (axes == 2 and box.dtype == np.uint8) or (box is space and axes != 1):
             raise DataError(
                 f"{source}: {place} of shape {box.shape} looks like an image; only vectors are "
                 "supported"
@@ -83,7 +77,7 @@ def check_observation_space(source: str, space: spaces.Space) -> None:
 
 
 def check_action_space(source: str, space: spaces.Space) -> None:
-    """A flat, continuous ``Box`` with finite bounds."""
+    """Refuse all but a flat, continuous ``Box`` with finite bounds."""
     discrete = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
     if discrete or (isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)):
         raise DataError(
@@ -95,25 +89,22 @@ def check_action_space(source: str, space: spaces.Space) -> None:
 
 
 def check_bounds(source: str, low: np.ndarray, high: np.ndarray) -> None:
-    """Action bounds ``[A]`` must be finite with ``low < high``, for actions are scaled by them."""
+    """Refuse action bounds ``[A]`` that are not finite with ``low < high``: actions are scaled."""
     for i, (lower, upper) in enumerate(zip(low, high, strict=True)):
         if not (np.isfinite(lower) and np.isfinite(upper)):
-            raise DataError(
-                f"{source}: action dimension {i} has infinite bounds [{lower!s}, {upper!s}]"
-            )
-        if lower >= upper:
-            raise DataError(
-                f"{source}: action dimension {i} has empty bounds: low {lower!s} >= high {upper!s}"
-            )
+            problem = f"infinite bounds [{lower!s}, {upper!s}]"
+        elif lower >= upper:
+            problem = f"empty bounds: low {lower!s} >= high {upper!s}"
+        else:
+            continue
+        raise DataError(f"{source}: action dimension {i} has {problem}")
 
 
 def check_action_dtype(source: str, actions: np.ndarray) -> None:
-    """Integer or boolean action arrays are the numbers of discrete actions."""
+    """Refuse integers and booleans, which are the numbers of discrete actions."""
     if not np.issubdtype(actions.dtype, np.floating):
-        dtype = actions.dtype
-        raise DataError(
-            f"{source}: actions of type {dtype} are discrete; only continuous actions are supported"
-        )
+        kind = f"actions of type {actions.dtype} are discrete"
+        raise DataError(f"{source}: {kind}; only continuous actions are supported")
 
 
 def clip_actions(
@@ -124,7 +115,7 @@ def clip_actions(
     locate: Locate = _nowhere,
     first_row: int = 0,
 ) -> np.ndarray:
-    """Actions ``[N, A]`` put exactly inside ``[low, high]``, if they are inside but for rounding.
+    """Put actions ``[N, A]``, inside ``[low, high]`` but for rounding, exactly inside.
 
     Raises:
       DataError: ``A`` differs from the bounds', or an action is outside by more than
@@ -139,28 +130,25 @@ def clip_actions(
     outside = (actions < low - slack) | (actions > high + slack)
     if outside.any():
         row, column = (int(i) for i in np.argwhere(outside)[0])
-        value, bounds = str(actions[row, column]), f"[{low[column]!s}, {high[column]!s}]"
-        row += first_row
+        place = f"actions[{first_row + row}][{column}]"
         raise DataError(
-            f"{source}: actions[{row}][{column}] is outside its bounds {bounds}: "
-            f"{value}{locate(row)}"
+            f"{source}: {place} is outside its bounds [{low[column]!s}, {high[column]!s}]: "
+            f"{actions[row, column]!s}{locate(first_row + row)}"
         )
     return np.clip(actions, low, high)
 
 
 def as_float32(source: str, name: str, array: Any) -> np.ndarray:
-    """Numbers as float32; what overflows becomes infinite and is then refused by :func:`check_finite`."""
+    """Real numbers as float32; what overflows becomes infinite, for :func:`check_finite`."""
     array = np.asarray(array)
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise DataError(f"{source}: {name}: expected numbers; got type {array.dtype}")
-    if np.iscomplexobj(array):
+    if array.dtype.kind not in "biuf":
         raise DataError(f"{source}: {name}: expected real numbers; got type {array.dtype}")
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 
 
 def as_flags(source: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Flags ``[N]`` stored as booleans or as the numbers 0 and 1, as bool; others are a DataError."""
+    """Flags ``[N]``, stored as booleans or as the numbers 0 and 1, as bool; refuses others."""
     bad = ~np.isin(array, (0, 1))
     if bad.any():
         row = int(np.argmax(bad))

@@ -1,6 +1,6 @@
 """Gymnasium environments as data sees them: a spec in JSON, and spaces where they can be had.
 
-The one place that knows of Gymnasium Robotics (mazes, Adroit, kitchen): its ids exist only after
+This module alone knows of Gymnasium Robotics (mazes, Adroit, kitchen), whose ids exist only after
 its import.
 """
 
@@ -24,25 +24,50 @@ _REMOVED_FIELDS = ("apply_api_compatibility", "autoreset")
 _ROBOTICS = "gymnasium_robotics"
 
 
-def find_spec(env: str) -> EnvSpec:
-    """A copy of the spec of a registered id, of Gymnasium or of an installed Gymnasium Robotics.
+def read_spec(source: str, env: str) -> EnvSpec:
+    """A spec of its own for an id, or for the JSON that any Gymnasium version wrote.
+
+    Ids are Gymnasium's and those of an installed Gymnasium Robotics; ``module:Name-v0`` imports the
+    module first.
 
     Raises:
-      gymnasium.error.Error: no such environment.
-      ImportError, ValueError: from an id that names a module, as in ``module:Name-v0``.
+      DataError: no such environment, or JSON of something else; the message begins with ``source``.
     """
+    is_json = str(env).lstrip().startswith("{")
     try:
-        return copy.deepcopy(gymnasium.spec(env))
+        if not is_json:
+            return copy.deepcopy(_registered(env))
+        fields = json.loads(env)
+        for name in _REMOVED_FIELDS:
+            fields.pop(name, None)
+        return EnvSpec.from_json(json.dumps(fields))
+    except (
+        gymnasium.error.Error,
+        ImportError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        problem = "the JSON of its EnvSpec" if is_json else f"environment {env!r}"
+        raise DataError(
+            f"{source}: {problem} is not known to Gymnasium ({reason(error)})"
+        ) from error
+
+
+def _registered(env: str) -> EnvSpec:
+    try:
+        return gymnasium.spec(env)
     except gymnasium.error.NameNotFound as error:
         if importlib.util.find_spec(_ROBOTICS) is None:
             hint = "Environments of Gymnasium Robotics need pip install -e .[robotics]"
             raise type(error)(f"{error} {hint}") from error
     _import_robotics()
-    return copy.deepcopy(gymnasium.spec(env))
+    return gymnasium.spec(env)
 
 
 def make(spec: EnvSpec, **arguments: Any) -> gymnasium.Env:
-    """``gymnasium.make``; a :class:`DataError` that says what to install, or why it cannot be made."""
+    """``gymnasium.make``, whose failures become a :class:`DataError` with what to install."""
     try:
         if str(spec.entry_point).startswith(_ROBOTICS):
             _import_robotics()
@@ -53,8 +78,8 @@ def make(spec: EnvSpec, **arguments: Any) -> gymnasium.Env:
         ) from error
     except (gymnasium.error.Error, AttributeError, TypeError) as error:
         raise DataError(f"environment {spec.id} cannot be made: {error}") from error
-    # A maze writes its model to the system's temporary folder and reads it at once, but never
-    # removes it.
+    # Removed here, because a maze writes its model to the system's temporary folder, reads it at
+    # once, and leaves it there.
     model = getattr(env.unwrapped, "tmp_xml_file_path", None)
     if model is not None:
         with contextlib.suppress(OSError):
@@ -66,51 +91,28 @@ def _install_hint(spec: EnvSpec) -> str:
     module = str(spec.entry_point).split(":")[0]
     if module.startswith("gymnasium.envs.mujoco"):
         return "install its simulator: pip install -e .[mujoco]"
-    package = module.split(".")[0]
-    if package == _ROBOTICS:
+    package = module.split(".")[0].replace("_", "-")
+    if package == _ROBOTICS.replace("_", "-"):
         return "install it and its simulator: pip install -e .[robotics]"
-    package = package.replace("_", "-")
     return (
         f"install the package that provides it, {package}, and for MuJoCo pip install -e .[mujoco]"
     )
 
 
 def _import_robotics() -> None:
-    """Register the environments; some versions print news of other environments when imported."""
+    """Register the environments, without the news that some versions print when imported."""
     before = dict(gymnasium.registry)
     with contextlib.redirect_stderr(io.StringIO()):
         gymnasium.register_envs(importlib.import_module(_ROBOTICS))
-    # It also replaces Gymnasium's own retired environments by some that need mujoco-py.
+    # Restored, because the import also replaces Gymnasium's own retired environments by some that
+    # need mujoco-py.
     gymnasium.registry.update(before)
 
 
-def registered_spec(source: str, env: str) -> EnvSpec:
-    """The spec of a Gymnasium id; :class:`DataError` where Gymnasium has no such environment."""
+def spec_json(source: str, spec: EnvSpec | None) -> str | None:
+    """The spec as JSON; a :class:`DataError` for a spec with functions, as retired ones have."""
     try:
-        return find_spec(env)
-    except (gymnasium.error.Error, ImportError, ValueError) as error:
-        raise DataError(
-            f"{source}: environment {env!r} is not known to Gymnasium ({reason(error)})"
-        ) from error
-
-
-def parse_spec(source: str, text: str) -> EnvSpec:
-    """A spec from the JSON of any Gymnasium version."""
-    try:
-        fields = json.loads(text)
-        for name in _REMOVED_FIELDS:
-            fields.pop(name, None)
-        return EnvSpec.from_json(json.dumps(fields))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DataError(
-            f"{source}: the environment spec cannot be read ({reason(error)})"
-        ) from error
-
-
-def spec_json(source: str, spec: EnvSpec) -> str:
-    """The spec as JSON; :class:`DataError` for one that holds functions, as Gymnasium's retired ones do."""
-    try:
-        return spec.to_json()
+        return None if spec is None else spec.to_json()
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{source}: environment {spec.id} cannot be used ({reason(error)})"
@@ -120,17 +122,14 @@ def spec_json(source: str, spec: EnvSpec) -> str:
 def make_spaces(spec: EnvSpec) -> tuple[gymnasium.Space, gymnasium.Space] | None:
     """(observation, action) spaces, or None where the environment cannot be made here."""
     try:
-        env = make(spec)
+        with contextlib.closing(make(spec)) as env:
+            return env.observation_space, env.action_space
     except DataError:
         return None
-    try:
-        return env.observation_space, env.action_space
-    finally:
-        env.close()
 
 
 def check_sizes(source: str, spec: EnvSpec, observation_size: int, action_size: int) -> None:
-    """The environment must have the data's observation and action sizes; not checked if it cannot be made."""
+    """Refuse an environment, if it can be made, whose sizes are not the data's."""
     spaces = make_spaces(spec)
     if spaces is None:
         return
@@ -140,7 +139,6 @@ def check_sizes(source: str, spec: EnvSpec, observation_size: int, action_size: 
         raise DataError(f"{source}: environment {spec.id}: {error}") from error
     if expected != (observation_size, (action_size,)):
         raise DataError(
-            f"{source}: environment {spec.id} has {expected[0]} observation dimensions and "
-            "actions of shape "
-            f"{expected[1]}; the data has {observation_size} and {(action_size,)}"
+            f"{source}: environment {spec.id} has {expected[0]} observation dimensions and actions "
+            f"of shape {expected[1]}; the data has {observation_size} and {(action_size,)}"
         )

@@ -31,8 +31,7 @@ def flatten_observation(space: Any, observation: Any, batch_ndim: int) -> np.nda
       DataError: a key is missing, a shape differs from its space, or a space is not a ``Box`` (a
         discrete or text observation has no single obvious vector).
     """
-    leaves = _leaves(space, observation, "observation", batch_ndim)
-    return np.concatenate(leaves, axis=-1)
+    return np.concatenate(_arrays(space, observation, "observation", batch_ndim), axis=-1)
 
 
 def flat_size(space: Any) -> int:
@@ -41,50 +40,45 @@ def flat_size(space: Any) -> int:
 
 
 def box_leaves(space: Any, place: str = "observation") -> list[tuple[str, spaces.Box]]:
-    """Every ``Box`` in ``space`` with its place, in the order of flattening; others are a DataError."""
-    if isinstance(space, Mapping):
-        return [
-            leaf for key in sorted(space) for leaf in box_leaves(space[key], f"{place}[{key!r}]")
-        ]
-    if isinstance(space, (tuple, list, spaces.Tuple)):
-        return [leaf for i, part in enumerate(space) for leaf in box_leaves(part, f"{place}[{i}]")]
-    if isinstance(space, spaces.Box):
+    """Every ``Box`` of ``space`` with its place, in order; any other leaf is a ``DataError``."""
+    keys = _keys(space, place)
+    if keys is None:
         return [(place, space)]
+    return [leaf for key in keys for leaf in box_leaves(space[key], f"{place}[{key!r}]")]
+
+
+def _keys(space: Any, place: str) -> list[Any] | None:
+    """The keys of a nested space in the order of flattening, None for a ``Box``."""
+    if isinstance(space, Mapping):
+        return sorted(space)
+    if isinstance(space, (tuple, list, spaces.Tuple)):
+        return list(range(len(space)))
+    if isinstance(space, spaces.Box):
+        return None
     raise DataError(f"{place}: expected Box spaces, alone or in Dict or Tuple; got {space}")
 
 
-def _leaves(space: Any, observation: Any, place: str, batch_ndim: int) -> list[np.ndarray]:
-    if isinstance(space, Mapping):
-        keys = sorted(space)
-        if not isinstance(observation, Mapping) or sorted(observation) != keys:
-            got = (
-                sorted(observation)
-                if isinstance(observation, Mapping)
-                else type(observation).__name__
-            )
-            raise DataError(f"{place}: expected the keys {keys}; got {got}")
-        parts = [(space[key], observation[key], f"{place}[{key!r}]") for key in keys]
-    elif isinstance(space, (tuple, list, spaces.Tuple)):
-        if not isinstance(observation, (tuple, list)) or len(observation) != len(space):
-            raise DataError(
-                f"{place}: expected a tuple of {len(space)} arrays; got "
-                f"{type(observation).__name__}"
-            )
-        parts = [(space[i], observation[i], f"{place}[{i}]") for i in range(len(space))]
+def _arrays(space: Any, observation: Any, place: str, batch_ndim: int) -> list[np.ndarray]:
+    """The array of every leaf, ``[*batch, size]`` float32."""
+    keys = _keys(space, place)
+    if keys is None:
+        array = np.asarray(observation)
+        if array.ndim < batch_ndim or array.shape[batch_ndim:] != space.shape:
+            axes = f"{batch_ndim} batch axes and then {space.shape}"
+            raise DataError(f"{place}: expected {axes}; got shape {array.shape}")
+        # What overflows becomes infinite, which validation reports with its index.
+        with np.errstate(over="ignore"):
+            return [array.astype(np.float32).reshape(*array.shape[:batch_ndim], -1)]
+    if isinstance(observation, Mapping):
+        found = sorted(observation)
+    elif isinstance(observation, (tuple, list)):
+        found = list(range(len(observation)))
     else:
-        return [_ravel(space, observation, place, batch_ndim)]
-    return [leaf for part in parts for leaf in _leaves(*part, batch_ndim)]
-
-
-def _ravel(space: Any, observation: Any, place: str, batch_ndim: int) -> np.ndarray:
-    if not isinstance(space, spaces.Box):
-        raise DataError(f"{place}: expected Box spaces, alone or in Dict or Tuple; got {space}")
-    array = np.asarray(observation)
-    if array.ndim != batch_ndim + len(space.shape) or array.shape[batch_ndim:] != space.shape:
-        axes = f"{batch_ndim} batch axes and then {space.shape}"
-        raise DataError(f"{place}: expected {axes}; got shape {array.shape}")
-    with np.errstate(
-        over="ignore"
-    ):  # beyond float32 becomes inf, which validation reports with its index
-        array = array.astype(np.float32)
-    return array.reshape(*array.shape[:batch_ndim], -1)
+        found = type(observation).__name__
+    if found != keys:
+        raise DataError(f"{place}: expected the keys {keys}; got {found}")
+    return [
+        array
+        for key in keys
+        for array in _arrays(space[key], observation[key], f"{place}[{key!r}]", batch_ndim)
+    ]

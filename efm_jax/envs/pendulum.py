@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ENVIRONMENT = "Pendulum-v1"
+
 _UPRIGHT_ENERGY = 15.0
 
 
 @dataclass(frozen=True)
 class Controller:
-    """Gains of one controller; ``noise`` is the standard deviation of what is added to its torque."""
+    """Gains of one controller, and the standard deviation of the noise on its torque."""
 
     pump_gain: float
     position_gain: float
@@ -39,8 +41,13 @@ class Controller:
 BEST = Controller(pump_gain=2.0, position_gain=14.0, velocity_gain=4.0, catch_angle=0.4, noise=0.0)
 
 
-def draw(rng: np.random.Generator) -> Controller:
-    """One controller of mixed quality: many swing up late, catch badly or shake, a few are near the best."""
+def expert(observation: np.ndarray) -> np.ndarray:
+    """The action ``[1]`` of the best controller."""
+    return np.array([BEST.torque(observation)])
+
+
+def random_controller(rng: np.random.Generator) -> Controller:
+    """One controller of mixed quality: many swing up late, catch badly or shake, few are good."""
     return Controller(
         pump_gain=math.exp(rng.uniform(math.log(0.05), math.log(1.0))),
         position_gain=rng.uniform(3.0, 14.0),

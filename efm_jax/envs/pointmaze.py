@@ -1,5 +1,4 @@
-"""Point mazes: a planner, a controller that follows its waypoints, and the task that its data is
-for.
+"""Point mazes: a planner, a controller that follows its waypoints, and the task of its data.
 
 What is recorded is D4RL's Maze2D task (Fu et al. 2020, section 5): one goal is evaluated, the data
 comes from an agent that goes to others.
@@ -41,7 +40,7 @@ from gymnasium.envs.registration import EnvSpec
 Cell = tuple[int, int]  # row, column
 
 # D4RL's goals, by the name of the map.
-_GOALS: dict[str, Cell] = {"Open": (2, 3), "UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}
+GOALS: dict[str, Cell] = {"Open": (2, 3), "UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}
 _WALL, _GOAL = 1, "g"
 # How near a wanderer comes to a goal of its own before it takes the next.
 _ARRIVED = 0.2
@@ -86,6 +85,12 @@ class Maze:
             (i, j) for i, row in enumerate(self.free) for j, is_free in enumerate(row) if is_free
         ]
 
+    def is_free(self, cell: Cell) -> bool:
+        """Whether a cell lies in the map and is no wall."""
+        row, column = cell
+        inside = 0 <= row < len(self.free) and 0 <= column < len(self.free[0])
+        return inside and self.free[row][column]
+
     def middle(self, cell: Cell) -> tuple[float, float]:
         """Position ``(x, y)`` of the middle of a cell."""
         row, column = cell
@@ -94,11 +99,10 @@ class Maze:
         return x, y
 
     def cell(self, x: float, y: float) -> Cell:
-        """The cell that a position is in; a ``ValueError`` for a wall or a place outside the map."""
+        """The cell that a position is in; a wall and the outside are a ``ValueError``."""
         row = int(np.floor(len(self.free) / 2 - y / self.scale))
         column = int(np.floor(len(self.free[0]) / 2 + x / self.scale))
-        inside = 0 <= row < len(self.free) and 0 <= column < len(self.free[0])
-        if not inside or not self.free[row][column]:
+        if not self.is_free((row, column)):
             raise ValueError(
                 f"position ({x:g}, {y:g}): expected a place in a free cell; got {(row, column)}"
             )
@@ -107,25 +111,18 @@ class Maze:
 
 @functools.lru_cache(maxsize=1024)
 def routes(maze: Maze, goal: Cell) -> Mapping[Cell, Cell]:
-    """For every cell that ``goal`` can be reached from, the next cell of a shortest route; breadth
-    first.
+    """The next cell of a shortest route, for every cell that ``goal`` can be reached from.
 
-    Steps are to the four neighbors.  ``goal`` itself is its own next cell; cells without a route
-    are absent.
+    Breadth first, with steps to the four neighbors.  ``goal`` itself is its own next cell; cells
+    without a route are absent.
     """
     following = {goal: goal}
     queue = deque([goal])
     while queue:
         row, column = cell = queue.popleft()
-        for neighbor in (
-            (row - 1, column),
-            (row + 1, column),
-            (row, column - 1),
-            (row, column + 1),
-        ):
-            i, j = neighbor
-            inside = 0 <= i < len(maze.free) and 0 <= j < len(maze.free[0])
-            if inside and maze.free[i][j] and neighbor not in following:
+        for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            neighbor = (row + down, column + right)
+            if maze.is_free(neighbor) and neighbor not in following:
                 following[neighbor] = cell
                 queue.append(neighbor)
     return following
@@ -140,22 +137,15 @@ def steer(maze: Maze, gains: Gains, state: np.ndarray, goal: np.ndarray) -> np.n
     Raises:
       ValueError: the position or the goal is not in a free cell, or no route joins them.
     """
-    x, y, velocity_x, velocity_y = (float(value) for value in state)
-    here, there = maze.cell(x, y), maze.cell(float(goal[0]), float(goal[1]))
+    state = np.asarray(state, float)
+    here, there = maze.cell(*state[:2]), maze.cell(*goal)
     following = routes(maze, there)
     if here not in following:
         raise ValueError(
             f"goal {there}: expected a cell that can be reached from {here}; there is no route"
         )
-    target_x, target_y = (
-        (float(goal[0]), float(goal[1])) if here == there else maze.middle(following[here])
-    )
-    return np.array(
-        [
-            gains.position * (target_x - x) - gains.velocity * velocity_x,
-            gains.position * (target_y - y) - gains.velocity * velocity_y,
-        ]
-    )
+    target = goal if here == there else maze.middle(following[here])
+    return gains.position * (np.array(target, float) - state[:2]) - gains.velocity * state[2:]
 
 
 def expert(maze: Maze) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
@@ -207,11 +197,11 @@ def is_point_maze(spec: EnvSpec) -> bool:
 
 
 def task(spec: EnvSpec) -> EnvSpec:
-    """The spec of the task that is recorded and evaluated in a point maze: see the top of this module."""
+    """The spec of the task that is recorded and evaluated, as the top of this module says."""
     spec = copy.deepcopy(spec)
     name = re.fullmatch(r"PointMaze_([A-Za-z]+?)(?:Dense)?-v\d+", spec.id)
-    if name is not None and name[1] in _GOALS:
-        row, column = _GOALS[name[1]]
+    if name is not None and name[1] in GOALS:
+        row, column = GOALS[name[1]]
         spec.kwargs["maze_map"][row][column] = _GOAL
     # Explicit, so that another version's defaults do not change the task.
     spec.kwargs |= {"continuing_task": True, "reset_target": False}

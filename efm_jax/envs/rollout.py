@@ -1,16 +1,16 @@
-"""Returns of policies in a Gymnasium environment, one batched policy call a step for all episodes."""
+"""Returns of policies in a Gymnasium environment, one batched policy call a step for all."""
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from efm_jax import checks
-from efm_jax.envs.environments import find_spec, make
+from efm_jax.envs import environments
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.types import Array
 
@@ -22,6 +22,11 @@ class Rollouts(NamedTuple):
     lengths: np.ndarray  # [K, E] int64, number of environment steps
 
 
+def make_quietly(spec: EnvSpec) -> gymnasium.Env:
+    """Make an environment without Gymnasium's checker, which warns once for every copy."""
+    return environments.make(spec, disable_env_checker=True)
+
+
 def evaluate(
     act: Callable[[np.ndarray, int], Array],
     env_spec: str,
@@ -30,13 +35,14 @@ def evaluate(
     episode_seeds: Sequence[int],
     max_steps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    make: Callable[[EnvSpec], gymnasium.Env] = make_quietly,
 ) -> Rollouts:
-    """Runs ``E = len(episode_seeds)`` episodes of each of ``K = num_policies`` policies.
+    """Run ``E = len(episode_seeds)`` episodes of each of ``K = num_policies`` policies.
 
-    All ``K * E`` episodes are sub-environments of one vector environment, so ``act`` is called
-    once a step, always with the same shapes. Episode ``e`` of every policy is reset with
-    ``episode_seeds[e]``. After an episode has ended its environment is left alone: its observation
-    stays the last one, its actions are ignored, and nothing is added to its return.
+    All ``K * E`` episodes go on side by side, so ``act`` is called once a step, always with the
+    same shapes. Episode ``e`` of every policy is reset with ``episode_seeds[e]``. After an episode
+    has ended its environment is left alone: its observation stays the last one, its actions are
+    ignored, and nothing is added to its return.
 
     Args:
       act: ``(observations [K, E, S] float32, step) -> actions [K, E, A]`` in environment units;
@@ -47,6 +53,7 @@ def evaluate(
       max_steps: cuts episodes after this many steps. Needed where ``env_spec`` has no limit of its
         own; where it has one, the smaller of the two holds.
       progress: called after every step with ``(steps done, episodes ended)``.
+      make: makes an environment from the spec, whose limit is the smaller one.
 
     Returns:
       Returns and lengths, ``[K, E]`` each; the reward of an episode's last step is counted.
@@ -62,35 +69,34 @@ def evaluate(
         raise ValueError("episode_seeds: expected at least one seed; got none")
     for seed in episode_seeds:
         checks.check_integer("episode_seeds", seed, 0)
-    spec = read_spec(env_spec)
-    limit = step_limit(spec, max_steps)
+    spec = _bounded_spec(env_spec, max_steps)
     seeds = [int(seed) for seed in episode_seeds]
     batch = (num_policies, len(seeds))
+    returns = np.zeros(batch, np.float64)
+    lengths = np.zeros(batch, np.int64)
+    running = np.ones(batch, bool)
 
-    with contextlib.closing(_vectorize(spec, num_policies * len(seeds))) as environments:
-        action_space = environments.single_action_space
-        if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
-            raise ValueError(
-                f"environment {spec.id}: expected a Box action space [A]; got {action_space}"
-            )
-        returns = np.zeros(batch, np.float64)
-        lengths = np.zeros(batch, np.int64)
-        running = np.ones(batch, bool)
-        observations, _ = environments.reset(seed=seeds * num_policies)
-        for step in range(limit):
-            flat = flatten_observation(environments.single_observation_space, observations, 1)
-            actions = np.asarray(act(np.asarray(flat, np.float32).reshape(*batch, -1), step))
-            checks.check_shape("actions", actions, (*batch, *action_space.shape))
-            check_finite(actions, running, step, seeds)
-            actions = np.clip(actions, action_space.low, action_space.high).astype(
-                action_space.dtype
-            )
-            observations, rewards, terminated, truncated, _ = environments.step(
-                actions.reshape(-1, *action_space.shape)
-            )
-            returns += np.where(running, rewards.reshape(batch), 0.0)
-            lengths += running
-            running &= ~(terminated | truncated).reshape(batch)
+    with contextlib.ExitStack() as stack:
+        games = [stack.enter_context(contextlib.closing(make(spec))) for _ in range(running.size)]
+        space, observed = games[0].action_space, games[0].observation_space
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"environment {spec.id}: expected a Box action space [A]; got {space}")
+        states = [
+            game.reset(seed=seed)[0] for game, seed in zip(games, seeds * num_policies, strict=True)
+        ]
+        for step in range(spec.max_episode_steps):
+            together = concatenate(observed, states, create_empty_array(observed, len(games)))
+            observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
+            actions = np.asarray(act(observations, step))
+            checks.check_shape("actions", actions, (*batch, *space.shape))
+            _check_finite(actions, running, step, seeds)
+            actions = np.clip(actions, space.low, space.high).astype(space.dtype)
+            for place in zip(*np.nonzero(running), strict=True):
+                game = place[0] * len(seeds) + place[1]
+                states[game], reward, terminated, truncated, _ = games[game].step(actions[place])
+                returns[place] += float(reward)
+                lengths[place] += 1
+                running[place] = not (terminated or truncated)
             if progress is not None:
                 progress(step + 1, int(running.size - running.sum()))
             if not running.any():
@@ -98,60 +104,11 @@ def evaluate(
     return Rollouts(returns, lengths)
 
 
-class _OneEpisode(gymnasium.Wrapper):
-    """An environment that plays a single episode and then stands still.
-
-    Gymnasium's autoreset would start, and simulate, a further episode in every finished
-    sub-environment until the slowest one ends. Under ``NEXT_STEP`` the vector environment calls
-    ``reset()`` without a seed once after the end; here that call, and every step after it, does
-    nothing.
-    """
-
-    def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
-        self._last_observation: Any = None
-        self._ended = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict]:
-        if self._ended:
-            return self._last_observation, {}
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        if self._ended:
-            return self._last_observation, 0.0, False, False, {}
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        self._ended = bool(terminated or truncated)
-        self._last_observation = observation
-        return observation, float(reward), bool(terminated), bool(truncated), {}
-
-
-def read_spec(env_spec: str) -> EnvSpec:
-    """The ``EnvSpec`` named by an id or written as JSON, without rendering."""
-    if env_spec.lstrip().startswith("{"):
-        try:
-            spec = EnvSpec.from_json(env_spec)
-        except (gymnasium.error.Error, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"env_spec: not the JSON of a gymnasium EnvSpec: {type(error).__name__}: "
-                f"{one_line(error)}"
-            ) from error
-    else:
-        try:
-            spec = find_spec(env_spec)
-        except (gymnasium.error.Error, ImportError) as error:
-            raise ValueError(
-                f"environment {env_spec!r}: unknown to Gymnasium: {one_line(error)}"
-            ) from error
-    # A recorded spec may ask for windows or images; evaluation shows nothing.
+def _bounded_spec(env_spec: str, max_steps: int | None) -> EnvSpec:
+    """The spec of what is played, with the smaller of its own limit of steps and ``max_steps``."""
+    spec = environments.read_spec("env_spec", env_spec)
+    # Dropped, because evaluation shows nothing, and a recorded spec may ask for windows or images.
     spec.kwargs.pop("render_mode", None)
-    return spec
-
-
-def step_limit(spec: EnvSpec, max_steps: int | None) -> int:
-    """The smaller of the environment's limit and ``max_steps``; a ``ValueError`` where there is neither."""
     if max_steps is not None:
         checks.check_integer("max_steps", max_steps, 1)
     limits = [limit for limit in (spec.max_episode_steps, max_steps) if limit is not None]
@@ -159,39 +116,18 @@ def step_limit(spec: EnvSpec, max_steps: int | None) -> int:
         raise ValueError(
             f"environment {spec.id} has no limit on the length of an episode: max_steps is needed"
         )
-    return min(limits)
+    spec.max_episode_steps = min(limits)
+    return spec
 
 
-def _vectorize(spec: EnvSpec, count: int) -> SyncVectorEnv:
-    """``count`` copies behind one vector environment; on an error those already made are closed."""
-    environments: list[gymnasium.Env] = []
-    try:
-        for _ in range(count):
-            # The checker tests environments, not policies, and warns once for every copy.
-            environments.append(_OneEpisode(make(spec, disable_env_checker=True)))
-        # NEXT_STEP, because the returned observation and reward then belong to the same episode and
-        # no sub-environment is reset within the step that ended it.
-        return SyncVectorEnv(
-            [lambda env=env: env for env in environments], autoreset_mode=AutoresetMode.NEXT_STEP
-        )
-    except BaseException:
-        for environment in environments:
-            environment.close()
-        raise
-
-
-def check_finite(actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]) -> None:
-    """No NaN and no infinity in the actions ``[K, E, A]`` of ``running [K, E]`` episodes."""
+def _check_finite(
+    actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]
+) -> None:
+    """Refuse a NaN or an infinity in the actions ``[K, E, A]`` of ``running [K, E]`` episodes."""
     bad = np.argwhere(running & ~np.isfinite(actions).all(axis=-1))
     if len(bad):
         policy, episode = bad[0]
         raise ValueError(
             f"actions: non-finite action {actions[policy, episode]} at step {step} of episode "
-            f"{episode} "
-            f"(seed {seeds[episode]}) of policy {policy}"
+            f"{episode} (seed {seeds[episode]}) of policy {policy}"
         )
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())

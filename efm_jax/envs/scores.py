@@ -1,5 +1,6 @@
 """Normalized scores: 0 is a random policy, 100 the reference expert."""
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -103,6 +104,24 @@ def reference_scores(env_id: str) -> tuple[float, float] | None:
         if match is not None:
             return _TASKS[match.group(1)]
     return None
+
+
+def dataset_references(
+    own: tuple[float, float] | None, name: str, env: str | None
+) -> tuple[float, float] | None:
+    """Returns of scores 0 and 100 for a dataset: its own, else its name's, else its environment's.
+
+    Args:
+      own: what the dataset's metadata says, ``Dataset.reference_scores``.
+      name: what the dataset is called; a path has no references.
+      env: a Gymnasium ``EnvSpec`` as JSON, or an id, or None where no environment is named.
+
+    Returns:
+      ``(minimum, maximum)``; None where all three are silent.
+    """
+    if env is not None and env.lstrip().startswith("{"):
+        env = json.loads(env)["id"]
+    return own or reference_scores(name) or (reference_scores(env) if env else None)
 
 
 def normalized_score(

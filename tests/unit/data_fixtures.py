@@ -1,15 +1,56 @@
 """Small datasets made by hand, for the tests of `efm_jax.data`."""
 
+import contextlib
+import functools
+import http.server
+import threading
 import warnings
 from pathlib import Path
 
 import h5py
 import minari
 import numpy as np
+import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
+from efm_jax.data import DataError, load_dataset
+
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def fails(source, *words, **options):
+    """`load_dataset` refuses the source in one line that begins with it and has the words."""
+    with pytest.raises(DataError) as caught:
+        load_dataset(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(source)
+    for word in words:
+        assert word in message, message
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server on this machine whose requests go to a handler of `http.server`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def serving_files(folder):
+    """The same for the files of a folder."""
+    return serving(functools.partial(_Files, directory=folder))
 
 
 def d4rl_arrays(terminals, timeouts=None, *, observation_size=3, action_size=2, seed=0):

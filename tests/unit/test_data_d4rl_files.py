@@ -3,7 +3,14 @@ import pytest
 
 from efm_jax.data import DataError, Folders, d4rl_files, load_dataset
 from efm_jax.envs import environments as environments_module
-from tests.unit.data_fixtures import box, d4rl_arrays, episode, write_d4rl, write_minari
+from tests.unit.data_fixtures import (
+    box,
+    d4rl_arrays,
+    episode,
+    serving_files,
+    write_d4rl,
+    write_minari,
+)
 
 ANTMAZE = "Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse"
 # rows:      0  1  2  3  4  5  6  7  8  9     trajectories: 0-5, 6-9
@@ -73,12 +80,13 @@ def test_downloads_what_is_not_in_the_folder(tmp_path, monkeypatch):
     arrays = d4rl_arrays([0, 1], [0, 0], observation_size=17, action_size=6)
     write_d4rl(remote / "walker2d_random-v2.hdf5", arrays, env_id="Walker2d-v5")
     monkeypatch.setattr(environments_module, "make_spaces", lambda spec: None)
-    monkeypatch.setattr(d4rl_files, "URL", (tmp_path / "remote").as_uri() + "/")
     folders = Folders(d4rl=str(tmp_path / "local"))
-    assert load_dataset("walker2d-random-v2", folders=folders).transitions.size == 2
-    assert [path.name for path in (tmp_path / "local").iterdir()] == ["walker2d_random-v2.hdf5"]
-    with pytest.raises(DataError) as caught:
-        load_dataset("walker2d-expert-v2", folders=folders)
+    with serving_files(tmp_path / "remote") as url:
+        monkeypatch.setattr(d4rl_files, "URL", url)
+        assert load_dataset("walker2d-random-v2", folders=folders).transitions.size == 2
+        assert [path.name for path in (tmp_path / "local").iterdir()] == ["walker2d_random-v2.hdf5"]
+        with pytest.raises(DataError) as caught:
+            load_dataset("walker2d-expert-v2", folders=folders)
     assert str(caught.value).startswith("walker2d-expert-v2: no such file")
     assert "gym_mujoco_v2/walker2d_expert-v2.hdf5" in str(caught.value)
 
@@ -115,16 +123,8 @@ def test_antmaze_terminals_do_not_end_episodes(tmp_path):
     arrays = antmaze_arrays()
     dataset = load_dataset(write_d4rl(tmp_path / f"{ANTMAZE}_fixed.hdf5", arrays))
     data = dataset.transitions
-    rows = [
-        0,
-        1,
-        2,
-        3,
-        4,
-        6,
-        7,
-        8,
-    ]  # 5 and 9 timed out: their next observations are not in the file
+    # 5 and 9 timed out: their next observations are not in the file.
+    rows = [0, 1, 2, 3, 4, 6, 7, 8]
     np.testing.assert_array_equal(data.observations, arrays["observations"][rows])
     np.testing.assert_array_equal(
         data.next_observations, arrays["observations"][np.array(rows) + 1]

@@ -31,14 +31,14 @@ def still(observations, step):
 
 
 def test_a_found_spec_is_a_copy():
-    environments.find_spec("Pendulum-v1").kwargs["g"] = 3.0
-    assert environments.find_spec("Pendulum-v1").kwargs == {}
+    environments.read_spec("test", "Pendulum-v1").kwargs["g"] = 3.0
+    assert environments.read_spec("test", "Pendulum-v1").kwargs == {}
 
 
 def test_missing_robotics_is_named(without_robotics):
     hint = r"pip install -e \.\[robotics\]"
     with pytest.raises(DataError, match=f"{MAZE}.*{hint}"):
-        environments.registered_spec("some/data-v0", MAZE)
+        environments.read_spec("some/data-v0", MAZE)
     with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:
         evaluate(still, MAZE, episode_seeds=[0])
     assert "\n" not in str(caught.value)
@@ -68,7 +68,11 @@ def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code],
-            cwd=ROOT, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
         assert glob.glob(f"{folder}/*.xml") == []
     assert (done.returncode, done.stdout, done.stderr) == (0, "[[300, 300]]\n", "")

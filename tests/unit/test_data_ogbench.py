@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from efm_jax.data import DataError, Folders, load_dataset, ogbench
+from efm_jax.data import Folders, load_dataset, ogbench
+from tests.unit.data_fixtures import fails, serving_files
 
 # rows:      0  1  2  3  4  5  6    trajectories of states: 0-3, 4-6
 TERMINALS = [0, 0, 0, 1, 0, 0, 1]
@@ -35,16 +36,6 @@ def write(path, content):
     return str(path)
 
 
-def fails(source, *words, **options):
-    with pytest.raises(DataError) as caught:
-        load_dataset(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(source)
-    for word in words:
-        assert word in message, message
-
-
 class Goal(gymnasium.Env):
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -55,7 +46,7 @@ class Goal(gymnasium.Env):
 
 @pytest.fixture
 def ogbench_package(monkeypatch):
-    """A package that labels as `ogbench` does: a row is done where its qpos is the environment's goal."""
+    """A package that labels as `ogbench` does: done where a row's qpos is the goal."""
 
     def relabel_dataset(env_name, env, dataset):
         assert env_name == env.spec.id
@@ -72,7 +63,8 @@ def ogbench_package(monkeypatch):
         gymnasium.register(name, entry_point=Goal, kwargs={"goal": goal}, max_episode_steps=9)
     # Specs with functions have no JSON; a real one has a path.
     monkeypatch.setattr(
-        "efm_jax.envs.environments.spec_json", lambda source, spec: f'{{"id": "{spec.id}"}}'
+        "efm_jax.envs.environments.spec_json",
+        lambda source, spec: None if spec is None else f'{{"id": "{spec.id}"}}',
     )
     yield module
     for name in ("box-single-singletask-v0", "box-single-singletask-task4-v0"):
@@ -173,7 +165,7 @@ def test_names_of_other_things(name, words, without_ogbench):
 
 
 def test_a_name_needs_ogbench_before_a_download(tmp_path, without_ogbench, monkeypatch):
-    monkeypatch.setattr(ogbench, "URL", (tmp_path / "remote").as_uri() + "/")
+    monkeypatch.setattr(ogbench, "URL", "http://127.0.0.1:9/")
     fails(
         "box-single-play-singletask-v0",
         "pip install ogbench",
@@ -187,19 +179,20 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch)
     remote = tmp_path / "remote"
     remote.mkdir()
     write(remote / "box-single-play-v0.npz", arrays(qpos=qpos))
-    monkeypatch.setattr(ogbench, "URL", remote.as_uri() + "/")
     folders = Folders(ogbench=str(tmp_path / "local"))
-    for name, done in (
-        ("box-single-play-singletask-v0", 1),
-        ("ogbench:box-single-play-singletask-task4-v0", 5),
-    ):
-        dataset = load_dataset(name, folders=folders)
-        assert dataset.name == name
-        np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == done)
-        np.testing.assert_array_equal(dataset.transitions.rewards, (np.array(STEPS) == done) - 1.0)
-        assert (
-            dataset.env_spec == f'{{"id": "{name.removeprefix("ogbench:").replace("-play", "")}"}}'
-        )
+    with serving_files(remote) as url:
+        monkeypatch.setattr(ogbench, "URL", url)
+        for name, done in (
+            ("box-single-play-singletask-v0", 1),
+            ("ogbench:box-single-play-singletask-task4-v0", 5),
+        ):
+            dataset = load_dataset(name, folders=folders)
+            assert dataset.name == name
+            transitions = dataset.transitions
+            np.testing.assert_array_equal(transitions.terminated, np.array(STEPS) == done)
+            np.testing.assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
+            env_id = name.removeprefix("ogbench:").replace("-play", "")
+            assert dataset.env_spec == f'{{"id": "{env_id}"}}'
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["box-single-play-v0.npz"]
 
 

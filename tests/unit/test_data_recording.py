@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, DataError, builtin, load_dataset, recording
+from efm_jax.envs import play
 
 ROOT = Path(__file__).parents[2]
 NAME = "efm/test/some-v0"
@@ -125,7 +126,7 @@ def test_steps_finish_their_episode():
 
 
 def noisy(seed):
-    return recording.batched(
+    return play.batched(
         make_walk(), lambda observations, key: observations[:, 1:2] / 2, seed, noise=0.5
     )
 
@@ -152,7 +153,7 @@ def test_batched_policy_sees_flat_observations_and_a_key_of_its_own():
         return observations[:, 2:] / 4
 
     env = make_walk()
-    begin = recording.batched(env, policy, seed=5)
+    begin = play.batched(env, policy, seed=5)
     for episode in (0, 1):
         act = begin(episode)
         for _ in range(2):
@@ -162,16 +163,14 @@ def test_batched_policy_sees_flat_observations_and_a_key_of_its_own():
         for observations, _ in seen
     )
     assert len({key for _, key in seen}) == 4
-    again = recording.batched(env, policy, seed=5)(1)
+    again = play.batched(env, policy, seed=5)(1)
     again(env.reset(seed=0)[0])
     assert seen[4][1] == seen[2][1]
 
 
 def test_noise_is_in_units_of_half_the_range():
     env = make_walk(action_space=spaces.Box(-3.0, 3.0, (1,)))
-    act = recording.batched(
-        env, lambda observations, key: 0 * observations[:, :1], seed=0, noise=0.5
-    )(0)
+    act = play.batched(env, lambda observations, key: 0 * observations[:, :1], seed=0, noise=0.5)(0)
     observation = env.reset(seed=0)[0]
     assert np.std([act(observation) for _ in range(300)]) == pytest.approx(1.5, rel=0.1)
 
@@ -185,12 +184,7 @@ def test_two_processes_at_once(folder):
         "builtin.record(num_episodes=20)\n"
         "print(load_dataset(BUILTIN_DATASET).fingerprint())\n"
     )
-    options = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
+    options = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), **options)
         for _ in range(2)
@@ -219,35 +213,37 @@ def test_loser_of_the_race_leaves_the_winners(folder):
     assert folders(folder) == ["efm"]
 
 
-@pytest.mark.parametrize("stage", ["play", "_set_dataset_id", "_publish"])
-def test_killed_recording_is_never_loaded(folder, monkeypatch, stage):
-    class Killed(BaseException):
-        pass
-
-    def kill(*arguments):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recording, stage, kill)
-        patch.setattr(
-            recording.shutil, "rmtree", lambda *a, **k: None
-        )  # a killed process tidies nothing up
-        with pytest.raises(Killed):
-            record()
+@pytest.mark.parametrize("killer", ["Walk.step", "os.replace", "os.rename"])
+def test_killed_recording_is_never_loaded(folder, killer):
+    """Killed in an episode, before the mark of the namespace, and before the last rename."""
+    code = (
+        "import os\n"
+        "from tests.unit.test_data_recording import Walk, record\n"
+        f"{killer} = lambda *_: os._exit(9)\n"
+        "record()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100, check=False)
+    assert killed.returncode == 9
+    left = folders(folder)
+    # Minari keeps the episodes elsewhere until a recording is complete.
+    assert any(name.startswith("efm-recording-") for name in left) == (killer != "Walk.step")
     assert not (folder / NAME).exists()
     record(episodes=1)
     assert len(load_dataset(NAME).episode_returns) == 1
+    assert set(folders(folder)) == {"efm", *left}
 
 
 def test_failed_recording_leaves_nothing(folder, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(recording, "_set_dataset_id", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(DataError, match="No space left") as caught:
         builtin.record(num_episodes=1)
     assert BUILTIN_DATASET in str(caught.value)
-    assert folders(folder) == []
+    assert [path for path in folder.rglob("*") if path.is_file()] == [
+        folder / "efm" / name / "namespace_metadata.json" for name in ("", "pendulum")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -260,12 +256,18 @@ def test_failed_recording_leaves_nothing(folder, monkeypatch):
         ({"episodes": None}, "expected one of them; got None and None"),
         ({"env": make_walk(None)}, "Walk-v0: expected a limit on the length"),
         ({"env": make_walk(action_space=spaces.Discrete(2))}, "Walk-v0: actions are discrete"),
-        ({"env": make_walk(observation_space=spaces.Discrete(2))}, "Walk-v0: observation: expected Box"),
-        ({"begin": lambda _: lambda _: np.zeros(2)}, r"expected shape \(1,\), of Walk-v0; got \(2,\)"),
+        (
+            {"env": make_walk(observation_space=spaces.Discrete(2))},
+            "Walk-v0: observation: expected Box",
+        ),
+        (
+            {"begin": lambda _: lambda _: np.zeros(2)},
+            r"expected shape \(1,\), of Walk-v0; got \(2,\)",
+        ),
         ({"begin": lambda _: lambda _: [np.nan]}, r"actions: expected finite numbers; got \[nan\]"),
         ({"expert": lambda _: [-1]}, "expected an expert that is better than random actions"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_recorded_is_one_line(folder, arguments, words):
     with pytest.raises(ValueError, match=words) as caught:
         record(**arguments)

@@ -45,7 +45,7 @@ def parts(name, hosts, size=None):
 
 
 def on_every_host(function, shards):
-    """``function(shard, gather)`` of all hosts at once, each a thread that waits for the others to gather."""
+    """``function(shard, gather)`` of all hosts at once, threads that wait for each other."""
     barrier, sent = threading.Barrier(len(shards), timeout=30), [None] * len(shards)
 
     def run(host):

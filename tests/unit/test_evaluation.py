@@ -1,3 +1,4 @@
+import copy
 import json
 import sys
 
@@ -6,7 +7,13 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from efm_jax.envs import evaluate, mean_and_interval, normalized_score, reference_scores
+from efm_jax.envs import (
+    dataset_references,
+    evaluate,
+    mean_and_interval,
+    normalized_score,
+    reference_scores,
+)
 
 SEEDS = [3, 11, 7]
 
@@ -271,7 +278,7 @@ def test_bad_arguments():
 
 
 def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
-    spec = gymnasium.spec("Pendulum-v1")
+    spec = copy.deepcopy(gymnasium.spec("Pendulum-v1"))  # the registry's is everybody's
     spec.kwargs = {"render_mode": "no_such_mode"}
     assert evaluate(zeros, spec.to_json(), episode_seeds=[0], max_steps=1).lengths.tolist() == [[1]]
 
@@ -336,6 +343,17 @@ def test_rendering_asked_for_by_a_recorded_spec_is_dropped():
 )
 def test_reference_scores(names, expected):
     assert [reference_scores(name) for name in names] == [expected] * len(names)
+
+
+def test_references_of_a_dataset_are_its_own_then_its_names_then_its_environments():
+    hopper, kitchen = reference_scores("Hopper-v5"), reference_scores("FrankaKitchen-v1")
+    assert dataset_references((0.0, 2.0), "hopper-medium-v2", "FrankaKitchen-v1") == (0.0, 2.0)
+    assert dataset_references(None, "hopper-medium-v2", "FrankaKitchen-v1") == hopper
+    assert dataset_references(None, "some/file.hdf5", "FrankaKitchen-v1") == kitchen
+    spec = gymnasium.spec("Hopper-v5").to_json()
+    assert dataset_references(None, "some/file.hdf5", spec) == hopper
+    assert dataset_references(None, "some/file.hdf5", "Pendulum-v1") is None
+    assert dataset_references(None, "some/file.hdf5", None) is None
 
 
 def test_normalized_score():

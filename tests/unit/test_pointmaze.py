@@ -1,4 +1,4 @@
-"""The planner and controller of point mazes: on maps and a point mass of ours, then in the real one."""
+"""Planner and controller of point mazes: on maps and a point mass of ours, then in the real one."""
 
 import copy
 import json
@@ -8,8 +8,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import load_dataset, recording
-from efm_jax.envs import environments, evaluate, normalized_score
-from efm_jax.envs import pointmaze as waypoints
+from efm_jax.envs import environments, evaluate, normalized_score, pointmaze
 from efm_jax.envs.pointmaze import BEST, Gains, Maze, routes, steer, wanderer
 
 
@@ -101,7 +100,7 @@ def test_positions_and_cells():
 def test_expert_reaches_every_goal_and_stays(maze):
     for start in maze.cells:
         goal = np.array(maze.middle(maze.cells[0])) + 0.2
-        states = simulate(maze, waypoints.expert(maze), maze.middle(start), goal, 400)
+        states = simulate(maze, pointmaze.expert(maze), maze.middle(start), goal, 400)
         distances = np.hypot(*(states[:, :2] - goal).T)
         assert distances[-50:].max() < 0.1
         steps = len(route(maze, start, maze.cells[0]))
@@ -111,7 +110,7 @@ def test_expert_reaches_every_goal_and_stays(maze):
 def test_a_push_off_the_route_is_recovered():
     x, y = RING.middle((2, 1))
     goal = np.array(RING.middle((1, 4)))
-    states = simulate(RING, waypoints.expert(RING), (x, y - 0.4), goal, 400, velocity=(0.0, -5.0))
+    states = simulate(RING, pointmaze.expert(RING), (x, y - 0.4), goal, 400, velocity=(0.0, -5.0))
     assert (3, 1) in {RING.cell(*state[:2]) for state in states}
     np.testing.assert_allclose(states[-1], [*goal, 0, 0], atol=0.01)
 
@@ -178,19 +177,19 @@ def test_task_has_one_goal_and_continues():
         "PointMaze_UMaze-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5], reward_type="sparse"
     )
     before = copy.deepcopy(plain)
-    task = waypoints.task(plain)
+    task = pointmaze.task(plain)
     assert task.kwargs == {
         "maze_map": [[1] * 5, [1, "g", 0, 0, 1], [1] * 5], "reward_type": "sparse",
         "continuing_task": True, "reset_target": False,
     }  # fmt: skip
     assert plain == before
-    assert waypoints.is_point_maze(plain)
-    assert not waypoints.is_point_maze(
+    assert pointmaze.is_point_maze(plain)
+    assert not pointmaze.is_point_maze(
         EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
     )
-    marked = waypoints.task(spec("PointMaze_Medium_Diverse_GR-v3", maze_map=[[1, "c", 0, 1]]))
+    marked = pointmaze.task(spec("PointMaze_Medium_Diverse_GR-v3", maze_map=[[1, "c", 0, 1]]))
     assert marked.kwargs["maze_map"] == [[1, "c", 0, 1]]
-    dense = waypoints.task(
+    dense = pointmaze.task(
         spec("PointMaze_UMazeDense-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5])
     )
     assert dense.kwargs["maze_map"][1][1] == "g"
@@ -198,27 +197,33 @@ def test_task_has_one_goal_and_continues():
 
 @pytest.mark.parametrize("name", ["UMaze", "Open", "Medium", "Large"])
 def test_real_map_and_positions(name):
-    env = environments.make(waypoints.task(environments.find_spec(f"PointMaze_{name}-v3")))
+    env = environments.make(pointmaze.task(environments.read_spec("test", f"PointMaze_{name}-v3")))
     maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.cells) > 5
     for cell in maze.cells:
         np.testing.assert_allclose(maze.middle(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
     goals = {maze.cell(*env.reset(seed=seed)[0]["desired_goal"]) for seed in range(20)}
-    assert goals == {waypoints._GOALS[name]}
-    assert maze.cells == sorted(routes(maze, waypoints._GOALS[name]))
+    assert goals == {pointmaze.GOALS[name]}
+    assert maze.cells == sorted(routes(maze, pointmaze.GOALS[name]))
     env.close()
 
 
 def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(recording, "REFERENCE_EPISODES", 10)
-    env = environments.make(waypoints.task(environments.find_spec("PointMaze_UMaze-v3")))
+    env = environments.make(pointmaze.task(environments.read_spec("test", "PointMaze_UMaze-v3")))
     maze = Maze.of(env)
     recording.record(
-        "efm/maze/test-v0", env, lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5),
-        seed=0, episodes=10, expert=waypoints.expert(maze),
-        algorithm_name="x", code_permalink="x", description="x",
-    )  # fmt: skip
+        "efm/maze/test-v0",
+        env,
+        lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5),
+        seed=0,
+        episodes=10,
+        expert=pointmaze.expert(maze),
+        algorithm_name="x",
+        code_permalink="x",
+        description="x",
+    )
     dataset = load_dataset("efm/maze/test-v0")
     assert dataset.transitions.observations.shape == (3000, 8)
     assert set(dataset.episode_lengths) == {300}
@@ -232,7 +237,7 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
 
     def act(observations, step):
         one = [
-            waypoints.expert(maze)({"observation": row[4:], "desired_goal": row[2:4]})
+            pointmaze.expert(maze)({"observation": row[4:], "desired_goal": row[2:4]})
             for row in observations[0].astype(float)
         ]
         return np.array([one])
