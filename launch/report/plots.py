@@ -53,7 +53,7 @@ _STYLE = {
     "errorbar.capsize": 3,
 }
 
-FoundCurves = Sequence[tuple[ReportRun, Curve]]
+FoundCurves = list[tuple[ReportRun, Curve]]
 
 
 def page_color(index: int) -> str:
@@ -81,7 +81,7 @@ def _in_the_look_of_the_page(
             # Parts are named by their content and the salt: figures must not share names.
             matplotlib.rcParams["svg.hashsalt"] = alt
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            figure.savefig(buffer, format="svg", transparent=True)
         # What is before the content, and the metadata, only a file of its own needs.
         text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
         text = re.sub(r"^.*?<svg[^>]*>|</svg>\s*$", "", text, flags=re.DOTALL)

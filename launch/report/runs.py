@@ -11,7 +11,7 @@ from etils import epath
 
 from efm_jax.envs import mean_and_interval, normalized_score
 from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, Run
-from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json, resolve
+from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json
 
 _VIDEO_TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
 # A file is a third larger inside the page, and browsers get slow.
@@ -174,7 +174,7 @@ def _curves(run: Run) -> dict[tuple[str, str], Curve]:
         ],
         columns=["phase", "metric", "step", "seed", "value"],
     )
-    rows["value"] = rows["value"].where(np.isfinite(rows["value"]))
+    rows["value"] = rows["value"].replace([np.inf, -np.inf], np.nan)
     return {
         key: Curve(
             values=group.groupby(["step", "seed"])["value"].mean().unstack(),
