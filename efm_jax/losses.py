@@ -1,18 +1,20 @@
-"""Flow-matching and score-matching losses, plain and energy-weighted.
+"""Flow-matching and score-matching losses, plain and importance-weighted.
 
-Each loss is made of a per-sample error by ``vmap``.  A *field* is any callable: parameters and
+Each loss is a mean of per-sample errors, made by ``vmap``, times importance weights of mean one:
+``mean(weights * errors)`` (Zhang et al. 2025, Thm 4.3).  A *field* is any callable: parameters and
 conditions are closed over, so the losses never see a module.  Noise and times come from ``key``
 folded with each sample's index in the *global* batch, so a batch split over devices (same key on
 all of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for
-each sample, ``[B]`` (:func:`sample_keys` of a larger batch, cut): so the parts of a batch, one
-after the other, draw what it would at once, and where a loss is a mean over samples it is the mean
-over its parts.  With ``axis_name`` the loss and its gradient are this device's share: sum them
-(``psum``) over devices, do not average.
+each sample, ``[B]`` (:func:`sample_keys` of a larger batch, cut): the parts of a batch then draw
+what the whole batch would.  With ``axis_name`` a loss and its gradient are this device's share: sum
+them (``psum``) over devices, do not average.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,31 +63,127 @@ def dsm_error(score_field: Field, path: GaussianPath, x0: Array, noise: Array, t
     return _squared_distance(score_field(path.sample(x0, noise, t), t), path.score(noise, t))
 
 
-def cfm(
-    field: Field, path: GaussianPath, key: Array, x0: Array, *, axis_name: AxisName = None
+def matching(
+    field: Field,
+    path: GaussianPath,
+    key: Array,
+    x0: Array,
+    *,
+    prediction: str = "velocity",
+    weights: Array | None = None,
+    time_weight: TimeWeight | None = None,
+    axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
-    """Conditional flow matching: the mean of :func:`cfm_error` over the batch.
+    """Regression on any prediction: ``mean(weights lambda(t) ||f(x_t, t) - target||^2)``.
 
     Args:
-      field: velocity field, ``(x: [B, d], t: [B]) -> [B, d]``.
-      path: probability path.
+      field: ``(x: [B, d], t: [B]) -> [B, d]``; the prediction named by ``prediction``.
+      path: probability path; :meth:`~efm_jax.paths.GaussianPath.target` is the target.
       key: random key, the same on every device; or one for each sample, ``[B]``.
-      x0: data, ``[B, d]``.
+      x0: data, ``[B, d]``; or with more axes before ``d``, such as the support actions of a state,
+        ``[B, M, d]``: every ``[d]`` has a time of its own, and the field sees ``t: [B, M]``.
+      prediction: of :data:`efm_jax.paths.PREDICTIONS`.
+      weights: importance weights of mean one, or 0 and 1 as a mask, ``[B]`` (``x0`` without ``d``);
+        no gradient flows into them.  None: ones.
+      time_weight: ``lambda(t: [B]) -> [B]``; None: 1.
       axis_name: mapped axis over which the global batch is split.
 
     Returns:
-      ``(loss, aux)``; a scalar share of the loss and an empty dict.
+      ``(loss, aux)``: a scalar share of the loss; with ``weights`` ``aux`` has their ``ess``
+      (effective sample size) and ``top_weight`` (the largest one's share of the sum) along the last
+      axis: of the global batch for ``[B]``, means over the global batch for ``[B, M]``.
 
-    Reference: Zhang et al. 2025, Thm 3.1.
+    Raises:
+      ValueError: if shapes disagree, or for an unknown prediction.
+
+    Reference: Zhang et al. 2025, Thm 3.1; with weights, Thm 4.3.
+    """
+    checks.check_rank("x0", x0, 2)
+    checks.check_float("x0", x0)
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        time_key, noise_key = jax.random.split(key)
+        t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
+        return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
+
+    t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name))
+    predicted = field(path.sample(x0, noise, t), t)
+    checks.check_shape("field(x, t)", predicted, x0.shape)
+
+    def error(predicted: Array, x0: Array, noise: Array, t: Array) -> Array:
+        return _squared_distance(predicted, path.target(prediction, x0, noise, t))
+
+    for _ in range(t.ndim):
+        error = jax.vmap(error)
+    errors = error(predicted, x0, noise, t)
+    if time_weight is not None:
+        errors = time_weight(t) * errors
+    aux = {}
+    if weights is not None:
+        checks.check_shape("weights", weights, errors.shape)
+        weights = lax.stop_gradient(weights)
+        errors, aux = weights * errors, _concentration(weights, axis_name)
+    return errors.sum() / (errors.size * _num_devices(axis_name)), aux
+
+
+def cfm(
+    field: Field,
+    path: GaussianPath,
+    key: Array,
+    x0: Array,
+    *,
+    weights: Array | None = None,
+    time_weight: TimeWeight | None = None,
+    axis_name: AxisName = None,
+) -> tuple[Array, Aux]:
+    """Conditional flow matching: the mean of ``weights *`` :func:`cfm_error` over the batch.
+
+    Arguments and results as in :func:`matching`, with a velocity field.
+
+    Reference: Zhang et al. 2025, Thm 3.1; with weights, Thm 4.3.
 
     Example:
       >>> from efm_jax import paths
-      >>> loss, _ = cfm(lambda x, t: -x, paths.conditional_ot(), jax.random.key(0), jnp.ones((8, 2)))
-      >>> loss.shape
-      ()
+      >>> ot, key = paths.conditional_ot(), jax.random.key(0)
+      >>> loss, _ = cfm(lambda x, t: -x, ot, key, jnp.ones((8, 2)))
+      >>> masked, aux = cfm(lambda x, t: -x, ot, key, jnp.ones((8, 2)), weights=jnp.arange(8) % 2)
+      >>> loss.shape, float(aux["ess"])
+      ((), 4.0)
     """
-    errors, _ = _batch_errors(cfm_error, field, path, key, x0, axis_name)
-    return errors.sum() / _global_size(errors, axis_name), {}
+    return matching(
+        field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name
+    )
+
+
+def dsm(
+    score_field: Field,
+    path: GaussianPath,
+    key: Array,
+    x0: Array,
+    *,
+    weights: Array | None = None,
+    time_weight: TimeWeight | None = None,
+    axis_name: AxisName = None,
+) -> tuple[Array, Aux]:
+    """Denoising score matching: the mean of ``weights lambda(t)`` :func:`dsm_error`.
+
+    Arguments and results as in :func:`matching`, with a score field; ``time_weight`` is by default
+    ``sigma_t^2``, which weighs as noise prediction does.
+
+    Reference: Vincent 2011; Zhang et al. 2025, Sec. 3.
+    """
+    if time_weight is None:
+        time_weight = lambda t: path.std(t) ** 2  # noqa: E731
+    return matching(
+        score_field,
+        path,
+        key,
+        x0,
+        prediction="score",
+        weights=weights,
+        time_weight=time_weight,
+        axis_name=axis_name,
+    )
 
 
 def cefm(
@@ -96,6 +194,7 @@ def cefm(
     energy: Array,
     beta: Array,
     *,
+    time_weight: TimeWeight | None = None,
     log_normalizer: Array | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
@@ -114,6 +213,7 @@ def cefm(
       x0: data, ``[B, d]``.
       energy: energies of the data, ``[B]``; no gradient flows into them.
       beta: guidance scale >= 0.
+      time_weight: as in :func:`matching`.
       log_normalizer: ``log Z``, ``[]``, as from :func:`efm_jax.weights.log_normalizer` of the whole
         dataset at the same ``beta``; no gradient flows into it.  None: the softmax.  How infinite
         energies and overflow are handled differs: see :func:`efm_jax.weights.energy_weights`.
@@ -132,35 +232,16 @@ def cefm(
 
     Example:
       >>> from efm_jax import paths
+      >>> ot, key = paths.conditional_ot(), jax.random.key(0)
       >>> x0 = jax.random.normal(jax.random.key(1), (8, 2))
-      >>> energy = (x0**2).sum(-1)
-      >>> loss, aux = cefm(lambda x, t: -x, paths.conditional_ot(), jax.random.key(0), x0, energy, beta=1.0)
+      >>> loss, aux = cefm(lambda x, t: -x, ot, key, x0, energy=(x0**2).sum(-1), beta=1.0)
       >>> 1.0 <= float(aux["ess"]) <= 8.0
       True
     """
-    errors, _ = _batch_errors(cfm_error, field, path, key, x0, axis_name)
-    return _weighted_sum(errors, energy, beta, log_normalizer, axis_name)
-
-
-def dsm(
-    score_field: Field,
-    path: GaussianPath,
-    key: Array,
-    x0: Array,
-    *,
-    time_weight: TimeWeight | None = None,
-    axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
-    """Denoising score matching: the mean of ``lambda(t) dsm_error`` over the batch.
-
-    ``time_weight(t: [B]) -> [B]`` is ``lambda``, by default ``sigma_t^2`` (noise prediction); other
-    arguments as in :func:`cfm`, with a score field.
-
-    Reference: Vincent 2011; Zhang et al. 2025, Sec. 3.
-    """
-    errors, t = _batch_errors(dsm_error, score_field, path, key, x0, axis_name)
-    errors = _time_weight(path, time_weight)(t) * errors
-    return errors.sum() / _global_size(errors, axis_name), {}
+    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
+    return cfm(field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name)[
+        0
+    ], aux
 
 
 def ced(
@@ -177,41 +258,36 @@ def ced(
 ) -> tuple[Array, Aux]:
     """Conditional energy-weighted diffusion: ``sum_i lambda(t_i) g_i ||s + eps_i / sigma||^2``.
 
-    ``g = softmax(-beta E)`` over the global batch, or ``exp(-beta E - log Z) / B`` with
-    ``log_normalizer``; ``time_weight`` as in :func:`dsm`, other arguments and results as in
-    :func:`cefm`, with a score field.
+    ``time_weight`` as in :func:`dsm`, other arguments and results as in :func:`cefm`, with a score
+    field.
 
     Reference: Zhang et al. 2025, Cor. 4.8 and Algorithm 1.
     """
-    errors, t = _batch_errors(dsm_error, score_field, path, key, x0, axis_name)
-    errors = _time_weight(path, time_weight)(t) * errors
-    return _weighted_sum(errors, energy, beta, log_normalizer, axis_name)
+    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
+    return dsm(
+        score_field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name
+    )[0], aux
 
 
-def cep(
+def contrastive(
     log_ratio_fn: Callable[[Array, Array], Array],
     path: GaussianPath,
     key: Array,
     x0: Array,
-    energy: Array,
-    beta: Array,
+    weights: Array,
     *,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
-    """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
-
-    One time for all samples that are contrasted.  With large groups the minimizer is ``f = -E_t``
-    up to a function of t; in small ones the self-normalized weights are biased, as those of
-    :func:`cefm` are.
+    """Weighted contrast ``-mean_i w_i log softmax(f(x_t, t))_i``; one time for all of a group.
 
     Args:
       log_ratio_fn: ``(x: [..., B, d], t: [..., B]) -> [..., B]``.
       path: probability path.
       key: random key; with leading axes of ``x0`` also one for each group, ``[N]``.
-      x0: data, ``[B, d]``; with leading axes (a state's support actions, ``[N, M, d]``) the
-        softmaxes are within each group and the loss is the mean over groups.
-      energy: energies of the data, ``[..., B]``.
-      beta: guidance scale >= 0.
+      x0: data, ``[B, d]``; with leading axes (a state's support actions, ``[N, M, d]``) the softmax
+        is within each group and the loss is the mean over groups.
+      weights: importance weights of mean one within each group, ``[..., B]``; no gradient flows
+        into them.
       axis_name: mapped axis over which the groups, the first axis of ``x0 [N, ..., M, d]``, are
         split.
 
@@ -224,7 +300,7 @@ def cep(
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
     checks.check_rank("x0", x0, 2 if axis_name is None else 3)
-    checks.check_shape("energy", energy, x0.shape[:-1])
+    checks.check_shape("weights", weights, x0.shape[:-1])
 
     def draw(key: Array, x0: Array) -> tuple[Array, Array]:
         time_key, noise_key = jax.random.split(key)
@@ -239,17 +315,40 @@ def cep(
         t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name), x0)
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
-    weights = lax.stop_gradient(energy_weights(energy, beta))
-    # A weight of 0 contributes nothing even where the log-softmax is -inf; a weight that is NaN
-    # must show.
+    weights = lax.stop_gradient(weights)
+    # A weight of 0 contributes nothing even where the log-softmax is -inf; a NaN must show.
     terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    return -terms.mean() / _num_devices(axis_name), _concentration(
+        jnp.atleast_2d(weights), axis_name
+    )
 
-    def mean(values: Array) -> Array:
-        return psum_if(values.mean() / devices, axis_name)
 
-    aux = {"ess": mean(effective_sample_size(weights)), "top_weight": mean(weights.max(-1))}
-    return -terms.sum(-1).mean() / devices, aux
+def cep(
+    log_ratio_fn: Callable[[Array, Array], Array],
+    path: GaussianPath,
+    key: Array,
+    x0: Array,
+    energy: Array,
+    beta: Array,
+    *,
+    axis_name: AxisName = None,
+) -> tuple[Array, Aux]:
+    """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
+
+    With large groups the minimizer is ``f = -E_t`` up to a function of t; in small ones the
+    self-normalized weights are biased, as those of :func:`cefm` are.
+
+    Args:
+      energy: energies of the data, ``[..., B]``.
+      beta: guidance scale >= 0.
+
+    Other arguments, results and errors as in :func:`contrastive`.
+
+    Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
+    """
+    checks.check_shape("energy", energy, jnp.shape(x0)[:-1])
+    weights = energy.shape[-1] * energy_weights(energy, beta)
+    return contrastive(log_ratio_fn, path, key, x0, weights, axis_name=axis_name)
 
 
 def support_cefm(
@@ -260,12 +359,13 @@ def support_cefm(
     q_values: Array,
     beta: Array,
     *,
+    time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
     """QIPO-OT's policy loss: ``mean_i sum_j g_ij ||v(a_ij) - u_{t0}||^2`` over support action sets.
 
-    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized per state, so devices share nothing but
-    the count of states.
+    ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized in every state, so devices share nothing
+    but the count of states.
 
     Args:
       field: velocity field, ``(x: [B, M, d], t: [B, M]) -> [B, M, d]``; states are closed over.
@@ -274,6 +374,7 @@ def support_cefm(
       actions: support actions, ``[B, M, d]``.
       q_values: their Q-values, ``[B, M]``; no gradient flows into them.
       beta: guidance scale >= 0, a scalar or ``[B, 1]``.
+      time_weight: as in :func:`matching`.
       axis_name: mapped axis over which the global batch of states is split.
 
     Returns:
@@ -282,8 +383,10 @@ def support_cefm(
 
     Reference: Zhang et al. 2025, Sec. 5 and Algorithm 2.
     """
-    errors, _ = _batch_errors(cfm_error, field, path, key, actions, axis_name)
-    return _support_mean(errors, q_values, beta, axis_name)
+    weights = _support_importance(actions, q_values, beta)
+    return cfm(
+        field, path, key, actions, weights=weights, time_weight=time_weight, axis_name=axis_name
+    )
 
 
 def support_ced(
@@ -298,8 +401,36 @@ def support_ced(
     axis_name: AxisName = None,
 ) -> tuple[Array, Aux]:
     """QIPO-Diff's policy loss: :func:`support_cefm` with a score field and :func:`ced`'s error."""
-    errors, t = _batch_errors(dsm_error, score_field, path, key, actions, axis_name)
-    return _support_mean(_time_weight(path, time_weight)(t) * errors, q_values, beta, axis_name)
+    weights = _support_importance(actions, q_values, beta)
+    return dsm(
+        score_field,
+        path,
+        key,
+        actions,
+        weights=weights,
+        time_weight=time_weight,
+        axis_name=axis_name,
+    )
+
+
+class LossEntry(NamedTuple):
+    """A registered loss and the prediction that its field makes.
+
+    ``loss(field, path, key, x0, *, weights, axis_name) -> (loss, aux)`` as :func:`matching`: a mean
+    over samples that takes a key for each of them.
+    """
+
+    loss: Callable[..., tuple[Array, Aux]]
+    prediction: str
+
+
+# The names of the configuration field `loss`, whose `auto` takes the first of a prediction.
+LOSSES = {
+    "cfm": LossEntry(cfm, "velocity"),
+    "dsm": LossEntry(dsm, "score"),
+    "noise": LossEntry(functools.partial(matching, prediction="noise"), "noise"),
+    "data": LossEntry(functools.partial(matching, prediction="data"), "data"),
+}
 
 
 def _squared_distance(prediction: Array, target: Array) -> Array:
@@ -332,70 +463,45 @@ def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
 
 
 def _is_typed(key: Array) -> bool:
-    """Whether it is of JAX's key type; an old-style key is an array of integers, ``[2]`` for one key."""
+    """Whether a key is of JAX's key type; an old-style one is an array of integers, ``[2]``."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
-def _batch_errors(
-    error: Callable, field: Field, path: GaussianPath, key: Array, x0: Array, axis_name: AxisName
-) -> tuple[Array, Array]:
-    """Draw times and noise, call the field once on the whole batch: errors and times ``[B, ...]``.
-
-    The first axis of ``x0`` is the batch; times are drawn for every sample ``[d]`` on its own.
-    """
-    checks.check_rank("x0", x0, 2)
-    checks.check_float("x0", x0)
-
-    def draw(key: Array) -> tuple[Array, Array]:
-        time_key, noise_key = jax.random.split(key)
-        t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
-        return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
-
-    t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name))
-    prediction = field(path.sample(x0, noise, t), t)
-    checks.check_shape("field(x, t)", prediction, x0.shape)
-
-    def one_error(prediction: Array, x0: Array, noise: Array, t: Array) -> Array:
-        return error(lambda *_: prediction, path, x0, noise, t)
-
-    for _ in range(t.ndim):
-        one_error = jax.vmap(one_error)
-    return one_error(prediction, x0, noise, t), t
+def _num_devices(axis_name: AxisName) -> int:
+    return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
-def _time_weight(path: GaussianPath, time_weight: TimeWeight | None) -> TimeWeight:
-    return time_weight if time_weight is not None else lambda t: path.std(t) ** 2
-
-
-def _global_size(errors: Array, axis_name: AxisName) -> int:
-    return errors.size if axis_name is None else errors.size * lax.axis_size(axis_name)
-
-
-def _weighted_sum(
-    errors: Array, energy: Array, beta: Array, log_normalizer: Array | None, axis_name: AxisName
+def _importance(
+    x0: Array, energy: Array, beta: Array, log_normalizer: Array | None, axis_name: AxisName
 ) -> tuple[Array, Aux]:
-    checks.check_shape("energy", energy, errors.shape)
-    weights = lax.stop_gradient(energy_weights(energy, beta, axis_name=axis_name))
-    top = weights.max() if axis_name is None else lax.pmax(weights.max(), axis_name)
-    # Both are ratios of weights, so the softmax's hold for any normalizer, and no overflow reaches
-    # them.
-    aux = {"ess": effective_sample_size(weights, axis_name=axis_name), "top_weight": top}
+    """Importance weights ``[B]``, of mean one over the global batch (or the dataset)."""
+    checks.check_shape("energy", energy, x0.shape[:-1])
+    size = energy.size * _num_devices(axis_name)
+    weights = energy_weights(energy, beta, axis_name=axis_name)
+    # Ratios of weights are the softmax's for any normalizer, and no overflow reaches them.
+    aux = _concentration(lax.stop_gradient(weights), axis_name)
     if log_normalizer is not None:
         weights = energy_weights(energy, beta, axis_name=axis_name, log_normalizer=log_normalizer)
-        weights = lax.stop_gradient(weights)
-        aux["weight_sum"] = psum_if(weights.sum(), axis_name)
-    return jnp.sum(weights * errors), aux
+        aux["weight_sum"] = lax.stop_gradient(psum_if(weights.sum(), axis_name))
+    return size * weights, aux
 
 
-def _support_mean(
-    errors: Array, q_values: Array, beta: Array, axis_name: AxisName
-) -> tuple[Array, Aux]:
-    checks.check_shape("q_values", q_values, errors.shape)
-    weights = lax.stop_gradient(energy_weights(-q_values, beta))
-    states = _global_size(errors[:, 0], axis_name)
+def _support_importance(actions: Array, q_values: Array, beta: Array) -> Array:
+    """Importance weights ``[B, M]``, of mean one over the support actions of every state."""
+    checks.check_shape("q_values", q_values, actions.shape[:-1])
+    return q_values.shape[-1] * energy_weights(-q_values, beta)
 
-    def mean(values: Array) -> Array:
-        return psum_if(values.sum(), axis_name) / states
 
-    aux = {"ess": mean(effective_sample_size(weights)), "top_weight": mean(weights.max(-1))}
-    return jnp.sum(weights * errors) / states, aux
+def _concentration(weights: Array, axis_name: AxisName) -> Aux:
+    """Effective sample size and largest share of the weights along the last axis.
+
+    Weights ``[B]`` are of the global batch; of more axes, each row is a state's, and the result is
+    the mean over the global batch.
+    """
+    if weights.ndim == 1:
+        top = weights.max() if axis_name is None else lax.pmax(weights.max(), axis_name)
+        ess = effective_sample_size(weights, axis_name=axis_name)
+        return {"ess": ess, "top_weight": top / psum_if(weights.sum(), axis_name)}
+    ess, top = effective_sample_size(weights), weights.max(-1) / weights.sum(-1)
+    means = {"ess": ess.mean(), "top_weight": top.mean()}
+    return jax.tree.map(lambda mean: psum_if(mean, axis_name) / _num_devices(axis_name), means)

@@ -19,11 +19,16 @@ Shapes: coefficients have the shape of ``t``; values and points are ``[..., d]``
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from efm_jax import checks
 from efm_jax.types import Array
+
+# Kinds of prediction: the velocity u, the noise eps_hat, the score s, the data x_hat0.
+PREDICTIONS = ("velocity", "noise", "score", "data")
 
 
 def _column(coefficient: Array, x: Array) -> Array:
@@ -47,7 +52,7 @@ def _constant(value: float, t: Array) -> Array:
 class GaussianPath(abc.ABC):
     """A Gaussian probability path; hashable, so it may be a static argument of ``jit``.
 
-    A new path defines the seven coefficient functions below; the conversions follow.
+    A new path defines the four coefficient functions below; the conversions follow.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,17 +80,19 @@ class GaussianPath(abc.ABC):
     def std_dot(self, t: Array) -> Array:
         """``d sigma_t / dt``."""
 
-    @abc.abstractmethod
+    # A path overrides these where the quotients are not finite at an end of [0, 1].
+
     def _inverse_det(self, t: Array) -> Array:
         """``1 / D``."""
+        return 1 / (self.mean_coef(t) * self.std_dot(t) - self.mean_coef_dot(t) * self.std(t))
 
-    @abc.abstractmethod
     def _std_det(self, t: Array) -> Array:
         """``sigma D``."""
+        return self.std(t) / self._inverse_det(t)
 
-    @abc.abstractmethod
     def _std_dot_over_det(self, t: Array) -> Array:
         """``sigma' / D``."""
+        return self.std_dot(t) * self._inverse_det(t)
 
     def sample(self, x0: Array, noise: Array, t: Array) -> Array:
         """``x_t = mu_t x_0 + sigma_t eps``: ``[..., d]``."""
@@ -146,6 +153,24 @@ class GaussianPath(abc.ABC):
             - _column(self.std(t) * self._inverse_det(t), x) * velocity
         )
 
+    def score_from_noise(self, noise: Array, x: Array, t: Array) -> Array:
+        """``s = -eps / sigma``."""
+        return self.score(noise, t)
+
+    def noise_from_score(self, score: Array, x: Array, t: Array) -> Array:
+        """``eps = -sigma s``."""
+        return -_column(self.std(jnp.asarray(t)), x) * score
+
+    def noise_from_x0(self, x0: Array, x: Array, t: Array) -> Array:
+        """``eps = (x - mu x_0) / sigma``."""
+        t = jnp.asarray(t)
+        return (x - _column(self.mean_coef(t), x) * x0) / _column(self.std(t), x)
+
+    def x0_from_noise(self, noise: Array, x: Array, t: Array) -> Array:
+        """``x_0 = (x - sigma eps) / mu``."""
+        t = jnp.asarray(t)
+        return (x - _column(self.std(t), x) * noise) / _column(self.mean_coef(t), x)
+
     def x0_from_score(self, score: Array, x: Array, t: Array) -> Array:
         """``x_0 = (x + sigma^2 s) / mu``."""
         t = jnp.asarray(t)
@@ -155,6 +180,31 @@ class GaussianPath(abc.ABC):
         """``s = (mu x_0 - x) / sigma^2``."""
         t = jnp.asarray(t)
         return (_column(self.mean_coef(t), x) * x0 - x) / _column(self.std(t), x) ** 2
+
+    def target(self, prediction: str, x0: Array, noise: Array, t: Array) -> Array:
+        """The value that a network of a kind of ``PREDICTIONS`` learns at ``x_t``: ``[..., d]``."""
+        checks.check_choice("prediction", prediction, PREDICTIONS)
+        if prediction == "velocity":
+            return self.velocity(x0, noise, t)
+        if prediction == "score":
+            return self.score(noise, t)
+        return noise if prediction == "noise" else x0
+
+    def convert(self, value: Array, x: Array, t: Array, source: str, target: str) -> Array:
+        """A prediction of the kind ``source`` at ``x`` as one of the kind ``target``: ``[..., d]``.
+
+        Example:
+          >>> path, noise, t = vp_cosine(), jnp.zeros((1, 2)), jnp.array([0.5])
+          >>> x = path.sample(jnp.ones((1, 2)), noise, t)
+          >>> path.convert(noise, x, t, "noise", "data").round(3).tolist()
+          [[1.0, 1.0]]
+        """
+        for name, kind in (("source", source), ("target", target)):
+            checks.check_choice(name, kind, PREDICTIONS)
+        if source == target:
+            return value
+        source, target = ("x0" if kind == "data" else kind for kind in (source, target))
+        return getattr(self, f"{target}_from_{source}")(value, x, t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +227,6 @@ class _ConditionalOT(GaussianPath):
 
     def _inverse_det(self, t: Array) -> Array:
         return _constant(1, t)
-
-    def _std_det(self, t: Array) -> Array:
-        return self.std(t)
-
-    def _std_dot_over_det(self, t: Array) -> Array:
-        return self.std_dot(t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +315,24 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> GaussianPath:
 
 
 def vp_cosine() -> GaussianPath:
-    """Variance-preserving path ``cos(pi t / 2)``, ``sin(pi t / 2)`` (Nichol & Dhariwal 2021, offset 0)."""
+    """Cosine variance-preserving path (Nichol & Dhariwal 2021, without offset).
+
+    ``mu = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``.
+    """
     return _CosineVP()
 
 
-# The names of the configuration field `path`.
-PATHS = {"ot": conditional_ot, "vp": vp_linear, "vp_cosine": vp_cosine}
+class PathEntry(NamedTuple):
+    """A registered path: how it is made, and the prediction a network learns on it by default."""
+
+    make: Callable[[], GaussianPath]
+    prediction: str  # of PREDICTIONS
+    label: str  # in names of results: qipo_ot, qipo_diff
+
+
+# The names of the configuration field `path`; a new path is one more entry.
+PATHS = {
+    "ot": PathEntry(conditional_ot, "velocity", "ot"),
+    "vp": PathEntry(vp_linear, "noise", "diff"),
+    "vp_cosine": PathEntry(vp_cosine, "velocity", "cosine"),
+}

@@ -111,17 +111,19 @@ def sample_dpmpp(
     *,
     num_steps: int = 15,
     order: int = 2,
+    prediction: str = "score",
     t_start: float | None = None,
     t_end: float = 0.0,
 ) -> Array:
     """DPM-Solver++ (multistep, data prediction) for any Gaussian path.
 
     Args:
-      score_field: score, ``(x: [..., d], t: [...]) -> [..., d]``.
+      score_field: score, or another ``prediction``, ``(x: [..., d], t: [...]) -> [..., d]``.
       path: probability path.
       noise: standard normal samples, ``[..., d]``.
-      num_steps: number of evaluations of the score.
+      num_steps: number of evaluations of the field.
       order: 1 (DDIM) or 2.
+      prediction: of :data:`efm_jax.paths.PREDICTIONS`; the field predicts it.
       t_start: where to start; by default 1, or just before 1 on paths whose ``mu_1`` is 0, since a
         score at pure noise does not determine ``x_0``.
       t_end: where to stop.
@@ -146,8 +148,7 @@ def sample_dpmpp(
     checks.check_float("noise", noise)
     noise = jnp.asarray(noise)
     if t_start is None:
-        with jax.ensure_compile_time_eval():
-            t_start = 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
+        t_start = latest_time(path)
     if not 0 <= t_end < t_start <= 1:
         raise ValueError(
             f"t_start, t_end: expected 0 <= t_end < t_start <= 1; got {t_start}, {t_end}"
@@ -158,7 +159,7 @@ def sample_dpmpp(
         x, previous = carry
         t, (decay, gain, correction) = inputs
         t = jnp.full(x.shape[:-1], t, x.dtype)
-        x0 = path.x0_from_score(score_field(x, t), x, t)
+        x0 = path.convert(score_field(x, t), x, t, prediction, "data")
         extrapolated = x0 + correction * (x0 - previous) if order == 2 else x0
         return (decay * x + gain * extrapolated, x0), None
 
@@ -167,6 +168,12 @@ def sample_dpmpp(
     )
     (x, _), _ = lax.scan(step, (noise, jnp.zeros_like(noise)), (times, coefficients))
     return x
+
+
+def latest_time(path: GaussianPath) -> float:
+    """The last time at which a score or noise determines ``x_0``: 1, or just before it."""
+    with jax.ensure_compile_time_eval():
+        return 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
 
 
 def _dpmpp_grid(

@@ -6,7 +6,7 @@ samples of ``p_0`` (Zhang et al. 2025, Cor. 4.8 and Remark 4.6).  Thm 4.3 divide
 takes it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -251,16 +251,12 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     low = jnp.log(epsilon) - jnp.log(jnp.where(spread, largest, 1))
     high = jnp.log(-2 * jnp.log(epsilon)) - jnp.log(jnp.where(spread, smallest, 1))
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        weights = energy_weights(energy, jnp.exp(middle)[..., None])
-        above = effective_sample_size(weights) > target
-        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+    def above(log_beta: Array) -> Array:
+        return effective_sample_size(energy_weights(energy, jnp.exp(log_beta)[..., None])) > target
 
     # The bracket of log beta is under 1000 wide; it is halved to one rounding error.
     steps = int(np.ceil(np.log2(1000 / float(epsilon))))
-    low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+    low, high = _bisect(above, low, high, steps)
     beta = lax.stop_gradient(jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0))
 
     def log_ess(beta: Array, energy: Array) -> Array:
@@ -275,3 +271,36 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     solved = (beta > 0) & (slope < 0) & (jnp.abs(found - jnp.log(target)) < epsilon**0.5)
     beta = jnp.where(solved, beta - miss / lax.stop_gradient(jnp.where(solved, slope, 1)), beta)
     return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)
+
+
+def beta_for_mean_ess(mean_ess: Callable[[Array], Array], target: float, spread: Array) -> Array:
+    """The one beta at which many sets of weights have a mean effective sample size.
+
+    Args:
+      mean_ess: the mean over all sets at a beta ``[]``; falls with beta.
+      target: the mean that is asked for.
+      spread: of the energies within a set, ``[]``; the bracket of beta is ``exp(-20)`` to
+        ``exp(20)`` over it, from no effect to all the weight on the least energies.
+
+    Returns:
+      ``[]``; the largest beta of the bracket where ties put the target out of reach.
+    """
+    unit = 1 / jnp.maximum(spread, jnp.finfo(spread.dtype).tiny ** 0.5)
+    low, high = jnp.full((), -20.0, spread.dtype), jnp.full((), 20.0, spread.dtype)
+    # 32 halvings of a bracket 40 wide: to a rounding error of float32.
+    low, high = _bisect(lambda log: mean_ess(unit * jnp.exp(log)) > target, low, high, 32)
+    return unit * jnp.exp((low + high) / 2)
+
+
+def _bisect(
+    above: Callable[[Array], Array], low: Array, high: Array, steps: int
+) -> tuple[Array, Array]:
+    """Halve brackets at whose low ends ``above`` holds and at whose high ends it does not."""
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        is_above = above(middle)
+        return jnp.where(is_above, middle, low), jnp.where(is_above, high, middle)
+
+    return jax.lax.fori_loop(0, steps, halve, (low, high))

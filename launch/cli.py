@@ -6,15 +6,22 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags, logging
+
+from efm_jax.runs.plugins import load_plugins
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as a shell reports it
 # Where the presets are: the repository, or the folder that this package is installed in.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+flags.DEFINE_list(
+    "plugins", [], "Modules to import first: they register paths, losses, critics, agents."
+)
 
 
 class UsageError(Exception):
@@ -60,6 +67,12 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
     ]
     argv = _find_preset([argv[0], *missing, *argv[1:]])
     try:
+        # First, because a preset or a field of the configuration may be a plugin's.
+        load_plugins(plugins_of(argv))
+    except ValueError as error:
+        _complain(error)
+        sys.exit(EXIT_USAGE)
+    try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _complain(error)
@@ -72,6 +85,19 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         _complain(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         sys.exit(EXIT_USAGE)
     return rest
+
+
+def plugins_of(argv: Sequence[str]) -> list[str]:
+    """The modules that ``--plugins`` on a command line names."""
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if i and name == "plugins":
+            return [
+                part
+                for part in (value if equals else "".join(argv[i + 1 : i + 2])).split(",")
+                if part
+            ]
+    return []
 
 
 def _find_preset(argv: list[str]) -> list[str]:
@@ -120,6 +146,9 @@ def _reason(error: Exception, argv: list[str]) -> str:
         word = re.match(r"\W*(\w*)", text)[1]
         if word in {part for name in names for part in name.split(".")[1:]}:
             return f"unknown field {word!r}"
+    nested = re.search(r"Attempting to lookup: (\w+)", text)
+    if nested:  # NAME.FIELD where the configuration has no NAME
+        return f"unknown field {nested[1]!r}"
     return text if " " in text else f"{type(error).__name__}: {text!r}"
 
 

@@ -20,14 +20,12 @@ import numpy as np
 from absl import flags
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax import checks
+from efm_jax import checks, load_policy
 from efm_jax.data import DataError, builtin, recording
 from efm_jax.envs import environments, normalized_score, reference_scores
 from efm_jax.envs import pointmaze as waypoints
-from efm_jax.rl import load_policy
-from efm_jax.runs.workdir import RunInfo
+from efm_jax.runs.workdir import RunInfo, resolve
 from launch import cli
-from launch.workdir import resolve
 
 _ENV = flags.DEFINE_string(
     "env", None, "A Gymnasium id, such as PointMaze_UMaze-v3; by default a work directory's."

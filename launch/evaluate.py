@@ -16,8 +16,8 @@ from absl import flags
 from etils import epath
 
 from efm_jax.envs.video import record_video
-from efm_jax.rl.config import SOLVERS
-from efm_jax.rl.selection import ACTION_SELECTIONS
+from efm_jax.rl.config import ACTION_SELECTIONS
+from efm_jax.rl.model import SOLVERS
 from efm_jax.runs.evaluation import Evaluator, check_environment, episode_seeds, result_line
 from efm_jax.runs.loading import restore
 from efm_jax.runs.metrics import write_returns
@@ -71,10 +71,10 @@ def main(_: list[str]) -> int:
             lambda text: print(text, file=sys.stderr),
             **{name: value for name, value in options.items() if value is not None},
         )
-        info, params = restored.info, restored.state.acting()
+        info, params = restored.info, restored.state.params()
         check_environment(info.env_spec, info.observation_size, info.action_size)
     episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
-    evaluator = Evaluator(info, restored.algorithm, restored.normalizer)
+    evaluator = Evaluator(info, restored.agent, restored.normalizer)
     if _VIDEO.value:
         act = evaluator.act("policy", params, episodes[:1], seeds=slice(1))
         with cli.usage_errors():

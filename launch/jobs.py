@@ -21,8 +21,8 @@ from etils import epath
 from tqdm import tqdm
 
 from efm_jax.files import write_whole
+from efm_jax.runs.workdir import RESULT_FILE
 from launch import cli
-from launch.workdir import RESULT_FILE
 
 _POLL_SECONDS = 0.1
 

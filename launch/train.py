@@ -28,20 +28,21 @@ from gymnasium.envs.registration import EnvSpec
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from efm_jax import checks
 from efm_jax.data import (
     BUILTIN_DATASET,
     DATASET_SOURCES,
+    REWARD_TRANSFORMS,
     fit_normalizer,
     gather_episodes,
     load_dataset,
     preprocess,
 )
 from efm_jax.envs import Rollouts, reference_scores
-from efm_jax.rl.algorithm import State
+from efm_jax.rl.agents import AgentParams, State, make_agent
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
-from efm_jax.rl.policies import Acting
-from efm_jax.rl.trainer import StoppedError, Trainer
+from efm_jax.rl.trainer import Hooks, StoppedError, Trainer
 from efm_jax.runs.evaluation import (
     POLICIES,
     Evaluator,
@@ -83,6 +84,7 @@ _PARALLEL = flags.DEFINE_enum(
     MODES,
     "Over devices: data splits batches and dataset, seeds spreads whole seeds.",
 )
+flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(multihost)
 _NUM_SEEDS = flags.DEFINE_integer(
     "num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1
@@ -96,7 +98,7 @@ def main(_: list[str]) -> int:
         config = _read_config()
         data = _read_dataset(config)
         trainer = _make_trainer(config, data)
-        run = _Run(config, data, trainer)
+        run = _Run(data, trainer)
         return run.to_the_end() or run.report(start)
 
 
@@ -116,7 +118,9 @@ def _read_config() -> QIPOConfig:
         raise ValueError(
             f"--seed, --num_seeds: the last seed may be at most {_MAX_SEED}; got {last}"
         )
-    return config.validate()
+    make_agent(config, 1, 1)  # every name is known, before the dataset is read
+    checks.check_choice("reward_transform", config.reward_transform, REWARD_TRANSFORMS)
+    return config
 
 
 class _Data(NamedTuple):
@@ -142,8 +146,12 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     gather = hosts.gather if layout.mode == "data" else one_host
     dataset = gather_episodes(dataset, gather)
     normalizer = fit_normalizer(dataset, gather)
+    agent = make_agent(config, dataset.observation_size, dataset.action_size)
     info = RunInfo(
         config=config,
+        plugins=flags.FLAGS["plugins"].value,
+        algorithm=agent.name,
+        phase_steps=agent.phase_steps,
         seed=_SEED.value,
         num_seeds=_NUM_SEEDS.value,
         dataset=dataset.name,
@@ -188,24 +196,24 @@ def _make_trainer(config: QIPOConfig, data: _Data) -> Trainer:
     return Trainer(config, data.transitions, info.seeds, data.layout, info.transitions)
 
 
-def _default_workdir(config: QIPOConfig, dataset: str) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset).strip("-.")
+def _default_workdir(info: RunInfo) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", info.dataset).strip("-.")
     seeds = f"seed{_SEED.value}" + (f"x{_NUM_SEEDS.value}" if _NUM_SEEDS.value > 1 else "")
-    return f"runs/{config.algorithm}-{name}-{seeds}"
+    return f"runs/{info.algorithm}-{name}-{seeds}"
 
 
-class _Run:
+class _Run(Hooks):
     """The hooks of one training run: progress bars, warnings, evaluation, signals.
 
     Of several hosts, the first speaks; checkpoints and evaluation are everyone's work.
     """
 
     @multihost.agreed_errors()
-    def __init__(self, config: QIPOConfig, data: _Data, trainer: Trainer):
+    def __init__(self, data: _Data, trainer: Trainer):
         self._info, self._memory, self._trainer = data.info, data.memory, trainer
-        self._workdir = resolve(_WORKDIR.value or _default_workdir(config, data.info.dataset))
+        self._workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
         self._writer = RunWriter(self._workdir, data.info, data.normalizer)
-        self._evaluator = Evaluator(data.info, trainer.algorithm, data.normalizer)
+        self._evaluator = Evaluator(data.info, trainer.agent, data.normalizer)
         self._rollouts: dict[str, Rollouts] = {}
         self._is_first = hosts.index() == 0
         self._bar: tqdm | None = None
@@ -217,7 +225,7 @@ class _Run:
         try:
             state = self._trainer.run(self._start(), self)
             for name in POLICIES:
-                self._evaluate(name, self._info.config.phase_steps[name], state.acting())
+                self._evaluate(name, self._info.phase_steps[name], state.params())
         except NonFiniteLossError as error:
             self._say(f"failed: {error}; the last checkpoint is kept")
             return cli.EXIT_FAILED
@@ -244,7 +252,7 @@ class _Run:
     def report(self, start: float) -> int:
         """Write and print the result of a run that came to its end; returns the exit status."""
         seconds = time.perf_counter() - start
-        steps = sum(self._info.config.phase_steps.values())
+        steps = sum(self._info.phase_steps.values())
         line = result_line(self._info, self._workdir, steps, self._rollouts, seconds)
         self._writer.finish(line)
         if self._is_first:
@@ -293,12 +301,12 @@ class _Run:
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
 
-    def on_evaluate(self, step: int, acting: Acting) -> None:
-        self._evaluate("policy", step, acting)
+    def on_evaluate(self, step: int, params: AgentParams) -> None:
+        self._evaluate("policy", step, params)
 
-    def _evaluate(self, name: str, step: int, acting: Acting) -> None:
+    def _evaluate(self, name: str, step: int, params: AgentParams) -> None:
         episodes = episode_seeds(self._info.config.eval_episodes)
-        self._rollouts[name] = self._evaluator.play(name, acting, episodes, self._check_stop)
+        self._rollouts[name] = self._evaluator.play(name, params, episodes, self._check_stop)
         total_step = self._writer.total_step(name, step)
         self._writer.returns(name, total_step, self._rollouts[name], episodes)
 

@@ -39,7 +39,7 @@ def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
 
 
 def gather_episodes(dataset: Dataset, gather: Gather) -> Dataset:
-    """The dataset of a host that read some of the rows, with the returns and lengths of all episodes."""
+    """The dataset of a host that read some of the rows, with all episodes' returns and lengths."""
     return dataset._replace(
         episode_returns=np.concatenate(gather(dataset.episode_returns)),
         episode_lengths=np.concatenate(gather(dataset.episode_lengths)),
@@ -76,6 +76,43 @@ def preprocess(
     )
 
 
+def n_step(data: Transitions, n: int, discount: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rewards, next observations and discounts of targets ``n`` steps ahead in the data.
+
+    For n > 1 a target follows the behavior policy for n steps, so values travel n times faster and
+    are those of a policy that is greedy only every n steps (Sutton and Barto 2018, Sec. 7.1).  Rows
+    i and i + 1 are one trajectory where the next observation of i is the observation of i + 1;
+    where a trajectory is truncated, or a step is missing, the target looks ahead as far as it goes.
+
+    Args:
+      data: ``N`` transitions on the host, those of an episode in order.
+      n: steps, at least 1.
+      discount: of one step, in [0, 1].
+
+    Returns:
+      Discounted sums of the next n rewards ``[N]``, observations after them ``[N, S]``, and
+      ``discount ** n`` or 0 where the episode terminated on the way ``[N]``; of the data's types.
+    """
+    checks.check_integer("n_step", n, 1)
+    rewards = np.asarray(data.rewards, np.float64)
+    ended = np.asarray(data.terminated) == 1
+    goes_on = np.zeros(len(rewards), bool)
+    followed = (data.next_observations[:-1] == data.observations[1:]).all(axis=1)
+    goes_on[:-1] = followed & ~ended[:-1]
+    last = np.arange(len(rewards))  # the last step that a row's target covers
+    total, factor = rewards.copy(), np.full(len(rewards), float(discount))
+    for _ in range(n - 1):
+        more = goes_on[last]
+        last = last + more
+        total += np.where(more, factor * rewards[last], 0.0)
+        factor = np.where(more, factor * discount, factor)
+        if not more.any():
+            break
+    dtype = np.asarray(data.rewards).dtype
+    next_observations = np.asarray(data.next_observations)[last]
+    return total.astype(dtype), next_observations, np.where(ended[last], 0.0, factor).astype(dtype)
+
+
 def _float32(array) -> np.ndarray:
     return np.asarray(array, np.float32)
 
@@ -85,7 +122,7 @@ def _none(dataset: Dataset) -> np.ndarray:
 
 
 def _locomotion(dataset: Dataset) -> np.ndarray:
-    """Rewards x 1000 / (max - min episode return), as in IQL and QGPO on D4RL's locomotion tasks."""
+    """Rewards x 1000 / (max - min episode return), as IQL and QGPO have on D4RL's locomotion."""
     returns = dataset.episode_returns
     if len(returns) < 2:
         raise DataError(

@@ -1,46 +1,52 @@
-"""The hyper-parameters of offline RL: each defined, typed and checked here, once."""
+"""Hyper-parameters of offline RL: each named, typed and bounded here, once.
+
+Names of registered things (``path``, ``policy``, ``critic``, ...) are checked where the registries
+are, when an agent is made: this module imports :mod:`efm_jax.checks` alone.
+"""
 
 import dataclasses
 import typing
 
 from efm_jax import checks
-from efm_jax.data import REWARD_TRANSFORMS
-from efm_jax.networks import ACTIVATIONS, FIELDS
-from efm_jax.paths import PATHS
-from efm_jax.rl.critics import CRITICS
-from efm_jax.rl.policies import POLICIES
-from efm_jax.rl.selection import ACTION_SELECTIONS
-from efm_jax.sampling import SAMPLE_SOLVERS
 
+PHASES = ("behavior", "critic", "policy")
 ESTIMATORS = ("full", "resample")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
-SOLVERS = ("auto", *SAMPLE_SOLVERS, "dpmpp")
-PHASES = ("behavior", "critic", "policy")
+ACTION_SELECTIONS = ("sample", "best", "mean")
+
+# Fields of registered critics and agents, by name; see :func:`register_options`.
+OPTIONS: dict[str, type] = {}
 
 
 @dataclasses.dataclass
 class QIPOConfig:
-    """Hyper-parameters of the three stages; the defaults fit the built-in data."""
+    """Hyper-parameters of the three phases; the defaults fit the built-in data."""
 
-    policy: str = "qipo"  # what follows behavior model and critic; bc: nothing
+    policy: str = "qipo"  # an agent, trained after behavior model and critic; bc: nothing more
     # The generative model: of the behavior, then of the improved policy.
-    path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp a score (QIPO-Diff)
+    path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp the noise (QIPO-Diff)
+    prediction: str = "auto"  # velocity, noise, score or data on any path; auto: the path's own
+    loss: str = "auto"  # auto: squared error of the prediction
     network: str = "mlp"
     hidden_dims: tuple[int, ...] = (64, 64, 64)
     activation: str = "silu"
     layer_norm: bool = False
     time_features: int = 12
-    dtype: str = (
-        "float32"  # what the model's layers compute in; parameters, losses and critics stay float32
-    )
+    # The model's layers compute in it; parameters, losses and critics stay float32.
+    dtype: str = "float32"
     learning_rate: float = 1e-3
-    # cosine: from learning_rate to 0 over each of the behavior and policy phases.
+    behavior_learning_rate: float = 0.0  # of one phase; 0: learning_rate
+    policy_learning_rate: float = 0.0
+    # cosine: from the learning rate to 0 over each of the behavior and policy phases.
     learning_rate_schedule: str = "constant"
     batch_size: int = 256  # states per step, over all devices
+    behavior_batch_size: int = 0  # of one phase; 0: batch_size
+    critic_batch_size: int = 0
+    policy_batch_size: int = 0
     max_grad_norm: float = 1.0  # of the behavior and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
-    # auto: midpoint for velocities, DPM-Solver++ for scores.  Euler's few steps narrow every
+    # auto: midpoint, or DPM-Solver++ where the noise is predicted.  Euler's few steps narrow every
     # support set, and renewals compound it.
     solver: str = "auto"
     sample_steps: int = 10
@@ -59,15 +65,13 @@ class QIPOConfig:
     critic: str = "softmax_q"
     critic_hidden_dims: tuple[int, ...] = (64, 64, 64)
     critic_layer_norm: bool = False
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 1e-3  # 0: learning_rate
     num_critics: int = 2  # Q-networks; softmax_q and iql take their minimum
     pessimism: float = 1.0  # ensemble: standard deviations under the mean
     # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak
     # steps: keep critic_steps above a few times their product.
     discount: float = 0.98
-    n_step: int = (
-        1  # rewards of the data before a target looks at a value; values travel so much faster
-    )
+    n_step: int = 1  # rewards of the data before a target looks at a value: values travel faster
     polyak: float = 0.02
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql, ensemble
@@ -86,55 +90,41 @@ class QIPOConfig:
     checkpoint_every: int = 5_000
     eval_every: int = 2_500  # policy steps between evaluations; 0 evaluates at the end only
     eval_episodes: int = 10
+    # Fields of registered critics and agents: ``config.NAME.FIELD``.
+    options: dict[str, typing.Any] = dataclasses.field(
+        default_factory=lambda: {name: make() for name, make in OPTIONS.items()}
+    )
 
-    @property
-    def algorithm(self) -> str:
-        """What results call this configuration: qipo_ot and qipo_diff are the paper's names."""
-        return POLICIES[self.policy].name(self)
+    def __getattr__(self, name: str) -> typing.Any:
+        options = self.__dict__.get("options", {})
+        if name in options:
+            return options[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
-    @property
-    def path_name(self) -> str:
-        """The path as it is in names of algorithms."""
-        return {"ot": "ot", "vp": "diff", "vp_cosine": "cosine"}[self.path]
-
-    @property
-    def phase_steps(self) -> dict[str, int]:
-        """Training steps of every phase."""
-        policy_steps = self.policy_steps if POLICIES[self.policy].trains else 0
-        return {
-            "behavior": self.behavior_steps,
-            "critic": self.critic_steps,
-            "policy": policy_steps,
-        }
+    def of_phase(self, field: str, phase: str) -> typing.Any:
+        """``batch_size`` or ``learning_rate`` of one of ``PHASES``."""
+        return getattr(self, f"{phase}_{field}") or getattr(self, field)
 
     def validate(self) -> "QIPOConfig":
         """Return self, or raise a ``ValueError`` or ``TypeError`` that names the field."""
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+        _check_types(self, "")
         for name, choices in (
-            ("policy", POLICIES),
-            ("path", PATHS),
-            ("network", FIELDS),
-            ("activation", ACTIVATIONS),
-            ("solver", SOLVERS),
             ("dtype", DTYPES),
-            ("critic", CRITICS),
             ("estimator", ESTIMATORS),
             ("learning_rate_schedule", SCHEDULES),
             ("action_selection", ACTION_SELECTIONS),
-            ("eval_solver", ("same", *SOLVERS)),
-            ("reward_transform", REWARD_TRANSFORMS),
         ):
             checks.check_choice(name, getattr(self, name), choices)
-        for name in (
-            "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps", "critic_steps",
-            "policy_steps", "log_every", "checkpoint_every", "eval_episodes", "num_critics", "n_step",
-            "num_candidates",
-        ):  # fmt: skip
-            checks.check_integer(name, getattr(self, name), 1)
-        for name in ("max_transitions", "eval_every", "eval_sample_steps"):
-            checks.check_integer(name, getattr(self, name), 0)
-        checks.check_integer("time_features", self.time_features, 2)
+        for minimum, names in (
+            (1, "batch_size sample_steps support_size renew_every behavior_steps critic_steps"),
+            (1, "policy_steps log_every checkpoint_every eval_episodes num_critics n_step"),
+            (1, "num_candidates"),
+            (0, "behavior_batch_size critic_batch_size policy_batch_size max_transitions"),
+            (0, "eval_every eval_sample_steps"),
+            (2, "time_features"),
+        ):
+            for name in names.split():
+                checks.check_integer(name, getattr(self, name), minimum)
         if self.time_features % 2:
             raise ValueError(f"time_features: expected an even number; got {self.time_features}")
         for name in ("hidden_dims", "critic_hidden_dims"):
@@ -142,51 +132,97 @@ class QIPOConfig:
                 raise ValueError(f"{name}: expected at least one hidden layer; got none")
             for width in getattr(self, name):
                 checks.check_integer(name, width, 1)
-        for name in ("beta", "beta_q", "max_grad_norm", "pessimism"):
+        rates = "behavior_learning_rate critic_learning_rate policy_learning_rate"
+        for name in f"beta beta_q max_grad_norm pessimism {rates}".split():
             checks.check_number(name, getattr(self, name), minimum=0.0)
-        for name in ("learning_rate", "critic_learning_rate", "data_copies"):
+        for name in ("learning_rate", "data_copies"):
             checks.check_number(name, getattr(self, name), minimum=0.0, open_minimum=True)
         checks.check_number("discount", self.discount, minimum=0.0, maximum=1.0)
         checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
         for name in ("expectile", "ema_decay", "target_ess"):
             value = getattr(self, name)
-            checks.check_number(
-                name, value, minimum=0.0, maximum=1.0, open_minimum=name == "expectile"
-            )
+            open_minimum = name == "expectile"
+            checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=open_minimum)
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
-        if self.policy == "qgpo" and self.path != "vp":
-            raise ValueError(
-                f"path: expected 'vp' with policy=qgpo, which guides a score; got {self.path!r}"
-            )
+        for name, options in self.options.items():
+            _check_types(options, f"{name}.")
+            if hasattr(options, "validate"):
+                options.validate()
         return self
 
     def to_dict(self) -> dict[str, typing.Any]:
-        """Fields as plain JSON values."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
-        }
+        """Fields as plain JSON values; options of a critic or agent under its name."""
+        values = dataclasses.asdict(self)
+        return _plain(values | values.pop("options"))
 
     @classmethod
     def from_dict(cls, values: dict[str, typing.Any]) -> "QIPOConfig":
         """The inverse of :meth:`to_dict`; raises ``ValueError`` for an unknown field."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"config: unknown field {unknown[0]!r}")
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        ).validate()
+        names = {field.name for field in dataclasses.fields(cls)} - {"options"}
+        _check_known(values, names | set(OPTIONS), "")
+        config = cls(**{name: _tuples(values[name]) for name in values if name in names})
+        for name in OPTIONS.keys() & values.keys():
+            given = {field: _tuples(value) for field, value in values[name].items()}
+            _check_known(
+                given, {field.name for field in dataclasses.fields(OPTIONS[name])}, f"{name}."
+            )
+            config.options[name] = OPTIONS[name](**given)
+        return config.validate()
 
 
-def _check_type(name: str, value: typing.Any, expected: type) -> None:
-    if typing.get_origin(expected) is tuple:
-        matches = isinstance(value, tuple)
-    elif expected is float:
-        matches = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif expected is int:
-        matches = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        matches = isinstance(value, expected)
-    if not matches:
-        label = "tuple of integers" if typing.get_origin(expected) is tuple else expected.__name__
-        raise TypeError(f"{name}: expected {label}; got {value!r}")
+def register_options(name: str, options: type) -> None:
+    """Make ``config.NAME.FIELD`` of a registered critic or agent, typed and checked as others are.
+
+    Args:
+      name: of the critic or agent in its registry.
+      options: a dataclass whose fields are bool, int, float, str or tuple of integers and have
+        defaults; a method ``validate`` may check ranges.
+
+    Raises:
+      ValueError, TypeError: a name that is taken, or no such dataclass.
+    """
+    if not dataclasses.is_dataclass(options):
+        raise TypeError(f"options: expected a dataclass; got {options!r}")
+    if not name.isidentifier() or hasattr(QIPOConfig, name) or name == "options":
+        raise ValueError(
+            f"name: expected an identifier that is no field of QIPOConfig; got {name!r}"
+        )
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        field.type = hints[
+            field.name
+        ]  # not a string, as under `from __future__ import annotations`
+    options()
+    OPTIONS[name] = options
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuples(value: typing.Any) -> typing.Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_known(values: dict, names: set[str], prefix: str) -> None:
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"config: unknown field {prefix + unknown[0]!r}")
+
+
+def _check_types(record: typing.Any, prefix: str) -> None:
+    for field in dataclasses.fields(record):
+        value, expected = getattr(record, field.name), field.type
+        kind = typing.get_origin(expected) or expected
+        if kind is float:
+            matches = isinstance(value, (int, float)) and not isinstance(value, bool)
+        elif kind is int:
+            matches = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            matches = isinstance(value, kind)
+        if not matches:
+            label = "tuple of integers" if kind is tuple else kind.__name__
+            raise TypeError(f"{prefix}{field.name}: expected {label}; got {value!r}")

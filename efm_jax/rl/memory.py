@@ -7,16 +7,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.agents import make_agent
+from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.samples import Samples
 from efm_jax.training.parallel import Layout
 
 _FLOAT = 4  # bytes
 
 
 class Memory(NamedTuple):
-    """Bytes on each device; what one compiled step needs for its intermediate results comes on top."""
+    """Bytes on each device, without the intermediate results of a compiled step."""
 
     dataset: int
     tables: int  # the larger of next actions (critic phase) and the policy's table (policy phase)
@@ -38,15 +38,14 @@ def predict(
 ) -> Memory:
     """Memory of a run on ``num_rows`` transitions in all."""
     rows, seeds, m = num_rows // layout.num_shards, layout.seeds_per_device, config.support_size
-    algorithm = Algorithm(config, observation_size, action_size)
-    state = jax.eval_shape(algorithm.init, jax.random.key(0))
+    agent = make_agent(config, observation_size, action_size)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
     sizes = (observation_size, action_size, None, observation_size, None)  # None: a number
-    row = Samples(*(jax.ShapeDtypeStruct((1,) if n is None else (1, n), "float32") for n in sizes))
-    table = jax.eval_shape(
-        algorithm.policy_rows, state, jax.random.key(0), 0, row, np.zeros(1, np.int32)
-    )
+    row = Batch(*(jax.ShapeDtypeStruct((1,) if n is None else (1, n), "float32") for n in sizes))
+    inputs = jax.random.key(0), 0, row, np.zeros(1, np.int32)
+    table = jax.eval_shape(agent.support_rows, state.params(), *inputs)
     table_size = sum(math.prod(x.shape) for x in jax.tree.leaves(table))
-    next_actions = m * action_size if algorithm.critic.uses_next_actions else 0
+    next_actions = m * action_size if agent.critic.uses_next_actions else 0
     return Memory(
         dataset=rows * (2 * observation_size + action_size + 2) * _FLOAT,
         tables=rows * seeds * max(table_size, next_actions) * _FLOAT,

@@ -1,35 +1,30 @@
-"""The generative model of actions: a conditional field, its losses and its sampler.
+"""The generative model of actions: a conditional field, its loss and its sampler.
 
-On the OT and cosine paths the network predicts the velocity and is trained by flow matching
-(QIPO-OT); on the linear VP path it predicts the noise and is trained by denoising score matching
-(QIPO-Diff).
+A network may predict velocity, noise, score or data on any path.  By default it predicts the
+velocity on the OT and cosine paths and is trained by flow matching (QIPO-OT), and on the linear VP
+path the noise, by denoising score matching (QIPO-Diff).
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efm_jax import losses, sampling
+from efm_jax import checks, sampling
+from efm_jax.losses import LOSSES, Aux, LossEntry
 from efm_jax.networks import FIELDS
-from efm_jax.paths import PATHS, GaussianPath
+from efm_jax.paths import PATHS, PREDICTIONS, GaussianPath
+from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Array, Field, Params
 from efm_jax.weights import AxisName
 
-if TYPE_CHECKING:  # the configuration imports the registries, and they this module
-    from efm_jax.rl.config import QIPOConfig
+SOLVERS = ("auto", *sampling.SAMPLE_SOLVERS, "dpmpp")
 
-# Ends of the sampling interval that every conversion of a score can divide by.
-_SCORE_T_END = 1e-3
-
-
-def _solver(name: str, predicts_score: bool) -> str:
-    if name == "auto":
-        return "dpmpp" if predicts_score else "midpoint"
-    return name
+# Where sampling begins on a path with mu_1 = 0, if the data must be found from a score or noise: an
+# error of the network is divided by mu, which is 0.05 here on the OT path.
+_T_START = 0.95
+# Where sampling ends if a prediction cannot be converted to a velocity at t = 0.
+_T_END = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +33,27 @@ class GenerativeModel:
 
     network: nn.Module
     path: GaussianPath
-    predicts_score: bool
+    prediction: str  # of the network
+    loss_entry: LossEntry
     solver: str
     sample_steps: int
 
     @classmethod
-    def from_config(cls, config: QIPOConfig) -> GenerativeModel:
-        """The model that a validated configuration describes."""
+    def from_config(cls, config: QIPOConfig, *, acting: bool = False) -> "GenerativeModel":
+        """The model that a configuration describes, with the sampler of training or of acting.
+
+        Raises:
+          ValueError: a name that is in no registry, with the field and the names that are.
+        """
+        for name, choices in (
+            ("path", PATHS),
+            ("prediction", ("auto", *PREDICTIONS)),
+            ("loss", ("auto", *LOSSES)),
+            ("network", FIELDS),
+            ("solver", SOLVERS),
+            ("eval_solver", ("same", *SOLVERS)),
+        ):
+            checks.check_choice(name, getattr(config, name), choices)
         network = FIELDS[config.network](
             config.hidden_dims,
             config.activation,
@@ -53,74 +62,92 @@ class GenerativeModel:
             # Not by name where it is the default: 64-bit inputs stay 64-bit.
             dtype=None if config.dtype == "float32" else config.dtype,
         )
-        predicts_score = config.path == "vp"
-        solver = _solver(config.solver, predicts_score)
-        return cls(network, PATHS[config.path](), predicts_score, solver, config.sample_steps)
-
-    def with_sampler(self, solver: str, sample_steps: int) -> GenerativeModel:
-        """The same model with another solver and number of steps."""
-        solver = _solver(solver, self.predicts_score)
-        return dataclasses.replace(self, solver=solver, sample_steps=sample_steps)
+        entry = PATHS[config.path]
+        prediction = entry.prediction if config.prediction == "auto" else config.prediction
+        if config.loss == "auto":
+            loss = next(loss for loss in LOSSES.values() if loss.prediction == prediction)
+        else:
+            loss = LOSSES[config.loss]
+        solver, steps = config.solver, config.sample_steps
+        if acting:
+            solver = solver if config.eval_solver == "same" else config.eval_solver
+            steps = config.eval_sample_steps or steps
+        if solver == "auto":
+            solver = "midpoint" if prediction == "velocity" else "dpmpp"
+        return cls(network, entry.make(), prediction, loss, solver, steps)
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
         """Fresh parameters."""
         inputs = jnp.zeros((1, action_size)), jnp.zeros(1), jnp.zeros((1, observation_size))
         return self.network.init(key, *inputs)
 
-    def field(self, params: Params, observations: Array) -> Field:
-        """The velocity or, on a score path, the score, with states ``[..., S]`` closed over."""
+    def field(self, params: Params, observations: Array, prediction: str | None = None) -> Field:
+        """The network at states ``[..., S]``, its output converted to one of ``PREDICTIONS``."""
 
-        def velocity(x: Array, t: Array) -> Array:
-            return self.network.apply(params, x, t, observations)
+        def field(x: Array, t: Array) -> Array:
+            value = self.network.apply(params, x, t, observations)
+            return self.path.convert(value, x, t, self.prediction, prediction or self.prediction)
 
-        def score(x: Array, t: Array) -> Array:
-            return self.path.score(velocity(x, t), t)
+        return field
 
-        return score if self.predicts_score else velocity
-
-    def behavior_loss(
-        self, params: Params, key: Array, observations: Array, actions: Array, axis_name: AxisName
-    ) -> tuple[Array, losses.Aux]:
-        """Plain CFM or denoising score matching on ``observations [B, S]``, ``actions [B, A]``."""
-        loss = losses.dsm if self.predicts_score else losses.cfm
-        return loss(self.field(params, observations), self.path, key, actions, axis_name=axis_name)
-
-    def support_loss(
+    def loss(
         self,
         params: Params,
         key: Array,
         observations: Array,
         actions: Array,
-        log_weights: Array,
-        axis_name: AxisName,
-    ) -> tuple[Array, losses.Aux]:
-        """The energy-weighted loss on support actions ``[B, M, A]`` with ``log_weights [B, M]``."""
-        loss = losses.support_ced if self.predicts_score else losses.support_cefm
-        field = self.field(params, observations[:, None])
-        return loss(field, self.path, key, actions, log_weights, 1.0, axis_name=axis_name)
+        *,
+        weights: Array | None = None,
+        axis_name: AxisName = None,
+    ) -> tuple[Array, Aux]:
+        """The matching loss, ``mean(weights * errors)``.
+
+        Args:
+          params: of the network.
+          key: as in :func:`efm_jax.losses.matching`.
+          observations: ``[B, S]``, or ``[B, 1, S]`` with several actions a state.
+          actions: ``[B, A]``, or ``[B, M, A]``.
+          weights: importance weights of mean one, ``[B]`` or ``[B, M]``.
+          axis_name: mapped axis over which the global batch is split.
+        """
+        loss, prediction = self.loss_entry
+        field = self.field(params, observations, prediction)
+        return loss(field, self.path, key, actions, weights=weights, axis_name=axis_name)
 
     def sample(self, params: Params, observations: Array, noise: Array) -> Array:
-        """Actions in [-1, 1] from standard normal ``noise [..., A]``, states ``[..., S]`` broadcast to it."""
-        return self.integrate(self.field(params, observations), noise)
+        """Actions in [-1, 1] from standard normal ``noise [..., A]``; states broadcast to it."""
+        return self.integrate(self.field(params, observations), noise, self.prediction)
 
-    def integrate(self, field: Field, noise: Array) -> Array:
-        """Actions in [-1, 1] from a field of the kind that the network predicts, velocity or score."""
+    def start_time(self, prediction: str) -> float:
+        """The time of the first evaluation of a field of one of ``PREDICTIONS``."""
+        singular = prediction in ("noise", "score") and sampling.latest_time(self.path) < 1
+        return _T_START if singular else 1.0
+
+    def integrate(self, field: Field, noise: Array, prediction: str) -> Array:
+        """Actions in [-1, 1] from ``noise [..., A]`` and a field of one of ``PREDICTIONS``."""
+        start = self.start_time(prediction)
+        if start < 1:
+            noise = noise * self.path.std(jnp.asarray(start, noise.dtype))
         if self.solver == "dpmpp":
-            score = field
-            if not self.predicts_score:
-
-                def score(x: Array, t: Array) -> Array:
-                    return self.path.score_from_velocity(field(x, t), x, t)
-
-            actions = sampling.sample_dpmpp(score, self.path, noise, num_steps=self.sample_steps)
-        elif self.predicts_score:
-
-            def velocity(x: Array, t: Array) -> Array:
-                return self.path.velocity_from_score(field(x, t), x, t)
-
-            actions = sampling.sample(
-                velocity, noise, solver=self.solver, num_steps=self.sample_steps, t_end=_SCORE_T_END
+            actions = sampling.sample_dpmpp(
+                field,
+                self.path,
+                noise,
+                num_steps=self.sample_steps,
+                prediction=prediction,
+                t_start=start if start < 1 else None,
             )
-        else:
-            actions = sampling.sample(field, noise, solver=self.solver, num_steps=self.sample_steps)
+            return jnp.clip(actions, -1, 1)
+
+        def velocity(x: Array, t: Array) -> Array:
+            return self.path.convert(field(x, t), x, t, prediction, "velocity")
+
+        actions = sampling.sample(
+            velocity,
+            noise,
+            solver=self.solver,
+            num_steps=self.sample_steps,
+            t_start=start,
+            t_end=0.0 if prediction == "velocity" else _T_END,
+        )
         return jnp.clip(actions, -1, 1)

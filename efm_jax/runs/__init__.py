@@ -1,1 +1,1 @@
-"""Work directories: what a training run leaves, who writes it and who reads it."""
+"""The work directory of a run: configuration, metrics, returns, checkpoints, learning curve, loading, export."""

@@ -1,6 +1,5 @@
 """Evaluation of a run: the same episodes for all of its seeds and for every policy."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.envs import Rollouts, evaluate, mean_and_interval, normalized_score
-from efm_jax.rl.algorithm import Algorithm
-from efm_jax.rl.policies import Acting
+from efm_jax.rl.agents import Agent, AgentParams, player
+from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.runs.workdir import RunInfo
 from efm_jax.training import hosts
 from efm_jax.types import Normalizer
 
-POLICIES = ("behavior", "policy")  # what is evaluated
 # Far from the seeds that recordings use.
 _FIRST_EPISODE_SEED = 1_000_000
 
@@ -50,24 +48,16 @@ class Evaluator:
 
     Args:
       info: what the run is.
-      algorithm: whose behavior model and policy act.
+      agent: whose behavior model and policy act.
       normalizer: statistics of the training data.
     """
 
-    def __init__(self, info: RunInfo, algorithm: Algorithm, normalizer: Normalizer):
-        self._info, self._normalizer = info, normalizer
+    def __init__(self, info: RunInfo, agent: Agent, normalizer: Normalizer):
+        self._info, self._agent, self._normalizer = info, agent, normalizer
         self._keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
-        self._programs = {
-            name: jax.jit(
-                jax.vmap(
-                    functools.partial(algorithm.act, name), in_axes=(0, None, 0, 0, None, None)
-                )
-            )
-            for name in POLICIES
-        }
 
     def act(
-        self, name: str, params: Acting, episodes: Sequence[int], seeds: slice = slice(None)
+        self, name: str, params: AgentParams, episodes: Sequence[int], seeds: slice = slice(None)
     ) -> Callable[[np.ndarray, int], np.ndarray]:
         """Bind parameters to a policy, as :func:`efm_jax.envs.evaluate` wants it.
 
@@ -78,18 +68,12 @@ class Evaluator:
           seeds: which of the run's training seeds act, by default all.
         """
         keys, params = jax.tree.map(lambda leaf: leaf[seeds], (self._keys, params))
-        program, noise_seeds = self._programs[name], jnp.asarray(episodes)
-
-        def act(observations: np.ndarray, step: int) -> np.ndarray:
-            inputs = (observations, jnp.asarray(step), noise_seeds)
-            return np.asarray(program(params, self._normalizer, keys, *inputs))
-
-        return act
+        return player(self._agent, name, params, self._normalizer, keys, episodes)
 
     def play(
         self,
         name: str,
-        params: Acting,
+        params: AgentParams,
         episodes: Sequence[int],
         progress: Callable[[int, int], None] | None = None,
     ) -> Rollouts:
@@ -122,25 +106,26 @@ def result_line(
 ) -> dict[str, Any]:
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
 
-    Of each policy it has the mean over seeds of the mean return, its interval (over training seeds
-    where there are several, otherwise over episodes) and its score.
+    Each policy has the mean over seeds of the mean return, its interval (over training seeds where
+    there are several, otherwise over episodes) and its score.
 
     Args:
       info: what the run is.
       workdir: where it is.
       step: gradient steps of all phases.
-      rollouts: by policy.
+      rollouts: of each of ``POLICIES``.
       seconds: how long it took.
     """
     line: dict[str, Any] = {
         "dataset": info.dataset,
-        "algorithm": info.config.algorithm,
+        "algorithm": info.algorithm,
         "seeds": info.num_seeds,
         "steps": step,
         "dataset_return": info.dataset_return,
     }
-    for name, rollout in rollouts.items():
-        samples = rollout.returns.mean(axis=1) if info.num_seeds > 1 else rollout.returns[0]
+    for name in POLICIES:
+        returns = rollouts[name].returns
+        samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
         mean, low, high = mean_and_interval(samples)
         line[f"{name}_return"] = mean
         line[f"{name}_interval"] = [low, high]

@@ -68,7 +68,7 @@ def draw_learning_curve(run: Run) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, not 10000
         draw(axes)
-    title = f"{run.info.config.algorithm} on {run.info.dataset}"
+    title = f"{run.info.algorithm} on {run.info.dataset}"
     figure.suptitle("\n".join(textwrap.wrap(title, int(10 * width))), fontsize=12)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

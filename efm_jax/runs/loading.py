@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from efm_jax import checks
-from efm_jax.rl.algorithm import Algorithm, State
+from efm_jax.rl.agents import Agent, State, make_agent
+from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, resolve
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
     """A run as its newest readable checkpoint has it."""
 
     info: RunInfo
-    algorithm: Algorithm
+    agent: Agent
     step: int  # of all phases
     state: State  # with a leading seed axis
     normalizer: Normalizer
@@ -51,11 +52,11 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     """
     info = RunInfo.read(workdir)
     sizes = info.observation_size, info.action_size
-    algorithm = Algorithm(acting_config(info.config, **options), *sizes)
+    agent = make_agent(acting_config(info.config, **options), *sizes)
     keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
     bounds = (jax.ShapeDtypeStruct((size,), np.float32) for size in np.repeat(sizes, 2))
     template = {
-        "state": jax.eval_shape(jax.vmap(algorithm.init), keys),
+        "state": jax.eval_shape(jax.vmap(agent.init), keys),
         "normalizer": Normalizer(*bounds),
     }
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
@@ -69,12 +70,12 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     if found is None:
         raise ValueError(f"workdir {workdir}: no checkpoint has been saved yet")
     step, tree = found
-    last = "policy" if info.config.phase_steps["policy"] else "critic"
+    last = "policy" if info.phase_steps["policy"] else "critic"
     if int(getattr(tree["state"], last).step[0]) == 0:
         raise ValueError(
             f"workdir {workdir}: training stopped before the {last} phase; nothing to evaluate"
         )
-    return Restored(info, algorithm, step, tree["state"], Normalizer(*tree["normalizer"]))
+    return Restored(info, agent, step, tree["state"], Normalizer(*tree["normalizer"]))
 
 
 def load_policy(
@@ -99,23 +100,21 @@ def load_policy(
       >>> policy = load_policy("runs/qipo_ot-efm-pendulum-scripted-v0-seed0")  # doctest: +SKIP
       >>> policy(observations, jax.random.key(0))  # doctest: +SKIP
     """
-    checks.check_choice("name", name, ("policy", "behavior"))
+    checks.check_choice("name", name, POLICIES)
     checks.check_integer("seed_index", seed_index, 0)
     restored = restore(resolve(workdir), lambda text: warnings.warn(text, stacklevel=5), **options)
-    info, algorithm = restored.info, restored.algorithm
+    info, agent = restored.info, restored.agent
     if seed_index >= info.num_seeds:
         raise ValueError(
             f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}"
         )
-    acting = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.acting())
+    params = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.params())
 
     @jax.jit
     def policy(observations: Array, key: Array) -> Array:
         checks.check_shape(
             "observations", observations, (observations.shape[0], info.observation_size)
         )
-        shape = (observations.shape[0], algorithm.num_noises(name), info.action_size)
-        noise = jax.random.normal(key, shape)
-        return algorithm.actions(name, acting, restored.normalizer, observations, noise)
+        return agent.act(params, restored.normalizer, key, observations, name)
 
     return policy

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from typing import Any
 
 from etils import epath
@@ -9,6 +10,7 @@ from etils import epath
 from efm_jax import __version__
 from efm_jax.files import write_whole
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.runs.plugins import load_plugins
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
@@ -48,6 +50,9 @@ class RunInfo:
     """Everything that identifies a run and is needed to evaluate it without its dataset."""
 
     config: QIPOConfig
+    plugins: list[str]  # modules that registered what the configuration names
+    algorithm: str  # the agent's name in results
+    phase_steps: dict[str, int]
     seed: int
     num_seeds: int
     dataset: str
@@ -92,6 +97,7 @@ class RunInfo:
         values = read_json(path)
         try:
             del values["version"]
+            load_plugins(values["plugins"])
             values["config"] = QIPOConfig.from_dict(values["config"])
             if isinstance(values["reference_scores"], list):
                 values["reference_scores"] = tuple(values["reference_scores"])
@@ -115,7 +121,7 @@ class RunInfo:
     def check_same(self, other: "RunInfo", workdir: epath.Path) -> None:
         """Refuse to continue a run of another configuration, dataset or seed."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
-        pairs = [(f"config.{name}", theirs[name], mine[name]) for name in mine]
+        pairs = [(f"config.{name}", theirs.get(name), mine[name]) for name in mine]
         # One file has several paths: the fingerprint tells datasets apart, the name only says it
         # better.
         data = (
@@ -135,7 +141,8 @@ class RunInfo:
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
     """Refuse what no run writes, because it would be misread without a word."""
-    kind = (int, float) if field.type is float else field.type
+    kind = typing.get_origin(field.type) or field.type
+    kind = (int, float) if kind is float else kind
     if field.name == "reference_scores":
         numbers = value is None or all(isinstance(end, (int, float)) for end in value)
         fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))

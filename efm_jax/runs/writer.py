@@ -8,7 +8,7 @@ from etils import epath
 
 from efm_jax.envs import Rollouts
 from efm_jax.files import write_whole
-from efm_jax.rl.algorithm import State
+from efm_jax.rl.agents import State
 from efm_jax.rl.config import PHASES
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
@@ -84,7 +84,7 @@ class RunWriter:
     def total_step(self, phase: str, step: int) -> int:
         """Count the steps of all phases when ``phase`` is at ``step``."""
         earlier = PHASES[: PHASES.index(phase)]
-        return step + sum(self._info.config.phase_steps[name] for name in earlier)
+        return step + sum(self._info.phase_steps[name] for name in earlier)
 
     def renewal(self, summary: Mapping[str, np.ndarray]) -> None:
         """Keep what a renewal tells, ``[K]`` each; it goes beside the metrics that follow."""

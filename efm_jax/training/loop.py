@@ -61,7 +61,7 @@ class MetricsPipe:
     def run(
         self, phase: str, start: int, stop: int, chunk: Callable[[], tuple[Any, dict[str, Array]]]
     ) -> Any:
-        """Dispatch ``chunk() -> (state, metrics)`` and return its state; emit the chunk before it."""
+        """Dispatch ``chunk() -> (state, metrics)``, return its state, emit the chunk before it."""
         # Waiting first costs one dispatch a chunk and makes every chunk's time its own.
         self._wait()
         dispatched = time.perf_counter()

@@ -115,13 +115,14 @@ class Layout:
         )
 
     def map(
-        self, function: Callable, *, shared: tuple[int, ...] = (), donate: tuple[int, ...] = ()
+        self, function: Callable, *, in_axes: tuple | None = None, donate: tuple[int, ...] = ()
     ) -> Callable:
         """Map a function of one seed on one device over both axes and compile it.
 
         Args:
           function: may use collectives over :attr:`axis_name`.
-          shared: positions of arguments that all seeds share (they have no seed axis).
+          in_axes: for each argument, 0 where it has a seed axis and None where all seeds share it,
+            or a tree of these; by default all have one.
           donate: positions of arguments whose buffers may be reused for the results.
 
         Returns:
@@ -130,8 +131,7 @@ class Layout:
         """
 
         def over_seeds(*args: Any) -> Any:
-            in_axes = tuple(None if i in shared else 0 for i in range(len(args)))
-            return jax.vmap(function, in_axes)(*args)
+            return jax.vmap(function, 0 if in_axes is None else in_axes)(*args)
 
         return self._pmap(over_seeds, axis_name=DEVICE_AXIS, donate_argnums=donate)
 
@@ -170,7 +170,7 @@ def compile_ahead(mapped: Callable, *inputs: Any) -> Callable:
 
 
 def check_divides(name: str, value: int, parts: int, noun: str, *, most: int | None = None) -> None:
-    """Refuse a number that is not a multiple of ``parts``, with the multiples around it, up to ``most``."""
+    """Refuse a number that is no multiple of ``parts``; name the multiples beside it."""
     below = value // parts * parts
     if below == value:
         return

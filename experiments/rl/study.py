@@ -18,16 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from efm_jax.rl.algorithm import State
+from efm_jax.rl.policies import Acting
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, fit_normalizer, preprocess
 from efm_jax.envs import evaluate, normalized_score, reference_scores
-from efm_jax.rl.algorithm import State
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.policies import Acting
 from efm_jax.rl.trainer import Trainer
+from efm_jax.runs.evaluation import episode_seeds
 from efm_jax.types import Dataset, Normalizer, Transitions
-from launch.evaluation import episode_seeds
 
 # Beginning of an environment's id -> preset.
 FAMILIES = {

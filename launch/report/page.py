@@ -74,8 +74,12 @@ def _runs_of(phases: Iterable[Mapping[str, plots.FoundCurves]]) -> list[ReportRu
 def _fields(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
     """List every field of the configuration with its value in each run."""
     columns = [run.fields for run in runs]
-    fields = [{"name": name, "values": [each[name] for each in columns]} for name in columns[0]]
-    return [field | {"differs": len(set(field["values"])) > 1} for field in fields]
+    fields = []
+    # A run without a plugin lacks its options.
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [column.get(name, _DASH) for column in columns]
+        fields.append({"name": name, "values": values, "differs": len(set(values)) > 1})
+    return fields
 
 
 def _number(value: float | None) -> str:

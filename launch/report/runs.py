@@ -95,7 +95,7 @@ class ReportRun:
     def steps(self) -> int | None:
         """Count the gradient steps of all phases so far; None where nothing is logged."""
         if self.run.result is not None:
-            return sum(self.info.config.phase_steps.values())
+            return sum(self.info.phase_steps.values())
         return int(self.run.metrics[-1]["total_step"]) if self.run.metrics else None
 
     @property
@@ -105,14 +105,16 @@ class ReportRun:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Write every field of the configuration as text."""
+        """Write every field of the configuration as text, options of an agent as NAME.FIELD."""
         values = {
             "version": read_json(self.run.path / CONFIG_FILE)["version"],
+            "plugins": self.info.plugins,
             "seed": self.info.seed,
             "num_seeds": self.info.num_seeds,
             **self.info.config.to_dict(),
         }
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+        [flat] = pd.json_normalize(values).to_dict("records")
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
 
     def score(self, value: float) -> float | None:
         """Normalize a return to 0-100; None where nobody has measured references."""

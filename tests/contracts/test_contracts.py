@@ -106,7 +106,7 @@ def make_batch(dtype, size=B, seed=1):
 
 @functools.cache
 def gradient_of(path, loss):
-    """Jitted ``(params, key, batch, beta) -> ((loss, aux), gradient)``, shared by the tests of a pair."""
+    """Jitted ``(params, key, batch, beta) -> ((loss, aux), gradient)``, shared by tests."""
     function = LOSSES[loss]
 
     def value(params, key, batch, beta):
@@ -156,7 +156,7 @@ def on_devices(request):
 
 @pytest.fixture(autouse=True)
 def _wide_types(x64):
-    """64-bit types are on everywhere: float32 must stay float32 by the code's care, not by JAX's limits."""
+    """64-bit types are on: float32 stays float32 by the code's care, not by JAX's limits."""
 
 
 def assert_finite(tree):
@@ -164,12 +164,12 @@ def assert_finite(tree):
         assert np.isfinite(leaf).all()
 
 
-# --- losses -----------------------------------------------------------------------------------------
+# --- losses ---
 
 
 @functools.cache
 def two_seeds_of(path, loss):
-    """The same for two training seeds at once: parameters, keys, batches of their own, in float32."""
+    """The same for two training seeds at once, each with its own parameters, key and batch."""
     return jax.jit(jax.vmap(gradient_of(path, loss), in_axes=(0, 0, 0, None)))
 
 
@@ -284,7 +284,7 @@ def test_loss_promotes_no_type_by_accident(loss, dtype):
     assert value.dtype == dtype
 
 
-# --- path x loss x solver ---------------------------------------------------------------------------
+# --- path x loss x solver ---
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -305,7 +305,7 @@ def test_one_step_of_training_then_sampling(pair, sampler):
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-6
 
 
-# --- samplers ---------------------------------------------------------------------------------------
+# --- samplers ---
 
 
 def test_sampler_in_float32_and_no_recompilation(sampling_pair):
@@ -400,7 +400,7 @@ def test_shard_map_with_its_checks(devices, name):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-# --- paths ------------------------------------------------------------------------------------------
+# --- paths ---
 
 
 @each_path

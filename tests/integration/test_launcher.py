@@ -278,8 +278,8 @@ def test_override_of_a_field_that_the_preset_lacks(launcher, tmp_path, value):
     preset.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n    return {value}\n"
     )
-    word = "beta does not exist" if value == "3" else "unknown field 'beta'"
-    refused(launcher.run("train", f"--config={preset}", "--config.beta=1"), str(preset), word)
+    result = launcher.run("train", f"--config={preset}", "--config.beta=1")
+    refused(result, str(preset), "unknown field 'beta'")
 
 
 def test_preset_with_a_key_error(launcher, tmp_path):

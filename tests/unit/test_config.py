@@ -1,13 +1,18 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from efm_jax.rl.config import QIPOConfig
+from efm_jax import checks
+from efm_jax.rl.agents import make_agent
+from efm_jax.rl.config import OPTIONS, PHASES, QIPOConfig, register_options
 
-FIELDS = {field.name: field for field in dataclasses.fields(QIPOConfig)}
+FIELDS = {field.name: field for field in dataclasses.fields(QIPOConfig) if field.name != "options"}
+PHASE_RATES = [f"{phase}_learning_rate" for phase in PHASES]
 WRONG_TYPES = {
     int: [1.5, 2.0, "3", True, None, (1,)],
     float: ["0.5", True, None, (0.5,)],
@@ -16,16 +21,9 @@ WRONG_TYPES = {
     tuple[int, ...]: [64, "64", None, [64, 64], (64, "64"), (64.0,), (True,)],
 }
 WRONG_VALUES = {
-    "path": ["linear", "", "OT"],
-    "network": ["resnet"],
-    "activation": ["swish"],
     "dtype": ["float16", "bf16"],
-    "solver": ["rk45"],
-    "critic": ["sarsa"],
-    "policy": ["sac"],
     "learning_rate_schedule": ["linear"],
     "action_selection": ["greedy"],
-    "eval_solver": ["rk45", ""],
     "data_copies": [0.0, -1.0, np.nan, np.inf],
     "target_ess": [-0.1, 1.0, np.nan],
     "pessimism": [-1.0, np.nan, np.inf],
@@ -35,7 +33,7 @@ WRONG_VALUES = {
     "critic_hidden_dims": [(), (0,), (64, -1)],
     "time_features": [0, 1, 3, -2],
     "learning_rate": [0.0, -1e-3, np.nan, np.inf],
-    "critic_learning_rate": [0.0, -1e-3, np.nan, np.inf],
+    **{name: [-1e-3, np.nan, np.inf] for name in PHASE_RATES},
     "max_grad_norm": [-1.0, np.nan, np.inf],
     "ema_decay": [-0.1, 1.0, 1.5, np.nan],
     "beta": [-1.0, np.nan, np.inf],
@@ -45,17 +43,19 @@ WRONG_VALUES = {
     "expectile": [0.0, 1.0, -0.5, np.nan],
     "eval_every": [-1],
     "max_transitions": [-1],
+    **{f"{phase}_batch_size": [-1] for phase in PHASES},
     **{
         name: [0, -1]
         for name in (
-            "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps", "critic_steps",
-            "policy_steps", "log_every", "checkpoint_every", "eval_episodes", "num_critics", "n_step",
-            "num_candidates",
+            "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps",
+            "critic_steps", "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
+            "num_critics", "n_step", "num_candidates",
         )
     },
 }  # fmt: skip
 BOUNDARIES = {
-    "max_grad_norm": 0.0, "ema_decay": 0.0, "beta": 0.0, "beta_q": 0.0, "discount": 1.0, "polyak": 1.0,
+    "max_grad_norm": 0.0, "ema_decay": 0.0, "beta": 0.0, "beta_q": 0.0, "discount": 1.0,
+    "critic_learning_rate": 0.0, "critic_batch_size": 0, "polyak": 1.0,
     "eval_every": 0, "batch_size": 1, "support_size": 1, "time_features": 2, "hidden_dims": (1,),
     "learning_rate": 1, "pessimism": 0.0, "target_ess": 0.0, "eval_sample_steps": 0,
 }  # fmt: skip
@@ -83,12 +83,11 @@ def test_wrong_value_names_the_field(name, value):
 
 
 def test_every_field_that_can_be_wrong_is_checked():
-    # preprocess, which owns the choices, refuses an unknown reward_transform.
-    assert set(FIELDS) - set(WRONG_VALUES) == {
-        "layer_norm",
-        "critic_layer_norm",
-        "reward_transform",
-    }
+    # The registries, which own the names, refuse unknown ones: test_model, test_agents and
+    # test_data_preprocess.
+    names = {"path", "prediction", "loss", "network", "activation", "solver", "eval_solver"}
+    names |= {"critic", "policy", "reward_transform"}
+    assert set(FIELDS) - set(WRONG_VALUES) == names | {"layer_norm", "critic_layer_norm"}
 
 
 @pytest.mark.parametrize(("name", "value"), BOUNDARIES.items())
@@ -115,28 +114,69 @@ def test_from_dict_refuses_what_validate_refuses():
 
 
 @pytest.mark.parametrize(
-    ("preset", "algorithm", "path"),
+    ("preset", "name", "path"),
     [("qipo_ot", "qipo_ot", "ot"), ("qipo_diff", "qipo_diff", "vp"), ("quick", "qipo_ot", "ot")],
 )
-def test_presets(preset, algorithm, path):
+def test_presets(preset, name, path):
     config = importlib.import_module(f"experiments.configs.{preset}").get_config().validate()
-    assert (config.algorithm, config.path) == (algorithm, path)
+    assert (make_agent(config, 3, 2).name, config.path) == (name, path)
+
+
+def test_a_preset_loads_neither_data_formats_nor_environments_nor_networks():
+    code = "import sys, experiments.configs.qipo_ot; print('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "efm_jax.rl.config" in loaded
+    heavy = {"h5py", "gymnasium", "minari", "flax", "optax", "orbax", "diffrax", "matplotlib"}
+    assert not loaded & (heavy | {"efm_jax.networks", "efm_jax.losses", "efm_jax.data"})
 
 
 def test_fields_of_the_public_contract():
     assert FIELDS.keys() >= {
-        "path", "beta", "support_size", "renew_every", "estimator", "behavior_steps", "critic_steps",
-        "policy_steps", "batch_size", "learning_rate", "hidden_dims", "sample_steps", "solver", "critic",
+        "path", "beta", "support_size", "renew_every", "estimator", "behavior_steps",
+        "critic_steps", "policy_steps", "batch_size", "behavior_batch_size", "critic_batch_size",
+        "policy_batch_size", "learning_rate", "hidden_dims", "sample_steps", "solver", "critic",
         "discount", "checkpoint_every", "log_every", "eval_episodes",
     }  # fmt: skip
 
 
-def test_guidance_needs_a_score():
-    with pytest.raises(ValueError, match=r"^path: expected 'vp' with policy=qgpo"):
-        QIPOConfig(policy="qgpo").validate()
-    assert QIPOConfig(policy="qgpo", path="vp").validate().algorithm == "qgpo"
+@dataclasses.dataclass
+class Options:
+    temperature: float = 1.0
+    layers: tuple[int, ...] = (4,)
+
+    def validate(self):
+        checks.check_number("mine.temperature", self.temperature, minimum=0.0)
 
 
-def test_behaviour_cloning_has_no_policy_phase():
-    assert QIPOConfig(policy="bc").phase_steps["policy"] == 0
-    assert QIPOConfig().phase_steps == {"behavior": 10_000, "critic": 10_000, "policy": 10_000}
+@pytest.fixture
+def mine():
+    register_options("mine", Options)
+    yield
+    OPTIONS.pop("mine")
+
+
+def test_options_of_a_registered_critic_are_fields(mine):
+    config = QIPOConfig()
+    config.mine.temperature = 2.5
+    values = json.loads(json.dumps(config.validate().to_dict()))
+    assert values["mine"] == {"temperature": 2.5, "layers": [4]}
+    assert QIPOConfig.from_dict(values) == config
+    assert QIPOConfig.from_dict({"mine": {"layers": [1]}}).mine.layers == (1,)
+    for name, value in (("temperature", -1.0), ("temperature", "hot"), ("layers", [4])):
+        config = QIPOConfig()
+        setattr(config.mine, name, value)
+        with pytest.raises((ValueError, TypeError), match=rf"^mine\.{name}: expected "):
+            config.validate()
+    with pytest.raises(ValueError, match=r"unknown field 'mine.nosuch'"):
+        QIPOConfig.from_dict({"mine": {"nosuch": 1}})
+
+
+def test_options_that_cannot_be_registered():
+    with pytest.raises(TypeError, match=r"^options: expected a dataclass; got "):
+        register_options("mine", dict)
+    for name in ("beta", "options", "validate", "not a name"):
+        with pytest.raises(ValueError, match=r"^name: expected an identifier that is no field"):
+            register_options(name, Options)
+    with pytest.raises(AttributeError, match="no field 'mine'"):
+        QIPOConfig().mine  # noqa: B018

@@ -4,10 +4,11 @@ import numpy as np
 import optax
 import pytest
 
+from efm_jax.data.preprocess import n_step
 from efm_jax.networks import QEnsemble, Value, ValueEnsemble
+from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.critics import CRITICS, IQL, CriticBatch, EnsembleLCB, SoftmaxQ
-from efm_jax.rl.samples import Samples, n_step
+from efm_jax.rl.critics import IQL, EnsembleLCB, SoftmaxQ, make_critic
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, make_step
 from efm_jax.types import Transitions
@@ -22,8 +23,8 @@ def batch(seed=0):
         return rng.standard_normal(shape).astype(np.float32)
 
     discounts = np.float32(0.9 * (np.arange(B) % 2))  # 0: terminated
-    samples = Samples(draw(B, S), draw(B, A), draw(B), draw(B, S), discounts)
-    return CriticBatch(samples, draw(B, M, A))
+    rows = draw(B, S), draw(B, A), draw(B), draw(B, S)
+    return Batch(*rows, discounts, next_actions=draw(B, M, A))
 
 
 def parameters(critic):
@@ -45,10 +46,10 @@ ENSEMBLE = EnsembleLCB(QEnsemble((8,), 3), ValueEnsemble((8,), 3), 0.7, 0.5)
 
 @pytest.mark.parametrize("beta_q", [0.0, 2.0, 1e4])
 def test_softmax_q_loss(beta_q):
-    critic, (samples, next_actions) = SoftmaxQ(Q, beta_q), batch()
+    critic, samples = SoftmaxQ(Q, beta_q), batch()
     params, target = parameters(critic)
     observations = np.repeat(samples.next_observations[:, None], M, axis=1)
-    next_q = apply(Q, target["q"], observations, next_actions).min(
+    next_q = apply(Q, target["q"], observations, samples.next_actions).min(
         0
     )  # the twins' minimum, per action
     weights = np.exp(beta_q * (next_q - next_q.max(1, keepdims=True)))
@@ -63,7 +64,7 @@ def test_softmax_q_loss(beta_q):
 
 @pytest.mark.parametrize("expectile", [0.5, 0.9])
 def test_iql_loss(expectile):
-    critic, (samples, _) = IQL(Q, V, expectile), batch()
+    critic, samples = IQL(Q, V, expectile), batch()
     params, target = parameters(critic)
     value = apply(V, params["v"], samples.observations)
     next_value = apply(V, params["v"], samples.next_observations)
@@ -84,12 +85,11 @@ def test_without_discount_what_follows_does_not_count(critic):
     params, target = parameters(critic)
     loss = jax.jit(critic.loss)
     ended, going = (
-        batch()._replace(samples=batch().samples._replace(discounts=np.full(B, factor, np.float32)))
-        for factor in (0, 0.9)
+        batch()._replace(discounts=np.full(B, factor, np.float32)) for factor in (0, 0.9)
     )
 
     def elsewhere(b):
-        return b._replace(samples=b.samples._replace(next_observations=np.ones((B, S), np.float32)))
+        return b._replace(next_observations=np.ones((B, S), np.float32))
 
     assert loss(params, target, None, ended)[0] == loss(params, target, None, elsewhere(ended))[0]
     assert loss(params, target, None, going)[0] != loss(params, target, None, elsewhere(going))[0]
@@ -97,8 +97,7 @@ def test_without_discount_what_follows_does_not_count(critic):
 
 def test_iql_is_semi_gradient_descent():
     """The Q loss moves Q alone, toward a constant; V's loss moves V alone."""
-    critic, b = IQL(Q, V, 0.7), batch()
-    data = b.samples
+    critic, data = IQL(Q, V, 0.7), batch()
     params, target = parameters(critic)
     gap = apply(Q, target["q"], data.observations, data.actions).min(0) - apply(
         V, params["v"], data.observations
@@ -116,7 +115,7 @@ def test_iql_is_semi_gradient_descent():
 
     found, expected = jax.jit(
         lambda p: (
-            jax.grad(lambda p: critic.loss(p, target, None, b)[0])(p),
+            jax.grad(lambda p: critic.loss(p, target, None, data)[0])(p),
             jax.grad(surrogate)(p),
         )
     )(params)
@@ -144,8 +143,8 @@ def test_q_values_are_the_least_of_the_ensemble():
     critic = SoftmaxQ(QEnsemble((8,), num=3), 1.0)
     params, _ = parameters(critic)
     b = batch()
-    q = jax.jit(critic.q_values)(params, b.samples.observations[:, None], b.next_actions)
-    every = apply(critic.q_network, params["q"], b.samples.observations[:, None], b.next_actions)
+    q = jax.jit(critic.q_values)(params, b.observations[:, None], b.next_actions)
+    every = apply(critic.q_network, params["q"], b.observations[:, None], b.next_actions)
     assert q.shape == (B, M)
     np.testing.assert_allclose(q, every.min(0), rtol=1e-6)
     assert len(set(every.argmin(0).ravel())) == 3
@@ -174,6 +173,10 @@ def chain():
         one_hot[following],
         np.float32(ended),
     )
+
+
+def as_batch(data, n, discount):
+    return Batch(data.observations, data.actions, *n_step(data, n, discount))
 
 
 def solve(share_of_best):
@@ -212,31 +215,31 @@ def test_critic_solves_the_chain(options, share_of_best):
     config = QIPOConfig(
         **options, critic_hidden_dims=(32,), critic_layer_norm=False, discount=DISCOUNT, polyak=0.05
     ).validate()
-    critic, data = CRITICS[config.critic].from_config(config), n_step(chain(), 1, DISCOUNT)
+    critic, data = make_critic(config), as_batch(chain(), 1, DISCOUNT)
     next_actions = np.tile(ACTIONS[:, None], (6, 1, 1)) if critic.uses_next_actions else None
     optimizer = optax.adam(optax.linear_schedule(5e-3, 1e-4, 4000))
     step = make_step(critic.loss, optimizer, average_rate=config.polyak)
     chunk = jax.jit(make_chunk(step, lambda key, tables: tables, 4000))
     state = TrainState.create(critic.init(jax.random.key(0), 3, 1), optimizer)
-    state, _ = chunk(state, jax.random.key(0), CriticBatch(data, next_actions))
+    state, _ = chunk(state, jax.random.key(0), data._replace(next_actions=next_actions))
     q = critic.q_values(state.average, data.observations, data.actions)
     np.testing.assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
 
 
 def test_critics_are_made_from_a_configuration():
     config = QIPOConfig(critic="iql", expectile=0.8, critic_hidden_dims=(4,), num_critics=3)
-    critic = CRITICS[config.critic].from_config(config)
+    critic = make_critic(config)
     assert isinstance(critic, IQL)
     assert (critic.expectile, critic.q_network.num, critic.uses_next_actions) == (0.8, 3, False)
-    critic = CRITICS["softmax_q"].from_config(QIPOConfig(beta_q=3.0))
+    critic = make_critic(QIPOConfig(beta_q=3.0))
     assert isinstance(critic, SoftmaxQ)
     assert (critic.beta_q, critic.uses_next_actions, critic.values(None, None)) == (3.0, True, None)
-    critic = CRITICS["ensemble"].from_config(QIPOConfig(num_critics=5, pessimism=2.0))
+    critic = make_critic(QIPOConfig(critic="ensemble", num_critics=5, pessimism=2.0))
     assert (critic.q_network.num, critic.v_network.num, critic.pessimism) == (5, 5, 2.0)
 
 
 def test_ensemble_loss_keeps_members_apart():
-    samples = batch().samples
+    samples = batch()
     params, target = parameters(ENSEMBLE)
     value = apply(ENSEMBLE.v_network, params["v"], samples.observations)  # [3, B]
     next_value = apply(ENSEMBLE.v_network, params["v"], samples.next_observations)
@@ -250,7 +253,8 @@ def test_ensemble_loss_keeps_members_apart():
 
 
 def test_lower_confidence_bound_of_the_advantage():
-    samples, next_actions = batch()
+    samples = batch()
+    next_actions = samples.next_actions
     params, _ = parameters(ENSEMBLE)
     states = samples.observations[:, None]
     found = jax.jit(ENSEMBLE.q_values)(params, states, next_actions)
@@ -267,7 +271,7 @@ def test_lower_confidence_bound_of_the_advantage():
 
 
 def trajectory():
-    """Two episodes: rows 0 to 3 end terminal, rows 4 to 6 are truncated; another of one row follows."""
+    """Rows 0 to 3 end terminal, rows 4 to 6 are truncated, row 7 is an episode of its own."""
     observations = np.float32([[0], [1], [2], [3], [10], [11], [12], [20]])
     following = np.float32([[1], [2], [3], [4], [11], [12], [13], [21]])
     terminated = np.float32([0, 0, 0, 1, 0, 0, 0, 0])
@@ -277,7 +281,7 @@ def trajectory():
 
 def test_three_steps():
     g = 0.5
-    found = n_step(trajectory(), 3, g)
+    found = as_batch(trajectory(), 3, g)
     # Sums of up to three rewards, never over an end.
     expected = [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16 + 16 + 16, 32 + 32, 64, 128]
     np.testing.assert_array_equal(found.rewards, np.float32(expected))
@@ -288,14 +292,14 @@ def test_three_steps():
 
 def test_one_step_is_the_transition():
     data = trajectory()
-    found = n_step(data, 1, 0.9)
+    found = as_batch(data, 1, 0.9)
     np.testing.assert_array_equal(found.rewards, data.rewards)
     np.testing.assert_array_equal(found.next_observations, data.next_observations)
     np.testing.assert_allclose(found.discounts, 0.9 * (1 - data.terminated))
 
 
 def test_beyond_the_end_it_is_the_return():
-    found = n_step(trajectory(), 100, 1.0)
+    found = as_batch(trajectory(), 100, 1.0)
     np.testing.assert_array_equal(found.rewards[:4], [15, 14, 12, 8])
     np.testing.assert_array_equal(found.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
     with pytest.raises(ValueError, match=r"^n_step: "):

@@ -1,4 +1,4 @@
-"""Losses against NumPy float64 with the drawn times and noise recorded, and against exact expectations."""
+"""Losses against NumPy float64 with recorded times and noise, and against exact expectations."""
 
 import functools
 
@@ -84,7 +84,7 @@ def recorded(ref, x0, loss, path, key, *arrays, field=linear, time_weight=None, 
     return value, aux, *recorder.seen(ref, x0)
 
 
-# --- per sample -------------------------------------------------------------------------------------
+# --- per sample ---
 
 
 @each_path
@@ -122,7 +122,7 @@ def test_the_true_conditional_field_has_no_error(x64, name):
     assert losses.dsm_error(lambda x, t: score, path, x0, noise, t) == pytest.approx(0.0, abs=1e-20)
 
 
-# --- per batch, against NumPy -----------------------------------------------------------------------
+# --- per batch, against NumPy ---
 
 
 @each_path
@@ -133,6 +133,62 @@ def test_cfm_and_dsm_match_numpy(x64, name):
     np.testing.assert_allclose(value, reference.cfm(ref, linear(x, t), x0, noise, t), rtol=1e-8)
     value, _, x, t, noise = recorded(ref, x0, losses.dsm, path, key, jnp.asarray(x0))
     np.testing.assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t), rtol=1e-8)
+
+
+@each_path
+@pytest.mark.parametrize("prediction", paths.PREDICTIONS)
+@pytest.mark.parametrize("shape", [(B, D), (B, M, D)])
+def test_any_prediction_with_importance_weights_matches_numpy(x64, name, prediction, shape):
+    path, ref = PATHS[name]
+    x0, key = normal(2, *shape), jax.random.key(KEY)
+    w = np.random.default_rng(3).exponential(size=shape[:-1])
+    w /= w.mean(-1, keepdims=True)
+    loss = functools.partial(losses.matching, prediction=prediction)
+    value, aux, x, t, noise = recorded(
+        ref, x0, loss, path, key, jnp.asarray(x0), weights=jnp.asarray(w)
+    )
+    target = {
+        "velocity": reference_paths.velocity(ref, x0, noise, t),
+        "score": reference_paths.score(ref, noise, t),
+        "noise": noise,
+        "data": x0,
+    }[prediction]
+    errors = ((np.asarray(linear(x, t)) - target) ** 2).sum(-1)
+    np.testing.assert_allclose(value, (w * errors).mean(), rtol=1e-7)
+    ess, top = w.sum(-1) ** 2 / (w**2).sum(-1), w.max(-1) / w.sum(-1)
+    np.testing.assert_allclose(aux["ess"], ess.mean(), rtol=1e-10)
+    np.testing.assert_allclose(aux["top_weight"], top.mean(), rtol=1e-10)
+
+
+def test_a_mask_is_the_mean_over_what_it_keeps(x64):
+    path, x0 = PATHS["ot"][0], jnp.asarray(normal(2, B, D))
+    keys = losses.sample_keys(jax.random.key(KEY), B)
+    mask = jnp.arange(B) < 3
+    for loss in (losses.cfm, losses.dsm):
+        masked, aux = loss(linear, path, keys, x0, weights=mask * B / 3)
+        kept, _ = loss(linear, path, keys[:3], x0[:3])
+        np.testing.assert_allclose(masked, kept, rtol=1e-12)
+        assert float(aux["ess"]) == pytest.approx(3)
+
+
+def test_no_gradient_flows_into_importance_weights():
+    path, x0 = PATHS["ot"][0], jnp.asarray(normal(2, B, D), jnp.float32)
+    loss = lambda w: losses.cfm(linear, path, jax.random.key(KEY), x0, weights=w)[0]  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(B)), np.zeros(B))
+
+
+def test_contrast_with_weights_of_its_own_is_ceps(x64):
+    path, x0 = PATHS["vp_cosine"][0], jnp.asarray(normal(2, B, M, D))
+    energy, key = jnp.asarray(normal(3, B, M)), jax.random.key(KEY)
+    g = M * softmax(-2.0 * np.asarray(energy), axis=-1)
+    log_ratio = lambda x, t: (x * t[..., None]).sum(-1)  # noqa: E731
+    own = losses.contrastive(log_ratio, path, key, x0, jnp.asarray(g))
+    for a, b in zip(
+        jax.tree.leaves(own),
+        jax.tree.leaves(losses.cep(log_ratio, path, key, x0, energy, 2.0)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 @each_path
@@ -155,7 +211,7 @@ def test_cefm_and_ced_match_numpy(x64, name, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 3.0])
 def test_a_dataset_normalizer_matches_numpy(x64, beta):
-    """Weights ``exp(-beta E - log Z) / B``; the reference's softmax times what its weights should sum to."""
+    """Weights ``exp(-beta E - log Z) / B``: the softmax times the sum that weights should have."""
     path, ref = PATHS["vp_cosine"]
     x0, energy, key, log_z = normal(2, B, D), normal(3, B), jax.random.key(KEY), 0.4
     arguments = (path, key, jnp.asarray(x0), jnp.asarray(energy), beta)
@@ -243,7 +299,7 @@ def test_cep_matches_numpy(x64, name):
 
 
 def test_cep_is_stationary_at_its_weights(x64):
-    """A shift of f changes nothing, and the gradient vanishes where softmax(f) equals the weights."""
+    """A shift of f changes nothing; the gradient vanishes where softmax(f) equals the weights."""
     path, _ = PATHS["ot"]
     x0, energy = jnp.asarray(normal(2, B, D)), jnp.asarray(normal(3, B))
 
@@ -261,7 +317,7 @@ def test_cep_is_stationary_at_its_weights(x64):
     assert np.abs(jax.grad(at)(2.0 * energy)).max() > 0.01
 
 
-# --- structure --------------------------------------------------------------------------------------
+# --- structure ---
 
 
 @each_path
@@ -367,7 +423,7 @@ def test_times_are_uniform_and_noise_is_normal(x64):
     assert kstest(noise.ravel(), "norm").pvalue > 1e-3
 
 
-# --- many devices -----------------------------------------------------------------------------------
+# --- many devices ---
 
 BATCH_LOSSES = {
     "cfm": lambda f, p, k, x, e, a: losses.cfm(f, p, k, x, axis_name=a),
@@ -425,7 +481,7 @@ def test_shard_map_with_its_replication_check_on(devices, name):
     np.testing.assert_allclose(jax.jit(mapped)(key, x0, energy).sum(), expected, rtol=1e-5)
 
 
-# --- expectations -----------------------------------------------------------------------------------
+# --- expectations ---
 
 
 def mean_and_error(function, number):
@@ -468,7 +524,7 @@ def test_dsm_of_the_zero_score_is_the_dimension(x64, name):
 
 @pytest.mark.parametrize("name", ["ot", "vp_cosine"])
 def test_the_guided_field_minimizes_cefm(x64, name):
-    """Thm 4.3: at Thm 4.1's field the gradient vanishes in any direction; at the unguided one it does not."""
+    """Thm 4.3: the gradient vanishes at Thm 4.1's field, and not at the unguided one."""
     path, _ = PATHS[name]
     data, energy, beta = jnp.asarray(1.5 * normal(7, 6, 2)), jnp.asarray(normal(8, 6)), 2.0
     x0, energies = (
@@ -507,7 +563,7 @@ def linear_gradient(name, theta, data, weight):
 
 @pytest.mark.parametrize("name", ["cefm", "ced"])
 def test_a_dataset_normalizer_makes_the_gradient_of_a_batch_unbiased(x64, name):
-    """Batches of 4 of a dataset of 50, at Thm 4.3's own gradient; the softmax over so few is far from it."""
+    """Batches of 4 of 50 have Thm 4.3's own gradient; the softmax over so few is far from it."""
     path = PATHS["ot" if name == "cefm" else "vp_cosine"][0]
     data, theta, beta = 1.5 * normal(7, 50, 2), normal(6, 2, 2), 2.0
     energy = data[:, 0] + 0.3 * normal(8, 50)
@@ -556,7 +612,7 @@ def test_the_guided_score_minimizes_ced(x64):
     assert np.abs(unguided / error).max() > 20
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 def test_shapes_that_disagree_are_refused():

@@ -6,8 +6,8 @@ import pytest
 
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
 from efm_jax.rl.trainer import Trainer
-from tests.unit.test_trainer import ROWS, A, Recorder, S, config, transitions
-from tests.unit.test_trainer import layout as make_layout
+from tests.tiny import ROWS, A, S, config, transitions
+from tests.tiny import layout as make_layout
 
 
 def bytes_of(tree):
@@ -22,11 +22,11 @@ def test_prediction_is_what_a_run_holds(parallel, devices, critic):
     trainer = Trainer(options, transitions(), range(4), layout)
     found = predict(options, layout, ROWS, S, A)
     state = layout.put_seeds(trainer.init_state())
-    assert found.dataset == bytes_of(trainer._samples) / devices
+    assert found.dataset == bytes_of(trainer.data) / devices
     assert found.state == bytes_of(state) / devices
-    tables = [trainer._renew(state, 0, Recorder())]
+    tables = [trainer.renew(state)[0]]
     if critic == "softmax_q":
-        tables.append(trainer._next_actions(state, Recorder()))
+        tables.append(trainer.next_actions(state))
     assert found.tables == max(map(bytes_of, tables)) / devices
     assert found.total == found.dataset + found.tables + found.state
 

@@ -56,7 +56,7 @@ def everything(path, mixture, energy, x, t, beta=BETA):
     return fields
 
 
-# --- against NumPy ----------------------------------------------------------------------------------
+# --- against NumPy ---
 
 
 @with_sigma_min
@@ -92,7 +92,7 @@ def test_density_guided_mixture_and_normalizer_match_numpy(x64, d):
     np.testing.assert_allclose(mixture.log_normalizer(energy, BETA), log_z, rtol=1e-10)
 
 
-# --- against numerical integration ------------------------------------------------------------------
+# --- against numerical integration ---
 
 
 def integral(function, mixture):
@@ -161,7 +161,7 @@ def test_fields_by_integration_over_the_posterior(x64, name, time):
     np.testing.assert_allclose(got["guided velocity"], flux / tilt, rtol=1e-7)
 
 
-# --- consistency ------------------------------------------------------------------------------------
+# --- consistency ---
 
 
 @each_path
@@ -234,7 +234,7 @@ def test_weights_need_not_be_normalized(x64):
         np.testing.assert_allclose(got, expected[field], rtol=1e-10, atol=1e-10, err_msg=field)
 
 
-# --- both ends --------------------------------------------------------------------------------------
+# --- both ends ---
 
 
 @each_path
@@ -294,7 +294,7 @@ def test_values_at_the_ends_are_the_limits(x64, name):
         )
 
 
-# --- against finite data ----------------------------------------------------------------------------
+# --- against finite data ---
 
 
 @each_path
@@ -346,7 +346,7 @@ def test_many_samples_as_finite_data():
     np.testing.assert_allclose(intermediate, expected["intermediate_energy"], atol=0.1)
 
 
-# --- samples and flows ------------------------------------------------------------------------------
+# --- samples and flows ---
 
 
 def moments(mixture):
@@ -414,7 +414,7 @@ def test_the_likelihood_of_the_flow_is_the_density(x64):
     np.testing.assert_allclose(likelihood(x), guided.log_density(x), rtol=1e-5, atol=1e-5)
 
 
-# --- numbers that overflow --------------------------------------------------------------------------
+# --- numbers that overflow ---
 
 
 @each_path
@@ -449,7 +449,7 @@ def test_a_float32_offset_costs_no_digits():
     )
 
 
-# --- transformations and bad input ------------------------------------------------------------------
+# --- transformations and bad input ---
 
 
 def test_any_leading_axes_jit_and_vmap(x64):

@@ -21,23 +21,19 @@ PATHS = {
     "vp_cosine": (paths.vp_cosine(), reference.vp_cosine()),
 }
 CONVERSIONS = [
-    "velocity_from_score",
-    "score_from_velocity",
-    "velocity_from_noise",
-    "noise_from_velocity",
-    "velocity_from_x0",
-    "x0_from_velocity",
-    "x0_from_score",
-    "score_from_x0",
+    f"{target}_from_{source}"
+    for source in ("velocity", "noise", "score", "x0")
+    for target in ("velocity", "noise", "score", "x0")
+    if source != target
 ]
-AT_ZERO = {"velocity_from_score", "noise_from_velocity", "x0_from_velocity", "x0_from_score"}
+AT_ZERO = {
+    "velocity_from_score", "noise_from_velocity", "x0_from_velocity", "x0_from_score",
+    "noise_from_score", "x0_from_noise",
+}  # fmt: skip
 AT_ONE = {
-    "score_from_velocity",
-    "noise_from_velocity",
-    "velocity_from_x0",
-    "x0_from_velocity",
-    "score_from_x0",
-}
+    "score_from_velocity", "noise_from_velocity", "velocity_from_x0", "x0_from_velocity",
+    "score_from_x0", "noise_from_score", "noise_from_x0", "score_from_noise",
+}  # fmt: skip
 FINITE = {  # conversions with a finite limit, for fixed value and x, at (t = 0, t = 1)
     "ot": (AT_ZERO | {"velocity_from_noise"}, AT_ONE),
     "ot_floor": (set(CONVERSIONS), AT_ONE),

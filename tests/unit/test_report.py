@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from efm_jax.envs import Rollouts
-from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.config import OPTIONS, QIPOConfig
 from efm_jax.runs.metrics import MetricsWriter, write_returns
 from efm_jax.runs.workdir import RunInfo
 from launch.report.page import build_page
@@ -22,9 +22,12 @@ from tests.unit import test_remote_workdir
 bucket = test_remote_workdir.workdir
 
 VOID = {"br", "img", "meta"}
-CONFIG = QIPOConfig(hidden_dims=(8, 8), behavior_steps=200, critic_steps=100, policy_steps=300)
+CONFIG = QIPOConfig(hidden_dims=(8, 8))
 INFO = RunInfo(
     config=CONFIG,
+    plugins=[],
+    algorithm="qipo_ot",
+    phase_steps={"behavior": 200, "critic": 100, "policy": 300},
     seed=5,
     num_seeds=1,
     dataset="some/data-v0",
@@ -245,6 +248,26 @@ def test_runs_are_compared(run, tmp_path):
     assert "The configurations are equal." in page_of(run, write(tmp_path / "c", num_seeds=2)).text
 
 
+def test_options_of_a_plugin_are_fields(tmp_path, monkeypatch):
+    options = dataclasses.make_dataclass("Options", [("deep", bool, False)])
+    monkeypatch.setitem(OPTIONS, "deeper", options)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "report_plugin.py").write_text(
+        "import dataclasses\nfrom efm_jax.rl.config import register_options\n"
+        "options = dataclasses.make_dataclass('Options', [('deep', bool, False)])\n"
+        "register_options('deeper', options)\n"
+    )
+    config = dataclasses.replace(CONFIG, options={"deeper": options(True)})
+    new = write(tmp_path / "new", config=config, plugins=["report_plugin"])
+    del OPTIONS["deeper"]
+    old = write(tmp_path / "old")
+    differing = page_of(old, new).rows("Fields of the configuration that differ")[1:]
+    assert sorted(differing) == [
+        ["deeper.deep", "none", "true"],
+        ["plugins", "[]", '["report_plugin"]'],
+    ]
+
+
 def test_returns_of_different_environments_are_not_drawn_together(run, tmp_path):
     other = write(
         tmp_path / "b",
@@ -335,6 +358,8 @@ def test_texts_are_escaped(tmp_path):
     name = NASTY.replace("/", "|")
     folder = write(
         tmp_path / name,
+        algorithm=NASTY,
+        config=dataclasses.replace(CONFIG, path=NASTY),
         dataset=NASTY,
         env_spec=json.dumps({"id": NASTY}),
         phases={NASTY: points},
@@ -347,8 +372,8 @@ def test_texts_are_escaped(tmp_path):
     assert not page.find("script")
     assert not page.find("b")
     assert page.texts("h4").count(NASTY) == 1
-    # Dataset twice, environment, policy twice, version.
-    assert [cell.text.strip() for cell in page.find("td") if cell.text].count(NASTY.strip()) == 6
+    # Algorithm, path, dataset twice, environment, policy twice, version.
+    assert [cell.text.strip() for cell in page.find("td") if cell.text].count(NASTY.strip()) == 8
     assert any(name[-28:] in label for label in page.texts("text"))  # within the figure
     assert page.figure(f"{NASTY} against {NASTY} step")
     assert page.find("video")[0].get("aria-label").startswith(f"{name}.mp4: an episode of run ")

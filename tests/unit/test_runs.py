@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from efm_jax.envs import Rollouts
-from efm_jax.rl.algorithm import State
+from efm_jax.rl.agents import State
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.metrics import MetricsWriter
@@ -26,6 +26,9 @@ from tests.unit.test_metrics import SEEDS, add_returns
 def info(seeds=2):
     return RunInfo(
         config=QIPOConfig(),
+        plugins=[],
+        algorithm="qipo_ot",
+        phase_steps=dict.fromkeys(("behavior", "critic", "policy"), 10_000),
         seed=SEEDS[0],
         num_seeds=seeds,
         dataset="data",

@@ -104,7 +104,7 @@ def test_dopri5_reaches_the_closed_form_flow_and_dpmpp_agrees(x64, name):
 
 @each_path
 def test_dpmpp_reaches_the_closed_form_flow(x64, name):
-    """Few steps come close, more steps closer at the rate of the order, and order 2 beats order 1."""
+    """Few steps come close, more come closer at the order's rate, and order 2 beats order 1."""
     path, ref = PATHS[name]
     steps = np.array([15, 60])
     start = recorded_calls(path, num_steps=1)[0][1][0]  # it may start a little before pure noise
@@ -125,7 +125,7 @@ def test_dpmpp_reaches_the_closed_form_flow(x64, name):
 @each_path
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpmpp_steps_match_numpy(x64, name, order):
-    """Every recorded step, but the last, is the published update between the times the sampler chose."""
+    """Every recorded step but the last is the published update between the sampler's times."""
     path, ref = PATHS[name]
     calls = recorded_calls(path, num_steps=8, order=order)
     assert len(calls) in (7, 8, 9)  # one evaluation a step
@@ -187,7 +187,7 @@ def test_dpmpp_refuses():
         sample_dpmpp(score_of(path), path, noise, num_steps=0)
 
 
-# --- log-likelihood ---------------------------------------------------------------------------------
+# --- log-likelihood ---
 
 
 @pytest.mark.parametrize("name", ["ot", "vp_cosine"])
@@ -221,7 +221,7 @@ def test_log_likelihood_with_a_full_jacobian(x64, solver):
 
 
 def test_hutchinson_is_unbiased(x64):
-    """Averaged over keys it is the exact divergence; the field must be one whose estimate varies at all."""
+    """The mean over keys is the exact divergence, of a field whose estimate varies."""
     keys = jax.random.split(jax.random.key(2), 400)
     estimates = jax.jit(
         jax.vmap(

@@ -137,7 +137,7 @@ def test_ced_has_the_gradient_of_ed(x64, name, time_weight):
     assert difference(conditional, marginal_gradient(exact.score, path, weight, 0.0)) > 0.005
 
 
-# --- Thm 4.1: the guided field generates q_t --------------------------------------------------------
+# --- Thm 4.1: the guided field generates q_t ---
 
 
 def log_guided_density(path, x, t, data, log_weights):
@@ -240,7 +240,7 @@ def test_the_guided_flow_reaches_the_weighted_data(x64, name):
     assert np.quantile(distance.min(-1), 0.9) < 0.1
 
 
-# --- Lemma 4.10: classifier guidance is exact at beta = 0 and 1 only -----------------------------------
+# --- Lemma 4.10: classifier guidance is exact at beta = 0 and 1 only ---
 
 BETAS = {"exact": (0.0, 1.0), "inexact": (2.0, 5.0)}
 
@@ -301,7 +301,7 @@ def test_classifier_guidance_on_a_mixture(x64, name):
         assert relative(*both(beta)) > 0.02
 
 
-# --- CEP (Lu et al. 2023): the minimizer is -E_t up to a function of t -----------------------------------
+# --- CEP (Lu et al. 2023): the minimizer is -E_t up to a function of t ---
 
 
 class QuadraturePath:

@@ -1,98 +1,17 @@
 """The trainer: devices, seeds, resumption."""
 
-from unittest import mock
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efm_jax.rl.config import PHASES, QIPOConfig
-from efm_jax.rl.support import write_rows
-from efm_jax.rl.trainer import StoppedError, Trainer
+from efm_jax.rl.agents import player
+from efm_jax.rl.batch import Batch, Table
+from efm_jax.rl.config import PHASES
+from efm_jax.rl.trainer import Trainer
 from efm_jax.training.loop import NonFiniteLossError
-from efm_jax.training.parallel import Layout
-from efm_jax.types import Normalizer, Transitions
-from experiments.systems.benchmarks.memory import temporaries
-
-ROWS, S, A = 96, 3, 2
-
-
-def transitions(seed=0, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    observations = rng.standard_normal((ROWS, S))
-    data = Transitions(
-        observations=observations,
-        actions=rng.uniform(-1, 1, (ROWS, A)),
-        rewards=rng.standard_normal(ROWS),
-        next_observations=observations + 0.1 * rng.standard_normal((ROWS, S)),
-        terminated=rng.uniform(size=ROWS) < 0.1,
-    )
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), data)
-
-
-def config(**options):
-    base = {
-        "hidden_dims": (8,), "critic_hidden_dims": (8,), "support_size": 3, "batch_size": 16,
-        "sample_steps": 2, "renew_every": 10, "log_every": 5, "checkpoint_every": 10, "eval_every": 0,
-        "time_features": 4, "behavior_steps": 20, "critic_steps": 20, "policy_steps": 20,
-    }  # fmt: skip
-    return QIPOConfig(**base | options).validate()
-
-
-class Recorder:
-    """Hooks that keep what they are told, and ask to stop at a checkpoint."""
-
-    def __init__(self, stop_at=None):
-        self.stop_at = stop_at
-        self.metrics, self.renewals, self.saved, self.phases, self.tables = [], [], [], [], []
-
-    def on_phase(self, phase, done, total):
-        self.phases.append((phase, done, total))
-
-    def on_table(self, name, done, total):
-        self.tables.append((name, done, total))
-
-    def on_renewal(self, step, summary):
-        self.renewals.append((step, summary))
-
-    def on_metrics(self, phase, step, values):
-        self.metrics.append(
-            (phase, step, {k: v for k, v in values.items() if k != "steps_per_second"})
-        )
-
-    def on_evaluate(self, step, params):
-        self.phases.append(("evaluate", step))
-
-    def on_checkpoint(self, state):
-        self.saved.append(jax.tree.map(lambda leaf: np.array(leaf, copy=True), state))
-
-    def stop_requested(self):
-        last = self.metrics[-1][:2] if self.metrics else None
-        return self.stop_at is not None and last == self.stop_at
-
-
-def layout(devices=1, parallel="data", seeds=1):
-    assert len(jax.devices()) >= devices, "too few devices in the XLA_FLAGS of the caller"
-    return Layout.create(parallel, seeds, jax.devices()[:devices])
-
-
-def train(
-    config, seeds=(0,), *, devices=1, parallel="data", stop_at=None, state=None, dtype=np.float32
-):
-    trainer = Trainer(
-        config, transitions(dtype=dtype), seeds, layout(devices, parallel, len(seeds))
-    )
-    hooks = Recorder(stop_at)
-    if state is None:
-        state = trainer.init_state()
-        state = jax.tree.map(
-            lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x, state
-        )
-    try:
-        state = trainer.run(state, hooks)
-    except StoppedError:
-        state = None
-    return state, hooks
+from efm_jax.types import Normalizer
+from tests.tiny import A, Recorder, S, config, layout, train, transitions
 
 
 def assert_same_tree(found, expected):
@@ -151,23 +70,36 @@ def one_device():
     [("softmax_q full", 8), ("iql resample", 4)],
 )
 def test_data_on_many_devices_in_float64(x64, one_device, variant, devices):
-    many = train(config(**VARIANTS[variant], **LONG), devices=devices, dtype=np.float64)
+    many = train(config(**VARIANTS[variant], **LONG), on=layout(devices), dtype=np.float64)
     assert_same_run(many, one_device(variant, np.float64), 1e-9)
 
 
 def test_seeds_on_eight_devices_in_float64(x64, one_device):
     seeds, variant = tuple(range(8)), "iql resample"
-    many = train(
-        config(**VARIANTS[variant], **LONG), seeds, devices=8, parallel="seeds", dtype=np.float64
-    )
+    options = config(**VARIANTS[variant], **LONG)
+    many = train(options, seeds, on=layout(8, "seeds", 8), dtype=np.float64)
     assert_same_run(many, one_device(variant, np.float64, seeds), 1e-9)
 
 
-def test_blocks_of_a_table_that_do_not_divide(monkeypatch, whole_run):
-    monkeypatch.setattr("efm_jax.rl.trainer._TABLE_ACTIONS", 33 * config().support_size + 1)
-    monkeypatch.setattr("efm_jax.rl.trainer.write_rows", seen := mock.Mock(wraps=write_rows))
-    assert_same_run(train(config()), whole_run, 1e-4)
-    assert {call.args[3] for call in seen.call_args_list} == {33}
+@pytest.mark.parametrize("devices", [1, 2])
+def test_blocks_fill_a_table(devices):
+    """The last block of a device overlaps the one before it; each seed has rows of its own."""
+    on = layout(devices, seeds=2)
+
+    def rows(params, key, renewal, batch, index):
+        return {"a": batch.rewards[:, None] * params + renewal, "index": index}
+
+    columns = np.zeros((20, 1)), np.zeros((20, 1)), np.arange(20.0), np.zeros((20, 1)), np.zeros(20)
+    keys = on.put_seeds(jnp.stack([jax.random.key(0)] * 2))
+    params, told = on.put_seeds(jnp.array([[1.0, 2.0], [3.0, 4.0]])), []
+    table = Table(on, rows, 20, 7).fill(
+        params, keys, 5, on.put_rows(Batch(*columns)), lambda *done: told.append(done)
+    )
+    found = jax.tree.map(lambda leaf: np.concatenate(np.asarray(leaf), axis=1), table)
+    assert told == ([(7, 20), (14, 20), (20, 20)] if devices == 1 else [(14, 20), (20, 20)])
+    np.testing.assert_array_equal(found["index"], [np.arange(20)] * 2)
+    expected = np.arange(20)[None, :, None] * np.array([[[1, 2]], [[3, 4]]]) + 5
+    np.testing.assert_array_equal(found["a"], expected)
 
 
 @pytest.fixture
@@ -192,18 +124,14 @@ def test_renewals_and_evaluations_compile_nothing_again(compiled):
 
     class Counting(Recorder):
         def on_evaluate(self, step, acting):
-            trainer.act_fn("policy", acting, normalizer, [0, 1])(np.zeros((1, 2, S), np.float32), 0)
+            act = player(trainer.agent, "policy", acting, normalizer, trainer.keys, [0, 1])
+            act(np.zeros((1, 2, S), np.float32), 0)
             counts.append(compiled.count(event))
 
     trainer.run(trainer.init_state(), hooks := Counting())
     assert [step for step, _ in hooks.renewals] == [0, 5, 10, 15]
     assert len(counts) == 3
     assert 0 < counts[1] == counts[2]
-    # What the benchmark of memory asks of these programs.
-    assert list(temporaries(trainer)) == [
-        *(f"{phase} step" for phase in PHASES),
-        "96 rows of the policy's table",
-    ]
 
 
 def test_a_seed_of_two_equals_itself_alone():
@@ -226,7 +154,7 @@ def test_what_a_run_tells_its_hooks():
     ]
     assert [step for step, _ in hooks.renewals] == [0, 10]
     assert {name for name, _, _ in hooks.tables} == {
-        "next actions",
+        "next_actions",
         "support set 1",
         "support set 2",
     }
@@ -287,10 +215,12 @@ def test_non_finite_loss_is_never_saved(phase, option):
     ("options", "rows", "arguments", "message"),
     [
         ({"batch_size": 96}, 95, {}, r"batch_size: .* at most the 95 transitions .*; got 96"),
+        ({"policy_batch_size": 97}, 96, {}, r"policy_batch_size: .* the 96 transitions .*; got 97"),
+        ({"critic_batch_size": 6}, 96, {"devices": 4}, r"critic_batch_size: .* as 4 or 8; got 6"),
         ({"batch_size": 15}, 96, {"devices": 4}, r"batch_size: .* 4 devices, as 12 or 16; got 15"),
-        ({"batch_size": 3}, 96, {"devices": 4}, r"batch_size: .* multiple of the 4 devices, as 4; got 3"),
-        ({}, 95, {"devices": 4}, r"max_transitions: .* multiple of the 4 devices, as 92; got 95"),
-        ({}, 96, {"devices": 4, "parallel": "seeds", "seeds": 6}, r"num_seeds: .* as 4 or 8; got 6"),
+        ({"batch_size": 3}, 96, {"devices": 4}, r"batch_size: .* 4 devices, as 4; got 3"),
+        ({}, 95, {"devices": 4}, r"max_transitions: .* devices, as 92; got 95"),
+        ({}, 96, {"devices": 4, "parallel": "seeds", "seeds": 6}, r"num_seeds: .* 4 or 8; got 6"),
         ({}, 96, {"parallel": "both"}, r"parallel: expected one of data, seeds; got 'both'"),
     ],
 )  # fmt: skip
@@ -309,3 +239,18 @@ def test_a_part_of_the_data_that_is_not_this_hosts_is_refused():
 def test_seeds_keep_batches_and_data_whole():
     data = jax.tree.map(lambda leaf: leaf[:95], transitions())
     Trainer(config(batch_size=15), data, (0, 1), layout(2, "seeds", 2))
+
+
+def test_each_phase_has_its_own_batch_size_and_learning_rate():
+    own = config(
+        batch_size=8, behavior_batch_size=16, policy_batch_size=32, learning_rate=3e-3,
+        behavior_learning_rate=1e-3, critic_learning_rate=0.0,
+    )  # fmt: skip
+    state, _ = train(own)
+    plain, _ = train(config(batch_size=16, learning_rate=1e-3))
+    jax.tree.map(np.testing.assert_array_equal, state.behavior, plain.behavior)
+    trainer = Trainer(own, transitions(), (0,), layout())
+    data = jax.tree.map(lambda leaf: leaf[0], trainer.data)
+    draw = lambda phase: trainer.agent.draw_batch(phase, jax.random.key(0), data)  # noqa: E731
+    assert [draw(phase).size for phase in PHASES] == [16, 8, 32]
+    assert [own.of_phase("learning_rate", phase) for phase in PHASES] == [1e-3, 3e-3, 3e-3]

@@ -282,7 +282,7 @@ def test_beta_for_ess_refuses_a_bad_fraction(fraction):
         beta_for_ess(jnp.arange(4.0), fraction)
 
 
-# --- a normalizer of the whole dataset --------------------------------------------------------------
+# --- a normalizer of the whole dataset ---
 
 
 def log_mean_exp(energy, beta, axis=-1):

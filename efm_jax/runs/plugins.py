@@ -1,0 +1,20 @@
+"""A user's modules, which register paths, losses, critics and agents when they are imported."""
+
+import importlib
+from collections.abc import Iterable
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import modules by name, from where Python finds them.
+
+    Raises:
+      ValueError: one that cannot be imported, and why.
+    """
+    for name in modules:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"plugins: expected names of modules; got {name!r}")
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a user's module may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"plugins: {name} cannot be imported: {reason}") from error

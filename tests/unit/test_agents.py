@@ -1,0 +1,123 @@
+"""Agents on a bandit whose answer is known: data N(MEAN, STD) in every state, Q a parabola."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efm_jax.rl.agents import make_agent
+from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
+from efm_jax.rl.batch import Batch
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.critics import CRITICS
+from efm_jax.types import Transitions
+from tests import tiny
+from tests.tiny import train
+
+CURVATURE, BEST, MEAN, STD, BETA = 5.0, 0.5, -0.1, 0.3, 2.0
+# mu exp(beta Q) of a Gaussian mu and a parabola Q is a Gaussian.
+PRECISION = STD**-2 + BETA * CURVATURE
+TILTED_MEAN = (MEAN * STD**-2 + BETA * CURVATURE * BEST) / PRECISION
+TILTED_STD = PRECISION**-0.5
+
+
+class KnownCritic(tiny.KnownCritic):
+    """The best action is the same in all states; a level that differs must not matter."""
+
+    def q_values(self, params, observations, actions):
+        parabola = -0.5 * CURVATURE * (actions[..., 0] - BEST) ** 2
+        return parabola + self.values(params, observations)
+
+
+def test_the_answer_differs_from_the_data():
+    assert TILTED_MEAN - MEAN > STD / 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "path", "solver"),
+    [
+        ("reweight", "ot", "midpoint"),
+        ("reweight", "vp", "dpmpp"),
+        ("qgpo", "vp", "dpmpp"),
+        ("qgpo", "ot", "midpoint"),
+        ("gaussian", "ot", "auto"),
+    ],
+)
+def test_reaches_the_tilted_behavior(monkeypatch, policy, path, solver):
+    monkeypatch.setitem(CRITICS, "known", KnownCritic)
+    config = QIPOConfig(
+        policy=policy, path=path, solver=solver, sample_steps=10, hidden_dims=(32, 32),
+        critic="known", critic_hidden_dims=(4,), beta=BETA, support_size=16, batch_size=128,
+        learning_rate=3e-3, ema_decay=0.97, behavior_steps=600, critic_steps=1, policy_steps=1000,
+        log_every=1000, checkpoint_every=10**6, eval_every=0,
+    ).validate()  # fmt: skip
+    rng, rows = np.random.default_rng(0), 2048
+    states = rng.choice([-1.0, 1.0], (rows, 1))
+    actions = np.clip(MEAN + STD * rng.standard_normal((rows, 1)), -1, 1)
+    data = Transitions(states, actions, np.zeros(rows), states, np.zeros(rows))
+    data = jax.tree.map(lambda leaf: leaf.astype(np.float32), data)
+    state, _ = train(config, data=data)
+    params = jax.tree.map(lambda leaf: leaf[0], state.params())
+    noise = rng.standard_normal((2000, 1)).astype(np.float32)
+    agent = make_agent(config, 1, 1)
+    sample = jax.jit(lambda states: agent.sample(agent.model, params, states, noise))
+    for level in (-1.0, 1.0):
+        found = np.asarray(sample(np.full((2000, 1), level, np.float32)))
+        assert found.mean() == pytest.approx(TILTED_MEAN, abs=0.05)
+        assert found.std() == pytest.approx(TILTED_STD, rel=0.2)
+
+
+def test_weights_of_advantages():
+    advantages = np.random.default_rng(0).standard_normal(40).astype(np.float32) * 3
+    weights = np.minimum(np.exp(2.0 * advantages.astype(np.float64)), 100)
+    found, summary = weigh_advantages(jnp.asarray(advantages), 2.0)
+    np.testing.assert_allclose(found, weights / weights.mean(), rtol=1e-4)
+    assert (weights == 100).any()
+    expected = {
+        "advantage_mean": advantages.mean(), "advantage_std": advantages.std(),
+        "ess_share": weights.sum() ** 2 / (weights**2).sum() / 40,
+    }  # fmt: skip
+    assert summary.keys() == expected.keys()
+    for name, value in expected.items():
+        assert summary[name] == pytest.approx(value, rel=1e-4), name
+
+    halves, both = jax.vmap(lambda part: weigh_advantages(part, 2.0, "i"), axis_name="i")(
+        jnp.asarray(advantages).reshape(2, 20)
+    )
+    np.testing.assert_allclose(halves.ravel(), found, rtol=1e-5, atol=1e-6)
+    for name, value in summary.items():
+        np.testing.assert_allclose(both[name], [value, value], rtol=1e-4, err_msg=name)
+
+
+def test_without_a_value_network_the_behaviors_mean_is_the_value():
+    agent = make_agent(tiny.config(policy="reweight", support_size=64), 3, 2)
+    assert agent.critic.values(None, None) is None
+    params = jax.jit(agent.init)(jax.random.key(0)).params()
+    rng = np.random.default_rng(0)
+    observations = rng.standard_normal((5, 3)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (5, 2)).astype(np.float32)
+    batch = Batch(observations, actions, None, None, None)
+    found = advantages(agent, params, jax.random.key(1), batch, np.arange(5))
+    q = agent.critic.q_values(params.critic, observations, actions)
+    noise = rng.standard_normal((5, 4000, 2)).astype(np.float32)
+    drawn = jax.jit(agent.model.sample)(params.behavior, observations[:, None], noise)
+    every = agent.critic.q_values(params.critic, observations[:, None], drawn)
+    np.testing.assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
+
+
+def test_names_and_phases():
+    names = {
+        ("qipo", "ot"): "qipo_ot", ("qipo", "vp"): "qipo_diff", ("bc", "vp_cosine"): "bc_cosine",
+        ("qgpo", "vp"): "qgpo", ("gaussian", "ot"): "gaussian",
+    }  # fmt: skip
+    for (policy, path), name in names.items():
+        agent = make_agent(tiny.config(policy=policy, path=path), 3, 2)
+        assert agent.name == name
+        steps = {"behavior": 20, "critic": 20, "policy": 0 if policy == "bc" else 20}
+        assert agent.phase_steps == steps
+
+
+@pytest.mark.parametrize("field", ["policy", "critic"])
+def test_a_name_in_no_registry_is_refused_by_its_field(field):
+    with pytest.raises(ValueError, match=rf"^{field}: expected one of .*; got 'nosuch'"):
+        make_agent(tiny.config(**{field: "nosuch"}), 3, 2)
