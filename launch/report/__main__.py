@@ -29,10 +29,10 @@ _OUT = flags.DEFINE_string(
 def main(_: list[str]) -> int:
     """Read, draw, write."""
     with cli.usage_errors():
-        if not all(_WORKDIRS.value) or not _WORKDIRS.value:
+        if not _WORKDIRS.value or "" in _WORKDIRS.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
-        first = epath.Path(_WORKDIRS.value[0]).expanduser()
-        out = first / "report.html" if _OUT.value is None else epath.Path(_OUT.value).expanduser()
+        default = epath.Path(_WORKDIRS.value[0]).expanduser() / "report.html"
+        out = default if _OUT.value is None else epath.Path(_OUT.value).expanduser()
         if _OUT.value == "" or out.is_dir():
             raise ValueError(f"--out={_OUT.value}: expected a file")
         runs = load_runs(_WORKDIRS.value)

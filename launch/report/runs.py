@@ -1,52 +1,39 @@
-"""What a work directory holds of its run, as far as it has come: the data of a report.
+"""Runs as a report shows them: curves and evaluations, aggregated from the tables of each run."""
 
-``config.json`` is read as plain JSON and the tables column by column, because a report also shows
-runs that are unfinished and runs of versions with other fields, phases and metrics.
-"""
-
-import csv
+import base64
 import dataclasses
-import io
 import json
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import pandas as pd
 from etils import epath
 
 from efm_jax.envs import mean_and_interval, normalized_score
-from efm_jax.runs.workdir import CONFIG_FILE, METRICS_FILE, RESULT_FILE, RETURNS_FILE, resolve
+from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, Run
+from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json
 
-VIDEO_SUFFIXES = {".mp4": "video/mp4", ".gif": "image/gif"}
-
-_NUMBER = (int, float)
-# Fields of config.json that the report uses: their type, and whether it makes no sense without
-# them.
-_FIELDS: dict[str, tuple[type | tuple[type, ...], bool]] = {
-    "config": (dict, True),
-    "dataset": (str, True),
-    "seed": (int, True),
-    "num_seeds": (int, True),
-    "fingerprint": (str, False),
-    "transitions": (int, False),
-    "dataset_return": (_NUMBER, False),
-    "observation_size": (int, False),
-    "action_size": (int, False),
-    "env_spec": (str, False),
-    "reference_scores": (list, False),
-}
-_METRIC_INDEX = ("total_step", "step", "phase", "seed")
-_RETURN_COLUMNS = ("total_step", "policy", "seed", "return", "length")
+_VIDEO_TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
+# A file is a third larger inside the page, and browsers get slow.
+_MAX_VIDEO_BYTES = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """One metric of one phase."""
 
-    steps: np.ndarray  # [P] in order, counted within the phase
-    values: np.ndarray  # [P, K] a column per training seed; NaN where nothing finite was logged
+    values: pd.DataFrame  # a row per step, a column per training seed; NaN: nothing finite logged
     non_finite: int  # logged values that are NaN or infinite
+
+    @property
+    def mean(self) -> pd.Series:
+        """Average over the seeds that have a finite value; NaN where none has."""
+        return self.values.mean(axis="columns")
+
+    @property
+    def drawable(self) -> bool:
+        """Tell whether anything is finite."""
+        return bool(self.values.notna().any(axis=None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,237 +41,180 @@ class Evaluation:
     """The episodes of one policy at one training step."""
 
     policy: str
-    total_step: int
-    returns: dict[int, np.ndarray]  # by training seed: [E] raw returns
-    mean_length: float
+    step: int  # gradient steps of all phases
+    returns: list[np.ndarray]  # for each training seed [E]
+    interval: tuple[float, float, float]  # mean, low, high: of 95%
+    over: str | None  # what the interval is over; None where one episode has no interval
     score: float | None  # of the mean, normalized to 0-100
+    mean_length: float
 
     @property
     def episodes(self) -> int:
-        return sum(map(len, self.returns.values()))
-
-    @property
-    def interval(self) -> tuple[float, float, float]:
-        """Mean, low, high: over training seeds where there are several, otherwise over episodes."""
-        by_seed = list(self.returns.values())
-        return mean_and_interval(
-            [each.mean() for each in by_seed] if len(by_seed) > 1 else by_seed[0]
-        )
-
-    @property
-    def interval_of(self) -> str | None:
-        """What the 95% interval is over; None where one value has no interval."""
-        if len(self.returns) > 1:
-            return f"over {len(self.returns)} seeds"
-        return f"over {self.episodes} episodes" if self.episodes > 1 else None
+        """Count the episodes of all seeds."""
+        return sum(map(len, self.returns))
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One work directory."""
+class Video:
+    """A recording in the work directory."""
 
+    name: str
+    kind: str  # as in "video/mp4"
+    megabytes: float
+    uri: str | None  # the content; None where it is too large for a page
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReportRun:
+    """One run of a report."""
+
+    index: int  # its place in the report, which its color follows
     name: str  # short, unlike that of any other run of the report
-    workdir: str
-    info: dict[str, Any]  # config.json
-    result: dict[str, Any] | None  # result.json; None until training is done
-    phases: dict[str, dict[str, Curve]]  # by phase and metric, in the order they were logged
-    progress: (
-        tuple[str, int, int] | None
-    )  # phase, step in it and in all phases, of the last logged point
+    run: Run
+    environment: str
+    curves: dict[tuple[str, str], Curve]  # by phase and metric, in the order they were logged
     evaluations: list[Evaluation]  # by policy, then step
-    videos: dict[str, bytes]  # by file name
+    videos: list[Video]
 
     @property
-    def config(self) -> dict[str, Any]:
-        return self.info["config"]
+    def info(self) -> RunInfo:
+        """Return the run's record."""
+        return self.run.info
 
     @property
-    def algorithm(self) -> str:
-        """As the run said at its end; before, what its configuration says of it."""
-        if self.result is not None and "algorithm" in self.result:
-            return str(self.result["algorithm"])
-        named = [f"{key} {self.config[key]}" for key in ("policy", "path") if key in self.config]
-        return ", ".join(named) or "unknown"
+    def last(self) -> dict[str, Evaluation]:
+        """Find the latest evaluation of every policy."""
+        return {each.policy: each for each in self.evaluations}
 
     @property
-    def environment(self) -> str:
-        try:
-            return str(json.loads(self.info["env_spec"])["id"])
-        except (KeyError, TypeError, ValueError):
-            return "unknown"
+    def data(self) -> tuple:
+        """Identify the data and the environment; returns of runs that share both are comparable."""
+        return self.info.fingerprint, self.info.transitions, self.environment
 
     @property
     def steps(self) -> int | None:
-        """Gradient steps of all phases so far."""
-        if self.result is not None and isinstance(self.result.get("steps"), int):
-            return self.result["steps"]
-        return None if self.progress is None else self.progress[2]
+        """Count the gradient steps of all phases so far; None where nothing is logged."""
+        if self.run.result is not None:
+            return sum(self.info.phase_steps.values())
+        return int(self.run.metrics[-1]["total_step"]) if self.run.metrics else None
 
-    def last(self, policy: str) -> Evaluation | None:
-        """The latest evaluation of a policy."""
-        found = [evaluation for evaluation in self.evaluations if evaluation.policy == policy]
-        return found[-1] if found else None
+    @property
+    def seconds(self) -> float | None:
+        """Return how long the process took that ended the run, without interrupted ones before."""
+        return None if self.run.result is None else self.run.result.get("seconds")
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Write every field of the configuration as text, options of an agent as NAME.FIELD."""
+        values = {
+            "version": read_json(self.run.path / CONFIG_FILE)["version"],
+            "plugins": self.info.plugins,
+            "seed": self.info.seed,
+            "num_seeds": self.info.num_seeds,
+            **self.info.config.to_dict(),
+        }
+        [flat] = pd.json_normalize(values).to_dict("records")
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
 
     def score(self, value: float) -> float | None:
-        return _score(self.info, value)
+        """Normalize a return to 0-100; None where nobody has measured references."""
+        return normalized_score(value, self.info.reference_scores)
 
 
-def load_runs(workdirs: Sequence[str]) -> list[Run]:
-    """The runs of some work directories.
+def load_runs(workdirs: Sequence[str]) -> list[ReportRun]:
+    """Read the runs of some work directories.
 
     Raises:
       ValueError: a folder that is missing, given twice or holds no run, or a file that cannot be
         understood.
     """
-    folders = [resolve(workdir) for workdir in workdirs]
-    for index, folder in enumerate(folders):
-        if folder in folders[:index]:
+    runs = [Run.read(workdir) for workdir in workdirs]
+    paths = [run.path for run in runs]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
             raise ValueError(f"--workdir={workdirs[index]}: given twice")
-    return [_load(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    return [
+        ReportRun(
+            index=index,
+            name=name,
+            run=run,
+            environment=_environment(run),
+            curves=_curves(run),
+            evaluations=_evaluations(run),
+            videos=_videos(run.path),
+        )
+        for index, (run, name) in enumerate(zip(runs, _names(paths), strict=True))
+    ]
 
 
-def _names(folders: Sequence[epath.Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    longest = max(len(folder.parts) for folder in folders)
-    for count in range(1, longest + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
+def _names(paths: Sequence[epath.Path]) -> list[str]:
+    """Take the last parts of the paths, as many as tell them apart."""
+    for count in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(folder) for folder in folders]
+    return [str(path) for path in paths]
 
 
-def _load(workdir: epath.Path, name: str) -> Run:
-    if not (workdir / CONFIG_FILE).exists():
-        what = f"holds no run (no {CONFIG_FILE})" if workdir.exists() else "no such folder"
-        raise ValueError(f"--workdir={workdir}: {what}")
-    info = _read_json(workdir / CONFIG_FILE)
-    _check_info(workdir / CONFIG_FILE, info)
-    metrics = _read_rows(workdir / METRICS_FILE, _METRIC_INDEX)
-    returns = _read_rows(workdir / RETURNS_FILE, _RETURN_COLUMNS)
-    files = sorted(workdir.iterdir(), key=lambda path: (path.stem != "video", path.name))
-    return Run(
-        name=name,
-        workdir=str(workdir),
-        info=info,
-        result=_read_json(workdir / RESULT_FILE) if (workdir / RESULT_FILE).exists() else None,
-        phases=_curves(metrics),
-        progress=(metrics[-1]["phase"], metrics[-1]["step"], metrics[-1]["total_step"])
-        if metrics
-        else None,
-        evaluations=_evaluations(returns, info, workdir / RETURNS_FILE),
-        videos={path.name: path.read_bytes() for path in files if path.suffix in VIDEO_SUFFIXES},
+def _environment(run: Run) -> str:
+    try:
+        return str(json.loads(run.info.env_spec)["id"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.path / CONFIG_FILE}: field 'env_spec': expected a Gymnasium EnvSpec as JSON; "
+            f"got {run.info.env_spec!r}"
+        ) from error
+
+
+def _curves(run: Run) -> dict[tuple[str, str], Curve]:
+    rows = pd.DataFrame(
+        [
+            (row["phase"], metric, int(row["step"]), row["seed"], float(cell))
+            for row in run.metrics
+            for metric, cell in row.items()
+            if cell and metric not in METRIC_INDEX
+        ],
+        columns=["phase", "metric", "step", "seed", "value"],
     )
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object; got {type(values).__name__}")
-    return values
-
-
-def _check_info(path: epath.Path, info: dict[str, Any]) -> None:
-    for name, (kind, required) in _FIELDS.items():
-        value = info.get(name)
-        if value is None and not required:
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path}: field {name!r}: got {value!r}, which no run writes")
-    references = info.get("reference_scores")
-    if references is not None:
-        numbers = len(references) == 2 and all(isinstance(value, _NUMBER) for value in references)
-        if not numbers or not references[0] < references[1]:
-            raise ValueError(f"{path}: field 'reference_scores': expected two increasing numbers")
-
-
-def _read_rows(path: epath.Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a table, cells as numbers (None where empty); no rows where there is no file yet."""
-    if not path.exists():
-        return []
-    try:
-        text = path.read_text()
-        # A run that is writing, or was killed while it did, leaves an unfinished last line.
-        table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), strict=True)
-        missing = [column for column in columns if column not in (table.fieldnames or columns)]
-        if missing:
-            raise ValueError(f"no column {missing[0]!r}")
-        return [_row(cells, table.line_num) for cells in table]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def _row(cells: dict[str, str], line: int) -> dict[str, Any]:
-    if None in cells or None in cells.values():
-        raise ValueError(f"line {line}: another number of cells than the header")
-    row: dict[str, Any] = {}
-    for column, cell in cells.items():
-        try:
-            if column in ("phase", "policy"):
-                row[column] = cell
-            elif column in ("total_step", "step", "seed"):
-                row[column] = int(cell)
-            else:
-                row[column] = float(cell) if cell else None
-        except ValueError as error:
-            raise ValueError(f"line {line}, {column}: expected a number; got {cell!r}") from error
-    return row
-
-
-def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
-    phases: dict[str, dict[str, dict[tuple[int, int], list[float]]]] = {}
-    for row in rows:
-        metrics = phases.setdefault(row["phase"], {})
-        for name, value in row.items():
-            if name not in _METRIC_INDEX and value is not None:
-                metrics.setdefault(name, {}).setdefault((row["step"], row["seed"]), []).append(
-                    value
-                )
+    rows["value"] = rows["value"].replace([np.inf, -np.inf], np.nan)
     return {
-        phase: {name: _curve(points) for name, points in metrics.items()}
-        for phase, metrics in phases.items()
+        key: Curve(
+            values=group.groupby(["step", "seed"])["value"].mean().unstack(),
+            non_finite=int(group["value"].isna().sum()),
+        )
+        for key, group in rows.groupby(["phase", "metric"], sort=False)
     }
 
 
-def _curve(points: dict[tuple[int, int], list[float]]) -> Curve:
-    steps = sorted({step for step, _ in points})
-    seeds = sorted({seed for _, seed in points})
-    place = {step: index for index, step in enumerate(steps)}
-    values = np.full((len(steps), len(seeds)), np.nan)
-    non_finite = 0
-    for (step, seed), numbers in points.items():
-        finite = [number for number in numbers if math.isfinite(number)]
-        non_finite += len(numbers) - len(finite)
-        if finite:
-            values[place[step], seeds.index(seed)] = np.mean(finite)
-    return Curve(np.array(steps), values, non_finite)
+def _evaluations(run: Run) -> list[Evaluation]:
+    rows = pd.DataFrame(run.returns, columns=RETURN_COLUMNS)
+    rows[["total_step", "return", "length"]] = rows[["total_step", "return", "length"]].apply(
+        pd.to_numeric
+    )
+    found = []
+    # In order of their names: the behavior model comes before what is compared with it.
+    for (policy, step), episodes in rows.groupby(["policy", "total_step"]):
+        returns = [group.to_numpy() for _, group in episodes.groupby("seed")["return"]]
+        if len(returns) > 1:
+            values, over = [each.mean() for each in returns], f"over {len(returns)} seeds"
+        else:
+            [values] = returns
+            over = f"over {len(values)} episodes" if len(values) > 1 else None
+        interval = mean_and_interval(values)
+        score = normalized_score(interval[0], run.info.reference_scores)
+        length = episodes["length"].mean()
+        found.append(Evaluation(policy, step, returns, interval, over, score, length))
+    return found
 
 
-def _evaluations(
-    rows: list[dict[str, Any]], info: dict[str, Any], path: epath.Path
-) -> list[Evaluation]:
-    groups: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for row in rows:
-        if row["return"] is None:
-            raise ValueError(f"{path}: an empty return at step {row['total_step']}")
-        groups.setdefault(row["policy"], {}).setdefault(row["total_step"], []).append(row)
-    evaluations = []
-    # The behavior model first: what the others are compared with.
-    for policy in sorted(groups, key=lambda name: name != "behavior"):
-        for step, episodes in sorted(groups[policy].items()):
-            returns = {
-                seed: np.array([row["return"] for row in episodes if row["seed"] == seed])
-                for seed in sorted({row["seed"] for row in episodes})
-            }
-            mean = float(np.mean([each.mean() for each in returns.values()]))
-            lengths = [row["length"] for row in episodes if row["length"] is not None]
-            mean_length = float(np.mean(lengths)) if lengths else math.nan
-            evaluations.append(Evaluation(policy, step, returns, mean_length, _score(info, mean)))
-    return evaluations
-
-
-def _score(info: dict[str, Any], value: float) -> float | None:
-    references = info.get("reference_scores")
-    return None if references is None else normalized_score(value, tuple(references))
+def _videos(workdir: epath.Path) -> list[Video]:
+    """Read the recordings, first the one that launch.evaluate makes by default."""
+    found = []
+    for path in sorted(workdir.iterdir(), key=lambda path: (path.stem != "video", path.name)):
+        kind = _VIDEO_TYPES.get(path.suffix)
+        if kind is not None:
+            uri, size = None, path.stat().length
+            if size <= _MAX_VIDEO_BYTES:
+                uri = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+            found.append(Video(path.name, kind, size / 1e6, uri))
+    return found

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.integration.runs import table, train_flags
+from tests.unit.test_report import Page
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +23,17 @@ def test_page_of_a_run(launcher, finished):
     page = (finished / "report.html").read_bytes()
     assert result.line == {"report": str(finished / "report.html"), "runs": 1, "bytes": len(page)}
     assert {path.name for path in finished.iterdir()} - before == {"report.html"}
-    text = page.decode()
-    found = table(finished / "metrics.csv")
-    for name in set(found[0]) - {"total_step", "step", "phase", "seed"}:
-        phases = {row["phase"] for row in found if row[name]}
-        assert text.count(f"<h4>{name}</h4>") == len(phases) > 0
+    page = Page(page.decode())
+    logged = table(finished / "metrics.csv")
+    for name in set(logged[0]) - {"total_step", "step", "phase", "seed"}:
+        phases = {row["phase"] for row in logged if row[name]}
+        assert page.texts("h4").count(name) == len(phases) > 0
     line = json.loads((finished / "result.json").read_text())
     for policy in ("behavior", "policy"):
-        low, high = (
-            f"{value:,.1f}".replace("-", "\N{MINUS SIGN}") for value in line[f"{policy}_interval"]
-        )
-        assert f"{low} to {high}" in text
-    for field in json.loads((finished / "config.json").read_text())["config"]:
-        assert f">{field}</th>" in text
+        low, high = line[f"{policy}_interval"]
+        assert f"{low:,.1f} to {high:,.1f} over 2 seeds" in page.text
+    fields = json.loads((finished / "config.json").read_text())["config"]
+    assert fields.keys() <= {row[0] for row in page.rows("All fields")}
 
 
 def test_page_of_two_runs_elsewhere(launcher, dataset, finished, tmp_path):
@@ -47,7 +46,10 @@ def test_page_of_two_runs_elsewhere(launcher, dataset, finished, tmp_path):
     result = launcher.run("report", f"--workdir={finished}", f"--workdir={other}", f"--out={out}")
     assert (result.status, result.complaints) == (0, [])
     assert result.line["runs"] == 2
-    assert "What differs" in out.read_text()
+    fields = [
+        row[0] for row in Page(out.read_text()).rows("Fields of the configuration that differ")
+    ]
+    assert fields == ["field", "path"]
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
 
 
