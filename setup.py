@@ -30,7 +30,6 @@ VIDEO = [
 EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export
 STUDY = [
     "rliable>=1.2,<2",  # aggregates of experiments.rl.offline_rl: IQM, stratified bootstrap
-    "pandas>=2.2,<3",  # for arch, which rliable needs and which does not import with pandas 3
 ]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 TEST = [
@@ -57,6 +56,7 @@ setup(
     packages=find_packages(
         include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]
     ),
+    package_data={"efm_jax": ["py.typed"], "launch.report": ["report.html.j2", "style.css"]},
     install_requires=requirements(),
     extras_require={
         "mujoco": MUJOCO,

@@ -176,5 +176,6 @@ def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
 
 
 def _complain(error: object) -> None:
-    name = os.path.basename(os.path.splitext(sys.argv[0])[0])
+    path = pathlib.Path(sys.argv[0])  # of a package, its __main__.py
+    name = path.parent.name if path.stem == "__main__" else path.stem
     print(f"launch.{name}: error: {' '.join(str(error).split())}", file=sys.stderr)

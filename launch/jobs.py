@@ -1,50 +1,55 @@
-"""Many runs of ``launch.train``: what a job is, running what is left of them, and the tables' rows.
+"""Many runs of ``launch.train``: their flags, running what is left of them, and their tables.
 
 A job is one process with a work directory of its own; it is done once its result file is there.
+Threads of the standard library wait for the processes, because joblib and submitit do not hand
+SIGTERM on to running jobs and pip cannot install GNU parallel.
 """
 
 import collections
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
 
+import pandas as pd
+from absl import flags
 from etils import epath
 from tqdm import tqdm
 
 from efm_jax.files import write_whole
+from efm_jax.runs.reader import read_result
 from efm_jax.runs.workdir import RESULT_FILE
 from launch import cli
 
-_POLL_SECONDS = 0.1
+ROOT = flags.DEFINE_string("root", "runs/sweep", "Folder of the work directories, logs and tables.")
+_TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
+_WORKERS = flags.DEFINE_integer(
+    "workers",
+    1,
+    "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told.",
+    1,
+)
+_JOBS = flags.DEFINE_string(
+    "jobs", None, "Only write the commands of jobs that are not done to this file."
+)
+_COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """One run of ``launch.train``."""
+    """One run of ``launch.train``, in a folder of ``root``."""
 
-    dataset: str
-    config: str
-    seed: int
-    train_flags: tuple[str, ...]
+    name: str  # of its work directory
     root: epath.Path
-
-    @property
-    def name(self) -> str:
-        """Names the work directory; other ``train_flags`` give another name."""
-        dataset = (
-            pathlib.PurePath(self.dataset).stem if self.dataset.endswith(".hdf5") else self.dataset
-        )
-        parts = [dataset, pathlib.PurePath(self.config).stem, f"seed{self.seed}"]
-        return join_name(*parts, train_flags=self.train_flags)
+    labels: Mapping[str, Any]  # cells that tell its row of the tables from the others
+    flags: Sequence[str]  # all but --workdir
 
     @property
     def workdir(self) -> epath.Path:
@@ -58,58 +63,54 @@ class Job:
     def done(self) -> bool:
         return (self.workdir / RESULT_FILE).exists()
 
-    def result(self, fields: Iterable[str]) -> dict[str, Any] | None:
-        """These fields of what ``launch.train`` said at its end; None before."""
-        if not self.done:
-            return None
-        path = self.workdir / RESULT_FILE
+    def row(self, fields: Iterable[str]) -> dict[str, Any]:
+        """Read the labels and, of a job that is done, ``fields`` of its result.
+
+        Raises:
+          ValueError: the result cannot be read, or lacks a field.
+        """
+        result = read_result(self.workdir)
+        if result is None:
+            return dict(self.labels)
         try:
-            values = json.loads(path.read_text())
-            return {name: values[name] for name in fields}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: cannot be read: {error!r}") from error
+            return {**self.labels, **{name: result[name] for name in fields}}
+        except KeyError as error:
+            raise ValueError(f"{self.workdir / RESULT_FILE}: no field {error}") from error
 
     def command(self) -> list[str]:
-        """The command line that runs the job, or continues it."""
-        own = [f"--dataset={self.dataset}", f"--config={self.config}", f"--seed={self.seed}"]
-        return [
-            "python",
-            "-m",
-            "launch.train",
-            *own,
-            f"--workdir={self.workdir}",
-            *self.train_flags,
-        ]
+        """Build the command line that runs the job, or continues it."""
+        return ["python", "-m", "launch.train", *self.flags, f"--workdir={self.workdir}"]
 
 
 def join_name(*parts: str, train_flags: Sequence[str]) -> str:
-    """A folder's name made of ``parts``, and of a digest of ``train_flags`` where there are any."""
+    """Make a folder's name of ``parts``, and of a digest of ``train_flags`` if there are any."""
     if train_flags:
         parts = (*parts, hashlib.sha256("\0".join(train_flags).encode()).hexdigest()[:6])
     return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in parts)
 
 
-def read_root(flag: str, *, runs_here: bool, collect: bool) -> epath.Path:
-    """The folder that ``--root`` names; a ``ValueError`` if jobs cannot be run or collected in it."""
-    root = epath.Path(flag).expanduser()
-    if "://" in flag and runs_here:
+def read_root() -> epath.Path:
+    """Read --root; a ``ValueError`` if that folder does not allow what --jobs, --collect ask."""
+    if _JOBS.value is not None and _COLLECT.value:
+        raise ValueError("--jobs, --collect: give one of them")
+    root = epath.Path(ROOT.value).expanduser()
+    if "://" in ROOT.value and _JOBS.value is None and not _COLLECT.value:
         raise ValueError(
             f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect"
         )
-    exists = root.exists()
-    if exists and not root.is_dir():
+    if root.exists() and not root.is_dir():
         raise ValueError(f"--root={root}: is a file; expected a folder")
-    if collect and not exists:
+    if _COLLECT.value and not root.exists():
         raise ValueError(f"--root={root}: no such folder")
     return root
 
 
-def read_train_flags(text: str, own: Collection[str]) -> list[str]:
-    """The flags in ``text``, as a shell splits it; a ``ValueError`` if one of ``own`` is among them."""
+def read_train_flags(own: Collection[str]) -> list[str]:
+    """Split --train_flags as a shell does; a ``ValueError`` if a flag of ``own`` is among them."""
     try:
-        train_flags = shlex.split(text)
+        train_flags = shlex.split(_TRAIN_FLAGS.value)
     except ValueError as error:
-        raise ValueError(f"--train_flags={text}: {error}") from error
+        raise ValueError(f"--train_flags={_TRAIN_FLAGS.value}: {error}") from error
     for flag in train_flags:
         if not re.match("--?[A-Za-z]", flag):
             raise ValueError(f"--train_flags: flags are written --name=value; got {flag!r}")
@@ -118,148 +119,112 @@ def read_train_flags(text: str, own: Collection[str]) -> list[str]:
     return train_flags
 
 
-def check_preset(flag: str, config: str) -> None:
-    """Raise a ``ValueError`` unless ``launch.train`` will find the preset, here or where it is installed."""
-    problem = cli.preset_problem(config) and cli.preset_problem(str(cli.ROOT / config))
-    if problem is not None:
-        raise ValueError(f"--{flag}={config}: {problem}")
-
-
-class Tables(NamedTuple):
-    """What is written of the jobs that are done."""
-
-    csv: str
-    markdown: str
-
-
 def run_and_collect(
     program: str,
-    jobs: Sequence[Job],
-    tables: Callable[[Sequence[Any]], Tables],
-    *,
-    workers: int,
-    commands: str | None,
-    collect: bool,
+    read_jobs: Callable[[], Sequence[Job]],
+    columns: Sequence[str],
+    read_row: Callable[[Job], Mapping[str, Any]],
+    markdown: Callable[[pd.DataFrame], str],
 ) -> int:
-    """What an entry point of many jobs does; its exit status.
+    """Do what the flags ask of many jobs: run or list what is left of them, write their tables.
 
     Args:
-      program: its name.
-      jobs: all of them, with one root folder.
-      tables: made of what is done at the end, and written to results.csv and results.md.
-      workers: jobs at a time.
-      commands: a file; then the commands of jobs that are not done are written to it, and nothing
-        is run.
-      collect: run nothing, only write the tables.
-    """
-    if commands is not None:
-        with cli.usage_errors():
-            _write_commands(jobs, commands)
-        return 0
-    left = [] if collect else [job for job in jobs if not job.done]
-    failed, stopped_by = _run(left, workers) if left else ({}, 0)
-    with cli.usage_errors():
-        written = tables(jobs)
-        write_whole(jobs[0].root / "results.csv", written.csv)
-        write_whole(jobs[0].root / "results.md", written.markdown)
-    return _finish(program, jobs, failed, stopped_by, written.markdown)
-
-
-def _write_commands(jobs: Sequence[Job], path: str) -> None:
-    """Write the commands of the jobs that are not done, one a line; print how many there are."""
-    left = [job for job in jobs if not job.done]
-    lines = [shlex.join(job.command()) + "\n" for job in left]
-    write_whole(epath.Path(path).expanduser(), "".join(lines))
-    print(json.dumps({"jobs": len(jobs), "done": len(jobs) - len(left), "list": path}))
-
-
-def _run(jobs: Iterable[Job], workers: int) -> tuple[dict[Job, int], int]:
-    """Run jobs, at most ``workers`` at a time, to the end or to a signal.
+      program: the entry point's name.
+      read_jobs: reads the jobs, at least one, from the flags.
+      columns: of results.csv, the integers ``seeds`` and ``steps`` among them.
+      read_row: reads a job's cells; those that are missing stay empty.
+      markdown: makes results.md of the table.
 
     Returns:
-      The exit statuses of jobs that ended without a result, and the signal that stopped all others,
-      or 0.
+      The exit status.
     """
-    waiting = collections.deque(jobs)
-    running: dict[Job, subprocess.Popen] = {}
-    failed: dict[Job, int] = {}
-    stopped_by = 0
-
-    def stop(number: int, _: Any) -> None:
-        nonlocal stopped_by
-        stopped_by = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    told = False
-    try:
-        with tqdm(total=len(waiting), desc="jobs", unit="job", disable=None) as bar:
-            while running or (waiting and not stopped_by):
-                while waiting and len(running) < workers and not stopped_by:
-                    job = waiting.popleft()
-                    running[job] = _start(job)
-                if stopped_by and not told:
-                    told = True
-                    for process in running.values():
-                        process.terminate()
-                time.sleep(_POLL_SECONDS)
-                for job, process in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[job]
-                    if not job.done and not stopped_by:
-                        failed[job] = process.returncode
-                    bar.set_postfix(failed=len(failed), refresh=False)
-                    bar.update()
-    finally:
-        for process in running.values():
-            process.terminate()
-    return failed, stopped_by
-
-
-def _start(job: Job) -> subprocess.Popen:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, *job.command()[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # ctrl-C is for the caller, which sends SIGTERM: launch.train saves at that
-            process_group=0,
-        )
-
-
-def _finish(
-    program: str, jobs: Sequence[Job], failed: dict[Job, int], stopped_by: int, table: str
-) -> int:
-    """Print the table, a line of JSON and what went wrong; the exit status of the program."""
-
-    def say(text: str) -> None:
-        tqdm.write(f"{program}: {text}", file=sys.stderr)
-
+    with cli.usage_errors():
+        jobs = read_jobs()
+        for name, count in collections.Counter(job.name for job in jobs).items():
+            if count > 1:
+                same = [str(tuple(job.labels.values())) for job in jobs if job.name == name]
+                raise ValueError(f"jobs {' and '.join(same)}: all of them would be named {name}")
+        left = [job for job in jobs if not job.done]
+        line = {"jobs": len(jobs), "done": len(jobs) - len(left)}
+        if _JOBS.value is not None:
+            commands = [shlex.join(job.command()) + "\n" for job in left]
+            write_whole(epath.Path(_JOBS.value).expanduser(), "".join(commands))
+            print(json.dumps(line | {"list": _JOBS.value}))
+            return 0
+        failed, stopped_by = _run(left) if left and not _COLLECT.value else ({}, None)
+        table = pd.DataFrame([read_row(job) for job in jobs], columns=columns)
+        table = table.astype({"seeds": "Int64", "steps": "Int64"})
+        root, text = jobs[0].root, markdown(table)
+        write_whole(root / "results.csv", table.to_csv(index=False))
+        write_whole(root / "results.md", text)
     for job, status in failed.items():
-        say(f"failed with exit status {status}: {job.log}: {_last_line(job.log)}")
+        log = job.log.read_bytes().decode(errors="replace").strip()
+        last = log.splitlines()[-1] if log else "no output"
+        print(f"{program}: failed with exit status {status}: {job.log}: {last}", file=sys.stderr)
     done = sum(job.done for job in jobs)
-    results = str(jobs[0].root / "results.csv")
-    line = {"jobs": len(jobs), "done": done, "failed": len(failed), "results": results}
-    print(f"\n{table}\n{json.dumps(line)}")
-    if stopped_by:
-        say(f"stopped by {signal.Signals(stopped_by).name}; the same command continues")
+    line |= {"done": done, "failed": len(failed), "results": str(root / "results.csv")}
+    print(f"\n{text}\n{json.dumps(line)}")
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        print(f"{program}: stopped by {name}; the same command continues", file=sys.stderr)
         return 128 + stopped_by
     return cli.EXIT_FAILED if failed else 0
 
 
-def _last_line(log: epath.Path) -> str:
-    lines = log.read_bytes().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+def _run(jobs: Sequence[Job]) -> tuple[dict[Job, int], int | None]:
+    """Run jobs, at most --workers at a time, to the end or to a signal.
+
+    Returns:
+      The exit statuses of jobs that ended without a result, and the signal that stopped all others.
+    """
+    running: set[subprocess.Popen] = set()
+    failed: dict[Job, int] = {}
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if not signals:
+            signals.append(number)
+            for process in list(running):
+                process.terminate()
+
+    def run(job: Job) -> None:
+        if signals:
+            return
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *job.command()[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # because ctrl-C is for the sweep, which sends SIGTERM: launch.train saves at that
+                process_group=0,
+            )
+        running.add(process)
+        if signals:  # again, because ``stop`` may not have seen this process
+            process.terminate()
+        status = process.wait()
+        running.remove(process)
+        if not signals and not job.done:
+            failed[job] = status
+        bar.set_postfix(failed=len(failed), refresh=False)
+        bar.update()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    bar = tqdm(total=len(jobs), desc="jobs", unit="job", disable=None)
+    with bar, futures.ThreadPoolExecutor(_WORKERS.value) as pool:
+        list(pool.map(run, jobs))  # a list, because that raises what a thread raised
+    return failed, signals[0] if signals else None
 
 
-def head(*names: str) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [row(*names), row(*("---" for _ in names))]
+def estimate(mean: float, *interval: float) -> str:
+    """Show a mean and the ends of its interval, if there is one; nothing of a missing mean."""
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.1f}" + (" ({:.1f} to {:.1f})".format(*interval) if interval else "")
 
 
-def row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def to_markdown(table: pd.DataFrame) -> str:
+    """Write a table of texts in Markdown."""
+    return table.to_markdown(index=False, disable_numparse=True)

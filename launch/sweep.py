@@ -7,8 +7,8 @@ it stopped.
   --datasets=A,B --configs=X.py,Y.py --seeds=0,1,2   the jobs: every combination
   --train_flags="--num_seeds=2 --config.beta=5"      flags of launch.train for all of them
   --workers=4                                        how many jobs run at a time
-  --jobs=FILE                                        run nothing; write the commands left, one a line
-  --collect                                          run nothing; write the tables of what is done
+  --jobs=FILE                                        only write the commands left, one a line
+  --collect                                          only write the tables of what is done
 
 The output of a job goes to ROOT/logs/NAME.log.  ROOT/results.csv has a row per job, ROOT/results.md
 also one per dataset and preset, over the seeds.  The last line printed is JSON.
@@ -16,93 +16,74 @@ Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C o
 saved.
 """
 
-import collections
-import csv
-import io
 import itertools
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.envs import mean_and_interval
 from launch import cli, jobs
-from launch.jobs import Job, head, row
+from launch.jobs import Job
 
 _PRESET = "experiments/configs/qipo_ot.py"
 _OWN_FLAGS = ("dataset", "config", "seed", "workdir")
 # What a row holds of result.json, beside the intervals.
-_COLUMNS = ("algorithm", "seeds", "steps", "dataset_return", "behavior_return", "behavior_score",
-            "policy_return", "policy_score", "seconds", "workdir")  # fmt: skip
-_INTERVALS = ("behavior_interval", "policy_interval")
+_RESULT = (
+    *("algorithm", "seeds", "steps", "dataset_return", "behavior_return", "behavior_score"),
+    *("policy_return", "policy_score", "seconds", "workdir"),
+)
+_INTERVALS = {"behavior_interval", "policy_interval"}
+_BOUNDS = ("behavior_low", "behavior_high", "policy_low", "policy_high")
+_COLUMNS = ("job", "dataset", "config", "seed", *_RESULT, *_BOUNDS)
 _MEASURES = ("dataset_return", "behavior_return", "policy_return", "behavior_score", "policy_score")
+_NOTE = """\
+Mean (95% interval over jobs, or over the seeds of a single job). Score: 0 random, 100 expert.
+"""
 
 _DATASETS = flags.DEFINE_list("datasets", [BUILTIN_DATASET], "Values of launch.train's --dataset.")
 _CONFIGS = flags.DEFINE_list("configs", [_PRESET], "Values of launch.train's --config.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Values of launch.train's --seed.")
-_TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
-_ROOT = flags.DEFINE_string(
-    "root", "runs/sweep", "Folder of the work directories, logs and tables."
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers",
-    1,
-    "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told.",
-    1,
-)
-_JOBS = flags.DEFINE_string(
-    "jobs", None, "Only write the commands of jobs that are not done to this file."
-)
-_COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
+flags.adopt_module_key_flags(jobs)
 
 
 def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
-    with cli.usage_errors():
-        listed = _read_jobs()
-    return jobs.run_and_collect(
-        "launch.sweep",
-        listed,
-        _tables,
-        workers=_WORKERS.value,
-        commands=_JOBS.value,
-        collect=_COLLECT.value,
-    )
-
-
-def _tables(listed: Sequence[Job]) -> jobs.Tables:
-    results = {job: job.result((*_COLUMNS, *_INTERVALS)) for job in listed}
-    return jobs.Tables(_csv(results), _markdown(results))
+    return jobs.run_and_collect("launch.sweep", _read_jobs, _COLUMNS, _read_row, _markdown)
 
 
 def _read_jobs() -> list[Job]:
-    """The jobs that the flags ask for; a ``ValueError`` if they cannot be run as asked."""
+    """Read the jobs from the flags; a ``ValueError`` if they cannot be run as asked."""
     for flag in (_DATASETS, _CONFIGS, _SEEDS):
         if not flag.value or not all(flag.value):
             raise ValueError(
                 f"--{flag.name}: expected values with commas between; got {flag.value}"
             )
-    if _JOBS.value is not None and _COLLECT.value:
-        raise ValueError("--jobs, --collect: give one of them")
-    runs_here = _JOBS.value is None and not _COLLECT.value
-    root = jobs.read_root(_ROOT.value, runs_here=runs_here, collect=_COLLECT.value)
+    root = jobs.read_root()
     for config in _CONFIGS.value:
-        jobs.check_preset("configs", config)
-    train_flags = jobs.read_train_flags(_TRAIN_FLAGS.value, _OWN_FLAGS)
-    seeds = _read_seeds(train_flags)
-    combinations = itertools.product(_DATASETS.value, _CONFIGS.value, seeds)
-    listed = [Job(*combination, tuple(train_flags), root) for combination in combinations]
-    name, count = collections.Counter(job.name for job in listed).most_common(1)[0]
-    if count > 1:
-        twice = [f"({job.dataset}, {job.config}, {job.seed})" for job in listed if job.name == name]
-        raise ValueError(f"jobs {' and '.join(twice)}: all of them would be named {name}")
+        problem = cli.preset_problem(config) and cli.preset_problem(str(cli.ROOT / config))
+        if problem is not None:
+            raise ValueError(f"--configs={config}: {problem}")
+    train_flags = jobs.read_train_flags(_OWN_FLAGS)
+    listed = []
+    for dataset, config, seed in itertools.product(
+        _DATASETS.value, _CONFIGS.value, _read_seeds(train_flags)
+    ):
+        stem = pathlib.PurePath(dataset).stem if dataset.endswith(".hdf5") else dataset
+        parts = (stem, pathlib.PurePath(config).stem, f"seed{seed}")
+        labels = {"dataset": dataset, "config": config, "seed": seed}
+        own = [f"--{name}={value}" for name, value in labels.items()]
+        name = jobs.join_name(*parts, train_flags=train_flags)
+        listed.append(Job(name, root, labels, [*own, *train_flags]))
     return listed
 
 
 def _read_seeds(train_flags: Sequence[str]) -> list[int]:
-    """Root seeds of the jobs; refuses jobs that would repeat one another's training runs."""
+    """Read root seeds of the jobs; refuse jobs that would repeat one another's training runs."""
     try:
         seeds = [int(text) for text in _SEEDS.value]
         sizes = [
@@ -120,58 +101,42 @@ def _read_seeds(train_flags: Sequence[str]) -> list[int]:
     return seeds
 
 
-def _csv(results: dict[Job, dict[str, Any] | None]) -> str:
-    """A row per job; what it does not have yet is empty."""
-    bounds = [f"{name}_{end}" for name in ("behavior", "policy") for end in ("low", "high")]
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text,
-        ["job", "dataset", "config", "seed", *_COLUMNS, *bounds],
-        restval="",
-        lineterminator="\n",
-    )
-    writer.writeheader()
-    for job, result in results.items():
-        cells = {"job": job.name, "dataset": job.dataset, "config": job.config, "seed": job.seed}
-        if result is not None:
-            ends = [end for name in _INTERVALS for end in result[name]]
-            cells |= {name: result[name] for name in _COLUMNS} | dict(
-                zip(bounds, ends, strict=True)
-            )
-        writer.writerow(cells)
-    return text.getvalue()
+def _read_row(job: Job) -> dict[str, Any]:
+    row = {"job": job.name} | job.row((*_RESULT, *_INTERVALS))
+    for name in _INTERVALS & row.keys():
+        policy, (low, high) = name.removesuffix("_interval"), row.pop(name)
+        row |= {f"{policy}_low": low, f"{policy}_high": high}
+    return row
 
 
-def _markdown(results: dict[Job, dict[str, Any] | None]) -> str:
-    """Means over the seeds of each dataset and preset, then the jobs."""
-    groups = collections.defaultdict(list)
-    for job, result in results.items():
-        groups[job.dataset, job.config].append(result)
-    measures = [name.replace("_", " ") for name in _MEASURES]
-    lines = head("dataset", "config", "jobs", "seeds", *measures)
-    for (dataset, config), group in groups.items():
-        done = [result for result in group if result is not None]
-        counts = (f"{len(done)} of {len(group)}", str(sum(result["seeds"] for result in done)))
-        lines.append(row(dataset, config, *counts, *(_mean(done, name) for name in _MEASURES)))
-    interval = "95% interval over jobs, or over the seeds of a single job"
-    lines += ["", f"Mean ({interval}). Score: 0 random, 100 expert.", ""]
-    lines += head("job", *measures)
-    for job, result in results.items():
-        done = [] if result is None else [result]
-        lines.append(row(job.name, *(_mean(done, name) for name in _MEASURES)))
-    return "\n".join(lines) + "\n"
+def _markdown(table: pd.DataFrame) -> str:
+    """Show means over the seeds of each dataset and preset, then the jobs."""
+    by_job = _means(table, "job").drop(columns=["jobs", "seeds"])
+    parts = (jobs.to_markdown(_means(table, "dataset", "config")), _NOTE, jobs.to_markdown(by_job))
+    return "{}\n\n{}\n{}\n".format(*parts)
 
 
-def _mean(results: Sequence[dict[str, Any]], name: str) -> str:
-    """Mean of a measure over jobs and its interval; of a single job the interval over its own seeds."""
-    values = [result[name] for result in results]
-    if not values or None in values:
+def _means(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """Sum up the jobs that are alike in the columns ``keys``."""
+    rows = []
+    for key, group in table.groupby(list(keys), sort=False):
+        done = group.dropna(subset="seeds")
+        row = {"jobs": f"{len(done)} of {len(group)}", "seeds": done["seeds"].sum()}
+        measures = {name.replace("_", " "): _mean(done, name) for name in _MEASURES}
+        rows.append({**dict(zip(keys, key, strict=True)), **row, **measures})
+    return pd.DataFrame(rows)
+
+
+def _mean(done: pd.DataFrame, name: str) -> str:
+    """Show a measure's mean and interval over jobs; of one job the interval over its own seeds."""
+    if done.empty or done[name].isna().any():
         return ""
-    mean, *interval = mean_and_interval(values)
-    if len(values) == 1:
-        own = results[0].get(f"{name.removesuffix('_return')}_interval")
-        interval = own if results[0]["seeds"] > 1 else None
-    return f"{mean:.1f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+    mean, *interval = mean_and_interval(done[name])
+    if len(done) == 1:
+        policy, seeds = name.removesuffix("_return"), done["seeds"].item()
+        own = done.filter([f"{policy}_low", f"{policy}_high"]).iloc[0]
+        interval = own if seeds > 1 else ()
+    return jobs.estimate(mean, *interval)
 
 
 if __name__ == "__main__":

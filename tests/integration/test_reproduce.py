@@ -43,20 +43,12 @@ def scores(workdir, task):
     low, high = reference_scores(task)
     found = [row for row in table(workdir / "returns.csv") if row["policy"] == "policy"]
     steps = sorted({int(row["total_step"]) for row in found})
-    means = [
-        [
-            np.mean(
-                [
-                    float(r["return"])
-                    for r in found
-                    if (int(r["total_step"]), r["seed"]) == (step, seed)
-                ]
-            )
-            for seed in "01"
-        ]
-        for step in steps
-    ]
-    return 100 * (np.array(means) - low) / (high - low)
+    means = np.empty((len(steps), 2))
+    for index in np.ndindex(means.shape):
+        at = (str(steps[index[0]]), str(index[1]))
+        episodes = [row["return"] for row in found if (row["total_step"], row["seed"]) == at]
+        means[index] = np.mean(np.array(episodes, float))
+    return 100 * (means - low) / (high - low)
 
 
 def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
@@ -84,10 +76,13 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
             np.testing.assert_allclose(cells, mean_and_interval(values), rtol=1e-9)
             assert float(row[f"{name}_difference"]) == pytest.approx(values.mean() - 54.2)
     text = (root / "results.md").read_text()
-    assert (
-        f"{float(found[0]['last_difference']):+.1f} | {float(found[0]['best_difference']):+.1f} |"
-        in text
-    )
+    line = next(line for line in text.splitlines() if line.startswith(f"| {TASK} | qipo_ot "))
+    row = {name: float(found[0][name]) for name in found[0] if name.startswith(("last", "best"))}
+    expected = (
+        "{last:.1f} ({last_low:.1f} to {last_high:.1f})|{best:.1f} ({best_low:.1f} to "
+        "{best_high:.1f})|54.2|{last_difference:+.1f}|{best_difference:+.1f}"
+    ).format(**row)
+    assert [cell.strip() for cell in line.split("|")[5:10]] == expected.split("|")
     assert "qipo_ot: 1 of 1 tasks done, 1 of them published; mean difference " in text
     # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published
     # number.
@@ -129,21 +124,19 @@ def test_job_list_of_everything(launcher, tmp_path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("python -m launch.train --dataset=halfcheetah-medium-expert-v2 ")
     assert "--config=experiments/configs/d4rl/locomotion.py --seed=0 " in lines[0]
-    assert lines[0].endswith(
-        "halfcheetah-medium-expert-v2-qipo_ot-8seeds --num_seeds=8 --config.path=ot"
-    )
+    assert " --num_seeds=8 --config.path=ot --workdir=" in lines[0]
+    assert lines[0].endswith("/halfcheetah-medium-expert-v2-qipo_ot-8seeds")
     antmaze = [line for line in lines if "antmaze.py" in line]
     assert len(antmaze) == 12
     assert "--dataset=D4RL/antmaze/umaze-diverse-v1 " in antmaze[2]
-    assert antmaze[3].endswith(
-        "antmaze-umaze-diverse-v2-qipo_diff-8seeds --num_seeds=8 --config.path=vp"
-    )
+    assert " --num_seeds=8 --config.path=vp --workdir=" in antmaze[3]
+    assert antmaze[3].endswith("/antmaze-umaze-diverse-v2-qipo_diff-8seeds")
 
 
 BAD_FLAGS = {
     "task": (["--tasks=hopper-medium-v0"], ["--tasks", "hopper-medium-v2", "'hopper-medium-v0'"]),
-    "no task": (["--tasks="], ["--tasks", "none"]),
-    "twice": (["--tasks=locomotion,hopper-medium-v2"], ["hopper-medium-v2 is asked for twice"]),
+    "no task": (["--tasks="], ["--tasks", "got ''"]),
+    "twice": (["--tasks=locomotion,hopper-medium-v2"], ["named hopper-medium-v2-qipo_ot-8seeds"]),
     "algorithm": (["--algorithms=qgpo"], ["--algorithms", "qipo_ot", "'qgpo'"]),
     "seeds": (["--seeds=0"], ["seeds", "0"]),
     "no file": (["--tasks=hopper-expert-v2", "--files=nosuch"], ["--tasks"]),

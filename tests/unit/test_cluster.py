@@ -26,7 +26,7 @@ eval "${!does:-}"
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs bash where `programs` are stand-ins: its exit status, their calls and what it complained of."""
+    """Run bash where `programs` are stand-ins: its exit status, their calls, its complaints."""
     folder, calls = tmp_path / "bin", tmp_path / "calls.jsonl"
     folder.mkdir()
 
@@ -44,17 +44,14 @@ def run(tmp_path):
             text=True,
             timeout=30,
         )
-        return (
-            done.returncode,
-            [json.loads(line) for line in calls.read_text().splitlines()],
-            done.stderr,
-        )
+        called = [json.loads(line) for line in calls.read_text().splitlines()]
+        return done.returncode, called, done.stderr
 
     return run
 
 
 def defined_flags(module):
-    """Names of the flags that an entry point, and the modules of `launch` that it imports, define."""
+    """Name the flags that an entry point and the modules of `launch` it imports define."""
     names = set()
     for node in ast.walk(ast.parse((REPOSITORY / "launch" / f"{module}.py").read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("DEFINE_"):
@@ -126,19 +123,15 @@ def test_jobset():
     [container] = job["template"]["spec"]["containers"]
     check_flags("train", container["args"])
     assert "--multihost" in container["args"]
-    x, y = map(
-        int, job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
-    )
+    selector = job["template"]["spec"]["nodeSelector"]
+    x, y = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
     hosts, chips = job["parallelism"], container["resources"]["limits"]["google.com/tpu"]
     assert job["completions"] == hosts
     assert hosts * chips == x * y
     # Exit status 2, bad flags, ends it; any other starts all hosts again.
     [rule] = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "In",
-        "values": [2],
-    }
+    codes = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule["onExitCodes"] == codes
     assert spec["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
     assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
 
@@ -151,21 +144,15 @@ def test_skypilot(tmp_path, gpu):
     for step in ("setup", "run"):
         (tmp_path / step).write_text(task[step])
     # The programs of setup and run print what they were called with.
-    for path in (
-        tmp_path / "python3",
-        tmp_path / ".venv" / "bin" / "python",
-        tmp_path / "nvidia-smi",
-    ):
+    for name in ("python3", ".venv/bin/python", "nvidia-smi"):
+        path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
         path.chmod(0o755)
     if not gpu:
         (tmp_path / "nvidia-smi").unlink()
-    environment = {
-        "PATH": str(tmp_path),
-        "FLAGS": task["envs"]["FLAGS"],
-        "WORKDIR": "gs://a b/c",
-    }
+    flags = task["envs"]["FLAGS"]
+    environment = {"PATH": str(tmp_path), "FLAGS": flags, "WORKDIR": "gs://a b/c"}
 
     def lines(step):
         done = subprocess.run(
@@ -176,12 +163,7 @@ def test_skypilot(tmp_path, gpu):
 
     assert ("jax[cuda12]" if gpu else "jax[tpu]") in lines("setup")
     called = lines("run")
-    assert called == [
-        "-m",
-        "launch.train",
-        "--workdir=gs://a b/c",
-        *shlex.split(task["envs"]["FLAGS"]),
-    ]
+    assert called == ["-m", "launch.train", "--workdir=gs://a b/c", *shlex.split(flags)]
     check_flags("train", called)
 
 
@@ -197,10 +179,8 @@ def test_slurm_runs_its_line_and_requeues_what_was_saved(run, tmp_path, status, 
     jobs = tmp_path / "jobs.txt"
     lines = ["first", 'bash -c \'echo "$0" > "a  b"; exit ' + str(status) + "' '$x  y'", "third"]
     jobs.write_text("\n".join(lines) + "\n")
-    code, calls, _ = run(
-        SLURM, jobs, programs=["srun", "scontrol"],
-        SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="77", srun_DOES='exec "$@"',
-    )  # fmt: skip
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "77", "srun_DOES": 'exec "$@"'}
+    code, calls, _ = run(SLURM, jobs, programs=["srun", "scontrol"], **task)
     assert code == status
     assert (tmp_path / "a  b").read_text() == "$x  y\n"
     assert calls[0][0] == "srun"
@@ -247,11 +227,8 @@ def test_tpu_vm(run, state, steps):
     )
     assert code == 0, errors
     docker = [call[2:] for call in calls if call[:2] == ["sudo", "docker"]]
-    assert [call[0] for call in docker] == [
-        "login",
-        "stop",
-        "run",
-    ]  # nothing to remove where none ran
+    # Nothing to remove where none ran.
+    assert [call[0] for call in docker] == ["login", "stop", "run"]
     assert docker[0][-1] == "us-docker.pkg.dev"
     started = docker[-1].index(SLICE["IMAGE"])
     assert docker[-1][started + 1 :] == ["--multihost", *flags]

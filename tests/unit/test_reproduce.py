@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from efm_jax.data.d4rl_files import D4RL_FILES
@@ -29,28 +30,39 @@ def test_presets_are_the_papers(name, path, algorithm):
     config = dataclasses.replace(preset(name), path=path).validate()
     assert config.algorithm == algorithm
     assert list(config.phase_steps.values()) == [600_000, 500_000, 100_000]
-    assert (config.beta, config.support_size, config.sample_steps, config.batch_size) == (
-        3.0,
-        64,
-        15,
-        4096,
-    )
-    assert (config.critic, config.num_critics, config.critic_hidden_dims) == (
-        "softmax_q",
-        2,
-        (256,) * 3,
-    )
+    assert (config.beta, config.support_size) == (3.0, 64)
+    assert (config.sample_steps, config.batch_size) == (15, 4096)
+    assert (config.critic, config.num_critics) == ("softmax_q", 2)
+    assert config.critic_hidden_dims == (256, 256, 256)
     assert (config.discount, config.polyak, config.beta_q) == (0.99, 0.005, 1.0)
     assert (config.learning_rate, config.critic_learning_rate) == (1e-4, 3e-4)
     assert config.reward_transform == name
 
 
+def returns(values):
+    """Make the rows of returns.csv: at two steps, episodes of seeds 0 and 10."""
+    rows = [
+        {"policy": "policy", "total_step": step, "seed": seed, "return": str(value)}
+        for step, by_seed in values.items()
+        for seed, episodes in by_seed.items()
+        for value in episodes
+    ]
+    return pd.DataFrame(rows)
+
+
 def test_locomotion_scores_are_of_the_mean_return():
     low, high = reference_scores("hopper-medium-v2")
-    returns = {0: np.array([low, high]), 1: np.array([high, high])}
-    np.testing.assert_allclose(seed_scores("hopper-medium-v2", returns), [50.0, 100.0])
+    scores = seed_scores(
+        "hopper-medium-v2",
+        returns(
+            {"1000": {"0": [low, low], "10": [low, high]}, "90": {"0": [low, high], "10": [high]}}
+        ),
+    )
+    assert list(scores.index) == [("policy", 90), ("policy", 1000)]  # numbers in order, not texts
+    np.testing.assert_allclose(scores, [[50.0, 100.0], [0.0, 50.0]], atol=1e-9)
 
 
 def test_antmaze_scores_are_shares_of_successes():
-    returns = {0: np.array([0.0, 1.0, 0.0, 0.0]), 1: np.array([37.0, 0.0, 2.0, 1.0])}
-    np.testing.assert_allclose(seed_scores("antmaze-umaze-v2", returns), [25.0, 75.0])
+    episodes = {"0": [0.0, 1.0, 0.0, 0.0], "10": [37.0, 0.0, 2.0, 1.0]}
+    scores = seed_scores("antmaze-umaze-v2", returns({"90": episodes}))
+    np.testing.assert_allclose(scores, [[25.0, 75.0]])
