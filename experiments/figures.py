@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
@@ -48,13 +46,11 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file that is there whole or not at all."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    buffer = io.BytesIO()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
     # A palette makes the file a third of the size.
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    image.quantize(128).save(buffer, format="png", optimize=True)
-    write_whole(path, buffer.getvalue())
+    Image.open(drawn).convert("RGB").quantize(128).save(small, format="png", optimize=True)
+    write_whole(path, small.getvalue())
 
 
 def banded(

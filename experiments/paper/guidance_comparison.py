@@ -121,8 +121,7 @@ class Measure:
 @jax.jit
 def _pair_distances(keys: Array, x: Array, y: Array) -> dict[str, Array]:
     def one(pair: tuple[Array, Array, Array]) -> dict[str, Array]:
-        key, a, b = pair
-        return {"sliced_w2": sliced_wasserstein(key, a, b), "mmd": mmd(a, b)}
+        return {"sliced_w2": sliced_wasserstein(*pair), "mmd": mmd(*pair[1:])}
 
     return jax.lax.map(one, (keys, x, y))
 
@@ -254,11 +253,11 @@ def measure_cost(problem: Problem, settings: Settings) -> pd.DataFrame:
             sample = _sample.lower(model, settings.sample_steps, noise).compile()
             start = time.perf_counter()
             jax.block_until_ready(sample(model, noise))
-            row = {"method": model.method, "parameters": model.num_params}
-            row |= {"auxiliary_parameters": model.num_auxiliary}
-            row |= {"train_seconds": model.train_seconds}
-            rows.append(row | {"sample_seconds": time.perf_counter() - start})
-    return pd.DataFrame(rows).groupby("method", sort=False, as_index=False).min()
+            seconds = model.train_seconds, time.perf_counter() - start
+            rows.append((model.method, model.num_params, model.num_auxiliary, *seconds))
+    sizes, times = ["parameters", "auxiliary_parameters"], ["train_seconds", "sample_seconds"]
+    table = pd.DataFrame(rows, columns=["method", *sizes, *times])
+    return table.groupby("method", sort=False, as_index=False).min()
 
 
 def _check_same_settings(path: pathlib.Path, settings: Settings) -> None:

@@ -38,16 +38,16 @@ _GOAL_LEARNED, _GOAL_EXACT, _LEAST_ESS = 1.25, 1.05, 50.0
 
 _TEXT = """## Over all problems
 
-Ratio of the sliced Wasserstein-2 distance to its noise floor, mean over problems and {seeds} seeds \
-(95% interval over seeds). The first two columns are the paper's Table 1.
+Ratio of the sliced Wasserstein-2 distance to its noise floor, mean over problems and {seeds} \
+seeds (95% interval over seeds). The first two columns are the paper's Table 1.
 
 {summary}
 
 ## Likelihood
 
-Standard deviation, over exact samples of q, of log q - log p + beta E in nats (0: exactly guided), \
-median over problems and seeds; and on the mixtures the mean absolute error of log q against the \
-closed form, with the exact divergence and with Hutchinson's estimate of one probe.
+Standard deviation, over exact samples of q, of log q - log p + beta E in nats (0: exactly \
+guided), median over problems and seeds; and on the mixtures the mean absolute error of log q \
+against the closed form, with the exact divergence and with Hutchinson's estimate of one probe.
 
 {likelihood}
 

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/toy2d.png"))
     output = parser.parse_args(argv).output
     plane = [problem for problem in problems().values() if problem.mixture is None]
-    with figures.drawn(output, 2 * len(plane), 4.4) as figure:
+    with figures.drawn(output, 2 * len(plane), 3.9) as figure:
         panels = figure.subplots(2, len(plane), sharex=True, sharey=True)
         for column, problem in zip(panels.T, plane, strict=True):
             draws = (problem.target(jax.random.key(0), 4000, beta) for beta in (0.0, 10.0))

@@ -121,12 +121,7 @@ _BAND = "(band: std over draws)"
 _FIGURES = {  # drawn by, size in inches, title, x axis
     "gradient": (_gradient, (10, 5.6), "The CEFM gradient of a batch ({problem})", "batch size B"),
     "ess": (_ess, (8, 5), "How much of the data is left", "beta"),
-    "fraction": (
-        _fraction,
-        (9, 4.2),
-        "beta_for_ess (median and range of the problems)",
-        "batch size",
-    ),
+    "fraction": (_fraction, (9, 4.2), "beta_for_ess (problems: median, range)", "batch size"),
     "noise": (_noise, (9, 7), f"Energies with an error {_BAND}", "sigma, std of the error"),
     "data": (_data, (9, 6.5), f"Errors on finite data of {{problem}} {_BAND}", "dataset size n"),
 }
