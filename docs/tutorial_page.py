@@ -1,5 +1,4 @@
-"""Write `experiments/examples/tutorial.py` as a page: text, code, what each cell printed and the
-pictures it saved.
+"""Write the tutorial as a page: text, code, what each cell printed and the pictures it saved.
 
 python docs/tutorial_page.py     # docs/tutorial.md and docs/tutorial/*.png
 """
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCE = FOLDER.parent / "experiments" / "tutorial.py"
+SOURCE = FOLDER.parent / "experiments" / "examples" / "tutorial.py"
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     pictures, page, namespace = FOLDER / "tutorial", [], {}
     for old in pictures.glob("*.png"):
         old.unlink()
-    sys.path.insert(0, str(SOURCE.parent.parent))
+    sys.path.insert(0, str(FOLDER.parent))
     sys.argv = [str(SOURCE), f"--output={pictures}"]
     for kind, body in re.findall(r"^# %%(.*)\n((?:(?!# %%).*\n)*)", SOURCE.read_text(), re.M):
         if "[markdown]" in kind:

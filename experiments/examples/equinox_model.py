@@ -1,8 +1,4 @@
-"""CEFM on an Equinox model (`pip install equinox`; efm_jax brings it with diffrax).
-
-`python -m experiments.examples.equinox_model`: from N(0, I) by energy ||x - 1||^2, beta 0.5, to
-N(0.5, 0.5 I).
-"""
+"""CEFM on an Equinox model; diffrax brings Equinox."""
 
 import equinox as eqx
 import jax
@@ -13,7 +9,7 @@ from efm_jax import losses, paths, sampling
 
 
 class Field(eqx.Module):
-    """A velocity field (x: [2], t: []) -> [2] of one sample, as Equinox has it; vmap makes the batch's."""
+    """A velocity field (x: [2], t: []) -> [2] of one sample; vmap makes the batch's."""
 
     mlp: eqx.nn.MLP
 
@@ -25,7 +21,7 @@ class Field(eqx.Module):
 
 
 def loss(model, key):
-    """CEFM on a fresh batch: (loss, aux)."""
+    """Compute CEFM on a fresh batch: (loss, aux)."""
     data_key, loss_key = jax.random.split(key)
     x0 = jax.random.normal(data_key, (512, 2))
     energy = jnp.sum((x0 - 1.0) ** 2, axis=-1)
@@ -33,7 +29,7 @@ def loss(model, key):
 
 
 def train(key, num_steps):
-    """The trained field."""
+    """Return the trained field."""
     init_key, train_key = jax.random.split(key)
     model, optimizer = Field(init_key), optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))

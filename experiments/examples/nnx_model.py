@@ -1,8 +1,4 @@
-"""CEFM on a Flax NNX model (`pip install flax`, 0.11 or later; efm_jax brings it).
-
-`python -m experiments.examples.nnx_model`: from N(0, I) by energy ||x - 1||^2, beta 0.5, to N(0.5,
-0.5 I).
-"""
+"""CEFM on a Flax NNX model (Flax 0.11 or later)."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +20,7 @@ class Field(nnx.Module):
 
 
 def loss(model, key):
-    """CEFM on a fresh batch: (loss, aux).  The model is the field."""
+    """Compute CEFM on a fresh batch: (loss, aux).  The model is the field."""
     data_key, loss_key = jax.random.split(key)
     x0 = jax.random.normal(data_key, (512, 2))
     energy = jnp.sum((x0 - 1.0) ** 2, axis=-1)
@@ -40,12 +36,10 @@ def step(model, optimizer, key):
 
 
 def train(key, num_steps):
-    """The trained field."""
+    """Return the trained field."""
     init_key, train_key = jax.random.split(key)
-    model = Field(nnx.Rngs(init_key))
-    optimizer = nnx.Optimizer(
-        model, optax.adam(optax.cosine_decay_schedule(1e-2, num_steps)), wrt=nnx.Param
-    )
+    model, schedule = Field(nnx.Rngs(init_key)), optax.cosine_decay_schedule(1e-2, num_steps)
+    optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
     for step_key in jax.random.split(train_key, num_steps):
         step(model, optimizer, step_key)
     return model

@@ -1,8 +1,6 @@
-"""CEFM on a function of a dict of parameters (`pip install optax`; efm_jax brings it).
+"""CEFM on a plain function of a dict of parameters."""
 
-`python -m experiments.examples.plain_function`: from N(0, I) by energy ||x - 1||^2, beta 0.5, to
-N(0.5, 0.5 I).
-"""
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ from efm_jax import losses, paths, sampling
 
 
 def init(key):
-    """Parameters of :func:`field`."""
+    """Draw parameters of :func:`field`."""
     params = {}
     for i, (n, m) in enumerate([(3, 64), (64, 64), (64, 2)]):
         params[f"w{i}"] = n**-0.5 * jax.random.normal(jax.random.fold_in(key, i), (n, m))
@@ -27,17 +25,16 @@ def field(params, x, t):
 
 
 def loss(params, key):
-    """CEFM on a fresh batch: (loss, aux).  The parameters are closed over."""
+    """Compute CEFM on a fresh batch: (loss, aux).  The parameters are closed over."""
     data_key, loss_key = jax.random.split(key)
     x0 = jax.random.normal(data_key, (512, 2))
     energy = jnp.sum((x0 - 1.0) ** 2, axis=-1)
-    return losses.cefm(
-        lambda x, t: field(params, x, t), paths.conditional_ot(), loss_key, x0, energy, 0.5
-    )
+    velocity = functools.partial(field, params)
+    return losses.cefm(velocity, paths.conditional_ot(), loss_key, x0, energy, beta=0.5)
 
 
 def train(key, num_steps):
-    """The trained field."""
+    """Return the trained field."""
     init_key, train_key = jax.random.split(key)
     params, optimizer = init(init_key), optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
 
@@ -48,15 +45,14 @@ def train(key, num_steps):
 
     run, keys = jax.jit(jax.lax.scan, static_argnums=0), jax.random.split(train_key, num_steps)
     (params, _), _ = run(step, (params, optimizer.init(params)), keys)
-    return lambda x, t: field(params, x, t)
+    return functools.partial(field, params)
 
 
 def main():
     """Print moments of guided samples beside the exact ones."""
     velocity = train(jax.random.key(0), 1000)
-    x = sampling.sample(
-        velocity, jax.random.normal(jax.random.key(1), (16384, 2)), solver="midpoint"
-    )
+    noise = jax.random.normal(jax.random.key(1), (16384, 2))
+    x = sampling.sample(velocity, noise, solver="midpoint")
     print(f"plain: mean {x.mean(0)}, exact 0.5; std {x.std(0)}, exact {0.5**0.5:.4f}")
 
 

@@ -5,8 +5,8 @@ are from exact samples of q ∝ p exp(-beta E).  Every distance is reported as a
 floor, the same distance between two independent exact samples of that size; 1.0 cannot be told from
 the truth.
 
-    python -m experiments.paper.guidance_comparison --output=runs/guidance          # stopped, it continues
-    python -m experiments.paper.guidance_comparison --smoke    # all methods, one problem
+    python -m experiments.paper.guidance_comparison --output=runs/guidance  # stopped, it continues
+    python -m experiments.paper.guidance_comparison --smoke                 # one problem
 
 One unit of work is a problem, a seed and a family of methods; each is written when it is done.
 Several processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last
@@ -14,31 +14,32 @@ step, also on its own as --report, makes results.csv, table.md and the figures f
 
 Distances, on 1000 samples at a time, as means over repeats: sliced Wasserstein-2 (128 directions),
 MMD (mean of Gaussian kernels with bandwidths sqrt(d) / 4, sqrt(d) / 2, sqrt(d)), and the error of
-the mean energy.
-Likelihood: the standard deviation over exact samples of q of log q - log p + beta E, which exact
-  guidance
-keeps constant, and for mixtures the error of log q against the closed form.
+the mean energy.  Likelihood: the standard deviation over exact samples of q of
+log q - log p + beta E, which exact guidance keeps constant, and for mixtures the error of log q
+against the closed form.
 """
 
 import argparse
 import dataclasses
 import functools
+import io
+import itertools
 import json
-import os
 import pathlib
 import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from efm_jax import sampling
 from efm_jax.distances import mmd, sliced_wasserstein
-from efm_jax.paths import GaussianPath
-from efm_jax.types import Array, Params
+from efm_jax.files import write_whole
+from efm_jax.types import Array
 from efm_jax.weights import effective_sample_size, energy_weights
 from experiments.paper import guidance_report
 from experiments.paper.guidance_methods import FAMILIES, Guided, Training, oracles, train_family
@@ -96,11 +97,9 @@ class Measure:
         self._floors: dict[float, dict[str, float]] = {}
 
     def distances(self, key: Array, samples: Array, beta: float) -> dict[str, float]:
-        """Means over repeats of every distance of ``samples [repeats * sample_size, d]`` to exact ones."""
+        """Distances of ``samples [repeats * sample_size, d]`` to exact ones: means over repeats."""
         exact_key, measure_key = jax.random.split(key)
-        return self._mean_distances(
-            measure_key, samples, self._target(exact_key, len(samples), beta)
-        )
+        return self._means(measure_key, samples, self._target(exact_key, len(samples), beta))
 
     def floor(self, beta: float) -> dict[str, float]:
         """The same distances between exact samples."""
@@ -108,23 +107,21 @@ class Measure:
             *keys, measure_key = jax.random.split(jax.random.key(7), 3)
             size = self._settings.floor_repeats * self._settings.sample_size
             pair = (self._target(key, size, beta) for key in keys)
-            self._floors[beta] = self._mean_distances(measure_key, *pair)
+            self._floors[beta] = self._means(measure_key, *pair)
         return self._floors[beta]
 
-    def _mean_distances(self, key: Array, x: Array, y: Array) -> dict[str, float]:
+    def _means(self, key: Array, x: Array, y: Array) -> dict[str, float]:
         shape = (-1, self._settings.sample_size, self._problem.dim)
         x, y = x.reshape(shape), y.reshape(shape)
         found = _pair_distances(jax.random.split(key, len(x)), x, y)
-        energies = self._problem.energy(x).mean(1) - self._problem.energy(y).mean(1)
-        found["energy"] = jnp.abs(energies)
+        found["energy"] = abs(self._problem.energy(x).mean(1) - self._problem.energy(y).mean(1))
         return {name: float(values.mean()) for name, values in found.items()}
 
 
 @jax.jit
 def _pair_distances(keys: Array, x: Array, y: Array) -> dict[str, Array]:
     def one(pair: tuple[Array, Array, Array]) -> dict[str, Array]:
-        key, a, b = pair
-        return {"sliced_w2": sliced_wasserstein(key, a, b), "mmd": mmd(a, b)}
+        return {"sliced_w2": sliced_wasserstein(*pair), "mmd": mmd(*pair[1:])}
 
     return jax.lax.map(one, (keys, x, y))
 
@@ -155,14 +152,9 @@ def run_unit(
     else:
         models = train_family(family, problem, settings.betas, settings.training, train_key)
     plain = {model.method: model for model in models if model.beta == 0}
-    samplers: dict[str, Callable] = {}
     rows, shown = [], {}
     for index, model in enumerate(models):
-        inputs = (model.params, jnp.asarray(model.beta), noise)
-        if model.method not in samplers:
-            static = (model.score_fn, model.path, settings.sample_steps)
-            samplers[model.method] = _sample.lower(*static, *inputs).compile()
-        samples = samplers[model.method](*inputs)
+        samples = _sample(model, settings.sample_steps, noise)
         row = {"problem": problem.name, "method": model.method, "beta": model.beta, "seed": seed}
         floor = measure.floor(model.beta)
         distances = measure.distances(jax.random.fold_in(measure_key, index), samples, model.beta)
@@ -176,68 +168,42 @@ def run_unit(
     return rows, shown
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(
-    score_fn: Callable,
-    path: GaussianPath,
-    num_steps: int,
-    params: Params,
-    beta: Array,
-    noise: Array,
-) -> Array:
-    return sampling.sample_dpmpp(score_fn(params, beta), path, noise, num_steps=num_steps)
+@functools.partial(jax.jit, static_argnums=1)
+def _sample(model: Guided, num_steps: int, noise: Array) -> Array:
+    return sampling.sample_dpmpp(model.score, model.path, noise, num_steps=num_steps)
 
 
 def _batch_ess(problem: Problem, beta: float, batch_size: int) -> float:
     """Mean effective sample size of the weights of a training batch."""
-    energy = problem.energy(problem.sample(jax.random.key(11), 64 * batch_size)).reshape(
-        64, batch_size
-    )
-    return float(effective_sample_size(energy_weights(energy, beta)).mean())
+    energy = problem.energy(problem.sample(jax.random.key(11), 64 * batch_size))
+    return float(effective_sample_size(energy_weights(energy.reshape(64, -1), beta)).mean())
 
 
 def _likelihood(
     model: Guided, plain: Guided, problem: Problem, settings: Settings, key: Array
 ) -> dict[str, float]:
-    """How constant ``log q - log p + beta E`` is on exact samples of q; errors of log q where it is known."""
+    """How constant ``log q - log p + beta E`` is on samples of q; errors of a known log q."""
     point_key, probe_key = jax.random.split(key)
     x = problem.target(point_key, settings.likelihood_points, model.beta)
-    log_q = _log_density(model, settings, x, None)
-    defect = log_q - _log_density(plain, settings, x, None) + model.beta * problem.energy(x)
+    steps = settings.likelihood_steps
+    log_q = _log_density(model, steps, x)
+    defect = log_q - _log_density(plain, steps, x) + model.beta * problem.energy(x)
     found = {"log_ratio_std": defect.std()}
     if problem.mixture is not None:
         exact = problem.mixture.guided(problem.energy, model.beta).log_density(x)
-        found["log_q_error"] = jnp.abs(log_q - exact).mean()
-        hutchinson = _log_density(model, settings, x, probe_key)
-        found["log_q_error_hutchinson"] = jnp.abs(hutchinson - exact).mean()
+        estimate = _log_density(model, steps, x, probe_key)
+        found["log_q_error"] = abs(log_q - exact).mean()
+        found["log_q_error_hutchinson"] = abs(estimate - exact).mean()
     return {name: float(value) for name, value in found.items()}
 
 
-def _log_density(model: Guided, settings: Settings, x: Array, key: Array | None) -> Array:
-    static = (model.score_fn, model.path, settings.likelihood_steps)
-    return _log_density_jit(*static, model.params, jnp.asarray(model.beta), x, key)
+@functools.partial(jax.jit, static_argnums=1)
+def _log_density(model: Guided, num_steps: int, x: Array, key: Array | None = None) -> Array:
+    def velocity(x: Array, t: Array) -> Array:
+        return model.path.velocity_from_score(model.score(x, t), x, t)
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _log_density_jit(
-    score_fn: Callable,
-    path: GaussianPath,
-    num_steps: int,
-    params: Params,
-    beta: Array,
-    x: Array,
-    key: Array | None,
-) -> Array:
-    score = score_fn(params, beta)
-    return sampling.log_likelihood(
-        lambda x, t: path.velocity_from_score(score(x, t), x, t),
-        x,
-        key=key,
-        num_steps=num_steps,
-        solver="rk4",
-        t_start=_ENDS_MARGIN,
-        t_end=1 - _ENDS_MARGIN,
-    )
+    times = {"t_start": _ENDS_MARGIN, "t_end": 1 - _ENDS_MARGIN}
+    return sampling.log_likelihood(velocity, x, key=key, num_steps=num_steps, solver="rk4", **times)
 
 
 def run(
@@ -248,113 +214,68 @@ def run(
     shard: tuple[int, int],
 ) -> None:
     """Run the units of this shard that are not there yet."""
-    (output / UNITS).mkdir(parents=True, exist_ok=True)
     _check_same_settings(output / "settings.json", settings)
-    units = [
-        (name, family, seed)
-        for seed in range(settings.seeds)
-        for name in names
-        for family in families
-    ]
+    units = list(itertools.product(range(settings.seeds), names, families))
     found = problems()
     measures = {name: Measure(found[name], settings, found[name].target) for name in names}
-    for index, (name, family, seed) in enumerate(units):
+    for index, (seed, name, family) in enumerate(units):
         stem = output / UNITS / f"{name}-{family}-{seed}"
         if index % shard[1] != shard[0] or stem.with_suffix(".json").exists():
             continue
         start = time.perf_counter()
         rows, shown = run_unit(found[name], family, seed, settings, measures[name])
         if seed == 0:
-            _replace(
-                stem.with_suffix(".npz"),
-                lambda path, shown=shown: np.savez_compressed(path, **shown),
-            )
-        # The rows come last: a unit is done when they are there.
-        text = json.dumps(rows, indent=1)
-        _replace(stem.with_suffix(".json"), lambda path, text=text: path.write_text(text))
-        print(
-            f"{index + 1}/{len(units)} {stem.name}: {time.perf_counter() - start:.0f} s", flush=True
-        )
+            np.savez_compressed(buffer := io.BytesIO(), **shown)
+            write_whole(stem.with_suffix(".npz"), buffer.getvalue())
+        # The rows come last, because a unit is done when they are there.
+        write_whole(stem.with_suffix(".json"), json.dumps(rows, indent=1))
+        seconds = time.perf_counter() - start
+        print(f"{index + 1}/{len(units)} {stem.name}: {seconds:.0f} s", flush=True)
     cost = output / "cost.json"
     timed = settings.cost_rounds > 0 and shard[0] == 0 and set(families) >= set(FAMILIES)
     if timed and not cost.exists():
-        text = json.dumps(measure_cost(found[names[0]], settings), indent=1)
-        _replace(cost, lambda path: path.write_text(text))
+        table = measure_cost(found[names[0]], settings)
+        write_whole(cost, table.to_json(orient="records", indent=1))
 
 
-def measure_cost(problem: Problem, settings: Settings) -> list[dict]:
+def measure_cost(problem: Problem, settings: Settings) -> pd.DataFrame:
     """What each method costs, taken in turns in one process: the least time of the rounds counts.
 
     Training is of 300 steps of everything that one guidance scale needs, sampling of one call of
     the sampler.
     """
-    training = dataclasses.replace(
-        settings.training, num_steps=min(300, settings.training.num_steps)
-    )
+    steps = min(300, settings.training.num_steps)
+    training = dataclasses.replace(settings.training, num_steps=steps)
     noise = jax.random.normal(jax.random.key(0), (settings.sample_size, problem.dim))
-    rows: dict[str, dict] = {}
-    for _ in range(settings.cost_rounds):
-        models = [
-            model
-            for family in FAMILIES
-            for model in train_family(family, problem, (0.0,), training, jax.random.key(0))
-        ]
-        for model in models:
-            static, inputs = (
-                (model.score_fn, model.path, settings.sample_steps),
-                (model.params, 1.0, noise),
-            )
-            sample = _sample.lower(*static, *inputs).compile()
+    rows = []
+    for _, family in itertools.product(range(settings.cost_rounds), FAMILIES):
+        for model in train_family(family, problem, (0.0,), training, jax.random.key(0)):
+            sample = _sample.lower(model, settings.sample_steps, noise).compile()
             start = time.perf_counter()
-            jax.block_until_ready(sample(*inputs))
-            seconds = {
-                "train_seconds": model.train_seconds,
-                "sample_seconds": time.perf_counter() - start,
-            }
-            row = rows.setdefault(
-                model.method,
-                {
-                    "method": model.method,
-                    "parameters": model.num_params,
-                    "auxiliary_parameters": model.num_auxiliary,
-                    **seconds,
-                },
-            )
-            row |= {name: min(row[name], value) for name, value in seconds.items()}
-    return list(rows.values())
+            jax.block_until_ready(sample(model, noise))
+            seconds = model.train_seconds, time.perf_counter() - start
+            rows.append((model.method, model.num_params, model.num_auxiliary, *seconds))
+    sizes, times = ["parameters", "auxiliary_parameters"], ["train_seconds", "sample_seconds"]
+    table = pd.DataFrame(rows, columns=["method", *sizes, *times])
+    return table.groupby("method", sort=False, as_index=False).min()
 
 
 def _check_same_settings(path: pathlib.Path, settings: Settings) -> None:
     """Units of different settings must not be mixed."""
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if not path.exists():
-        _replace(path, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+        write_whole(path, json.dumps(wanted, indent=1))
     elif json.loads(path.read_text()) != wanted:
         raise ValueError(
             f"{path}: holds other settings; expected {wanted}; choose another --output"
         )
 
 
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Write a temporary file and rename it: what is there is whole."""
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    write(temporary)
-    temporary.replace(path)
-
-
-def _override(settings: Settings, arguments: argparse.Namespace) -> Settings:
-    """The sizes given on the command line in place of the defaults."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
-    }
-    training, own = (
-        {field.name: given[field.name] for field in dataclasses.fields(part) if field.name in given}
-        for part in (settings.training, settings)
-    )
-    return dataclasses.replace(
-        settings, training=dataclasses.replace(settings.training, **training), **own
-    )
+def _override(part: Any, arguments: argparse.Namespace) -> Any:
+    """The dataclass with the fields that the command line gives."""
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(part)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return dataclasses.replace(part, **{name: v for name, v in given.items() if v is not None})
 
 
 def main() -> None:
@@ -363,9 +284,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, help="by default runs/guidance[-smoke]")
-    parser.add_argument(
-        "--smoke", action="store_true", help="one problem, tiny networks: shows that it runs"
-    )
+    parser.add_argument("--smoke", action="store_true", help="one problem, tiny networks")
     parser.add_argument("--problems", nargs="+", choices=list(problems()), metavar="NAME")
     parser.add_argument("--families", nargs="+", choices=[*FAMILIES, ORACLE], metavar="NAME")
     parser.add_argument("--betas", nargs="+", type=float)
@@ -373,17 +292,16 @@ def main() -> None:
     parser.add_argument("--hidden_dims", nargs="+", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--num_steps", type=int, help="training steps of every network")
-    parser.add_argument(
-        "--shard", default="0/1", help="I/N: this process does every N-th unit from the I-th"
-    )
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th unit from the I-th")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
     settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
+    training = _override(settings.training, arguments)
+    settings = dataclasses.replace(settings, training=training)
     families = arguments.families or [*FAMILIES, ORACLE]
     names = arguments.problems or (SMOKE_PROBLEMS if arguments.smoke else list(problems()))
-    output = arguments.output or pathlib.Path(
-        "runs", "guidance-smoke" if arguments.smoke else "guidance"
-    )
+    folder = "guidance-smoke" if arguments.smoke else "guidance"
+    output = arguments.output or pathlib.Path("runs", folder)
     match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
     if match is None or not int(match[1]) < int(match[2]):
         parser.error(f"--shard: expected I/N with I < N, as 0/2; got {arguments.shard!r}")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from efm_jax import exact, guidance, losses, networks, paths
 from efm_jax.training.state import TrainState
@@ -29,6 +30,7 @@ _LOW_ENERGY, _NULL_LABEL, _NUM_LABELS = 1, 2, 3
 _DROP_RATE = 0.2
 # Samples that contrastive energy prediction contrasts at one time t.
 _CONTRAST = 64
+_static = functools.partial(struct.field, pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,83 +44,80 @@ class Training:
     dtype: str | None = None  # what the fields of EFM and ED compute in
 
 
-class Guided(NamedTuple):
-    """A method at one guidance scale, trained or exact."""
+class Guided(struct.PyTreeNode):
+    """A method at one guidance scale, trained or exact; programs take it as an argument."""
 
-    method: str
+    method: str = _static()
     beta: float
-    path: paths.GaussianPath
-    score_fn: Callable[
-        [Params, Array], Field
-    ]  # (params, beta) -> guided score; one function for all scales
+    path: paths.GaussianPath = _static()
+    score_fn: Callable[[Params, Array], Field] = _static()  # of params and beta; one for all scales
     params: Params
     num_params: int = 0  # of all networks that are evaluated to sample
     num_auxiliary: int = 0  # of those, in networks that only guide
-    train_seconds: float | None = (
-        None  # of what this scale needs, networks shared between scales included
-    )
+    train_seconds: float | None = None  # for this scale, networks that scales share included
+
+    @property
+    def score(self) -> Field:
+        """The guided score field."""
+        return self.score_fn(self.params, self.beta)
+
+
+class _Task(NamedTuple):
+    """The arguments of :func:`train_family`, the same for every method."""
+
+    problem: Problem
+    betas: Sequence[float]
+    training: Training
+    key: Array
 
 
 def train_family(
     family: str, problem: Problem, betas: Sequence[float], training: Training, key: Array
 ) -> list[Guided]:
     """Train every method of a family (:data:`FAMILIES`) at every guidance scale."""
-    return FAMILIES[family](problem, betas, training, key)
+    return FAMILIES[family](_Task(problem, betas, training, key))
 
 
 def _energy_weighted(
-    method: str,
-    path: paths.GaussianPath,
-    problem: Problem,
-    betas: Sequence[float],
-    training: Training,
-    key: Array,
+    method: str, path: paths.GaussianPath, task: _Task, *, diffusion: bool = False
 ) -> list[Guided]:
-    """Energy-weighted flow matching (velocity) or, on the linear VP path, diffusion (noise prediction)."""
-    network = networks.MLPField(training.hidden_dims, input_skip=True, dtype=training.dtype)
-    diffusion = path is VP
+    """Energy-weighted flow matching (velocity), or diffusion (noise prediction)."""
+    width, dtype = task.training.hidden_dims, task.training.dtype
+    network = networks.MLPField(width, input_skip=True, dtype=dtype)
 
     def score_fn(params: Params, beta: Array) -> Field:
         del beta  # it is in the weights of the loss, and so in the parameters
 
         def score(x: Array, t: Array) -> Array:
             prediction = network.apply(params, x, t)
-            return (
-                path.score(prediction, t)
-                if diffusion
-                else path.score_from_velocity(prediction, x, t)
-            )
+            if diffusion:
+                return path.score(prediction, t)
+            return path.score_from_velocity(prediction, x, t)
 
         return score
 
-    def loss(
-        params: Params, key: Array, x0: Array, energy: Array, beta: Array
-    ) -> tuple[Array, losses.Aux]:
+    def loss(params: Params, key: Array, x0: Array, energy: Array, beta: Array) -> tuple:
         if diffusion:
             return losses.ced(score_fn(params, beta), path, key, x0, energy, beta)
-        return losses.cefm(lambda x, t: network.apply(params, x, t), path, key, x0, energy, beta)
+        field = functools.partial(network.apply, params)
+        return losses.cefm(field, path, key, x0, energy, beta)
 
-    init = functools.partial(_init_field, network, problem.dim)
-    params, seconds = _train(init, loss, problem, betas, training, key)
-    size = _size(params[0])
+    params, seconds = _train(network, loss, task, task.betas)
     return [
-        Guided(method, beta, path, score_fn, p, size, 0, seconds)
-        for beta, p in zip(betas, params, strict=True)
+        Guided(method, beta, path, score_fn, p, _size(p), 0, seconds)
+        for beta, p in zip(task.betas, params, strict=True)
     ]
 
 
-def _diffusion_family(
-    problem: Problem, betas: Sequence[float], training: Training, key: Array
-) -> list[Guided]:
-    """On the linear VP path: energy-weighted diffusion, CEP, classifier and classifier-free guidance."""
-    weighted = _energy_weighted("ed", VP, problem, betas, training, key)
+def _diffusion_family(task: _Task) -> list[Guided]:
+    """On the linear VP path: energy-weighted diffusion, CEP, classifier and classifier-free."""
+    weighted = _energy_weighted("ed", VP, task, diffusion=True)
     # The energy-weighted model at beta = 0 is the plain one, which the guided methods start from.
-    plain = weighted[list(betas).index(0.0)]
-    scalar = networks.LogRatio(training.hidden_dims)
-    init_scalar = functools.partial(_init_field, scalar, problem.dim)
+    plain = weighted[list(task.betas).index(0.0)]
+    scalar = networks.LogRatio(task.training.hidden_dims)
 
     def scalar_fn(params: Params) -> Callable[[Array, Array], Array]:
-        return lambda x, t: scalar.apply(params, x, t)
+        return functools.partial(scalar.apply, params)
 
     def plain_score(params: Params) -> Field:
         return plain.score_fn(params, 0.0)
@@ -140,40 +139,33 @@ def _diffusion_family(
     def classifier(params: Params, beta: Array) -> Field:
         return guidance.classifier_guided(plain_score(params[0]), scalar_fn(params[1]), beta)
 
-    log_ratios, cep_seconds = _train(init_scalar, contrastive_loss, problem, betas, training, key)
-    (classifier_params,), cg_seconds = _train(
-        init_scalar, classifier_loss, problem, (1.0,), training, key
-    )
+    log_ratios, cep_seconds = _train(scalar, contrastive_loss, task, task.betas)
+    (classifier_params,), cg_seconds = _train(scalar, classifier_loss, task, (1.0,))
     auxiliary = _size(classifier_params)
-    size = plain.num_params + auxiliary
-    found = list(weighted)
-    for beta, log_ratio in zip(betas, log_ratios, strict=True):
+    sizes = plain.num_params + auxiliary, auxiliary
+    found = weighted
+    for beta, log_ratio in zip(task.betas, log_ratios, strict=True):
         for method, score_fn, params, seconds in (
-            ("cep", contrastive, (plain.params, log_ratio), cep_seconds),
-            ("cg", classifier, (plain.params, classifier_params), cg_seconds),
+            ("cep", contrastive, log_ratio, cep_seconds),
+            ("cg", classifier, classifier_params, cg_seconds),
         ):
-            seconds += plain.train_seconds
-            found.append(Guided(method, beta, VP, score_fn, params, size, auxiliary, seconds))
-    return found + _classifier_free(problem, betas, training, key)
+            params, seconds = (plain.params, params), seconds + plain.train_seconds
+            found.append(Guided(method, beta, VP, score_fn, params, *sizes, seconds))
+    return found + _classifier_free(task)
 
 
-def _classifier_free(
-    problem: Problem, betas: Sequence[float], training: Training, key: Array
-) -> list[Guided]:
-    network = networks.MLPField(training.hidden_dims, input_skip=True)
+def _classifier_free(task: _Task) -> list[Guided]:
+    network = networks.MLPField(task.training.hidden_dims, input_skip=True)
 
     def score(params: Params, labels: Array) -> Field:
         def field(x: Array, t: Array) -> Array:
-            condition = jax.nn.one_hot(
-                jnp.broadcast_to(labels, t.shape), _NUM_LABELS, dtype=x.dtype
-            )
+            every = jnp.broadcast_to(labels, t.shape)
+            condition = jax.nn.one_hot(every, _NUM_LABELS, dtype=x.dtype)
             return VP.score(network.apply(params, x, t, condition), t)
 
         return field
 
-    def loss(
-        params: Params, key: Array, x0: Array, energy: Array, _: Array
-    ) -> tuple[Array, losses.Aux]:
+    def loss(params: Params, key: Array, x0: Array, energy: Array, _: Array) -> tuple:
         label_key, drop_key, loss_key = jax.random.split(key, 3)
         labels = jax.random.bernoulli(label_key, jnp.exp(-energy)).astype(jnp.int32)
         labels = guidance.drop_labels(drop_key, labels, _DROP_RATE, _NULL_LABEL)
@@ -183,28 +175,20 @@ def _classifier_free(
         fields = (score(params, jnp.asarray(label)) for label in (_NULL_LABEL, _LOW_ENERGY))
         return guidance.classifier_free_guided(*fields, beta)
 
-    def init(key: Array) -> Params:
-        return network.init(
-            key, jnp.zeros((1, problem.dim)), jnp.zeros(1), jnp.zeros((1, _NUM_LABELS))
-        )
-
-    (params,), seconds = _train(init, loss, problem, (1.0,), training, key)
-    return [Guided("cfg", beta, VP, guided, params, _size(params), 0, seconds) for beta in betas]
-
-
-def _init_field(network: networks.MLPField | networks.LogRatio, dim: int, key: Array) -> Params:
-    return network.init(key, jnp.zeros((1, dim)), jnp.zeros(1))
+    (params,), seconds = _train(network, loss, task, (1.0,), jnp.zeros((1, _NUM_LABELS)))
+    size = _size(params)
+    return [Guided("cfg", beta, VP, guided, params, size, 0, seconds) for beta in task.betas]
 
 
 def _train(
-    init: Callable[[Array], Params],
+    network: networks.MLPField | networks.LogRatio,
     loss: Callable[..., tuple[Array, losses.Aux]],
-    problem: Problem,
+    task: _Task,
     betas: Sequence[float],
-    training: Training,
-    key: Array,
+    *condition: Array,
 ) -> tuple[list[Params], float]:
-    """One network for each scale, all in one program on the same batches: parameters, seconds for each."""
+    """One network for each scale, in one program on the same batches: parameters, seconds each."""
+    problem, _, training, key = task
     optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.num_steps))
 
     def draw_batch(key: Array, beta: Array) -> tuple[Array, Array, Array]:
@@ -217,20 +201,21 @@ def _train(
     axes = TrainState(step=None, params=0, average=0, opt_state=0)
     chunk = jax.vmap(make_chunk(step, draw_batch, training.num_steps), (axes, None, 0), (axes, 0))
     init_key, train_key = jax.random.split(key)
+
+    def create(_: Array) -> TrainState:
+        params = network.init(init_key, jnp.zeros((1, problem.dim)), jnp.zeros(1), *condition)
+        return TrainState.create(params, optimizer)
+
     scales = jnp.asarray(betas)
-    create = jax.vmap(lambda _: TrainState.create(init(init_key), optimizer), out_axes=axes)
-    states = create(scales)
+    states = jax.vmap(create, out_axes=axes)(scales)
     compiled = jax.jit(chunk).lower(states, train_key, scales).compile()
     start = time.perf_counter()
     states, metrics = jax.block_until_ready(compiled(states, train_key, scales))
     seconds = (time.perf_counter() - start) / len(betas)
-    if (metrics["first_nonfinite"] >= 0).any():
-        raise FloatingPointError(
-            f"{problem.name}: the loss is not finite from step {metrics['first_nonfinite']}"
-        )
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(len(betas))
-    ], seconds
+    first = metrics["first_nonfinite"]
+    if (first >= 0).any():
+        raise FloatingPointError(f"{problem.name}: the loss is not finite from step {first}")
+    return [jax.tree.map(lambda x, i=i: x[i], states.params) for i in range(len(betas))], seconds
 
 
 def _size(params: Params) -> int:
@@ -280,7 +265,7 @@ def oracles(
     return found, target
 
 
-FAMILIES: dict[str, Callable[..., list[Guided]]] = {
+FAMILIES: dict[str, Callable[[_Task], list[Guided]]] = {
     "ot": functools.partial(_energy_weighted, "efm_ot", OT),
     "cosine": functools.partial(_energy_weighted, "efm_cosine", COSINE),
     "vp": _diffusion_family,

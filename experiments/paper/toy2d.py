@@ -4,12 +4,15 @@ Six sets in the plane that the literature draws, each with an energy in [0, 1], 
 mixtures in 2, 8 and 32 dimensions whose guided densities and fields are closed forms.  Everything
 is drawn on the device.
 
-    python -m experiments.paper.toy2d --output=runs/toy2d.png     # a picture of the six sets and their targets
+    python -m experiments.paper.toy2d --output=runs/toy2d.png   # a picture of the sets and targets
 """
 
+import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ import numpy as np
 
 from efm_jax import exact
 from efm_jax.types import Array
+from experiments import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Problem:
         found, total = [], 0
         while total < num:
             key, draw_key = jax.random.split(key)
-            points, keep = _propose(self, draw_key, 8 * num, beta)
+            points, keep = _propose(self.sample, self.energy, 8 * num, draw_key, beta)
             found.append(np.asarray(points)[np.asarray(keep)])
             total += len(found[-1])
         return jnp.asarray(np.concatenate(found)[:num])
@@ -49,19 +53,13 @@ class Problem:
 _sample_mixture = jax.jit(exact.GaussianMixture.sample, static_argnums=2)
 
 
-def _propose(problem: Problem, key: Array, num: int, beta: float) -> tuple[Array, Array]:
-    return _propose_jit(problem.sample, problem.energy, key, num, beta)
-
-
-def _rejection(
-    sample: Callable, energy: Callable, key: Array, num: int, beta: Array
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _propose(
+    sample: Callable, energy: Callable, num: int, key: Array, beta: Array
 ) -> tuple[Array, Array]:
     point_key, keep_key = jax.random.split(key)
     points = sample(point_key, num)
     return points, jax.random.uniform(keep_key, (num,)) < jnp.exp(-beta * energy(points))
-
-
-_propose_jit = jax.jit(_rejection, static_argnums=(0, 1, 3))
 
 
 def _polar(radius: Array, angle: Array) -> Array:
@@ -103,7 +101,7 @@ def moons(key: Array, num: int) -> Array:
 
 
 def rings(key: Array, num: int) -> Array:
-    """Four circles of radii 0.5, 1, 1.5, 2, equally likely, standard deviation of the noise 0.05."""
+    """Four circles of radii 0.5, 1, 1.5, 2, equally likely, deviation of the noise 0.05."""
     ring_key, u_key, noise_key = jax.random.split(key, 3)
     radius = 0.5 * (1 + jax.random.randint(ring_key, (num,), 0, 4))
     angle = 2 * math.pi * jax.random.uniform(u_key, (num,))
@@ -123,9 +121,8 @@ def two_spirals(key: Array, num: int) -> Array:
     arm_key, u_key, noise_key = jax.random.split(key, 3)
     along = jnp.sqrt(jax.random.uniform(u_key, (num,), minval=0.01))
     turn = math.pi * jax.random.bernoulli(arm_key, shape=(num,))
-    return _polar(2 * along, 3 * math.pi * along + turn) + 0.06 * jax.random.normal(
-        noise_key, (num, 2)
-    )
+    noise = jax.random.normal(noise_key, (num, 2))
+    return _polar(2 * along, 3 * math.pi * along + turn) + 0.06 * noise
 
 
 def _mixture_problem(dim: int) -> Problem:
@@ -140,15 +137,15 @@ def _mixture_problem(dim: int) -> Problem:
 
 
 def problems() -> dict[str, Problem]:
-    """All problems by name, the plane's first."""
+    """All problems by name, the plane's first; energies rise outwards, rightwards or around."""
+
+    def turn(x: Array) -> Array:
+        # The cut falls between two modes.
+        return jnp.mod(jnp.arctan2(x[..., 1], x[..., 0]) / (2 * jnp.pi) + 1 / 16, 1.0)
+
     plane = (
-        # Energies rise outwards, rightwards or around the circle, where the cut falls between two
-        # modes.
         (swiss_roll, lambda x: _ramp(_radius(x), 0.6, 2.1)),
-        (
-            eight_gaussians,
-            lambda x: jnp.mod(jnp.arctan2(x[..., 1], x[..., 0]) / (2 * jnp.pi) + 1 / 16, 1.0),
-        ),
+        (eight_gaussians, turn),
         (moons, lambda x: _ramp(x[..., 0], -2.0, 2.0)),
         (rings, lambda x: _ramp(_radius(x), 0.4, 2.1)),
         (checkerboard, lambda x: _ramp(x[..., 0], -2.0, 2.0)),
@@ -156,3 +153,27 @@ def problems() -> dict[str, Problem]:
     )
     found = [Problem(sample.__name__, 2, sample, energy) for sample, energy in plane]
     return {problem.name: problem for problem in (*found, *map(_mixture_problem, (2, 8, 32)))}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the six sets of the plane, colored by energy, and below each its target at beta = 10."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/toy2d.png"))
+    output = parser.parse_args(argv).output
+    plane = [problem for problem in problems().values() if problem.mixture is None]
+    with figures.drawn(output, 2 * len(plane), 3.9) as figure:
+        panels = figure.subplots(2, len(plane), sharex=True, sharey=True)
+        for column, problem in zip(panels.T, plane, strict=True):
+            draws = (problem.target(jax.random.key(0), 4000, beta) for beta in (0.0, 10.0))
+            for axes, x in zip(column, draws, strict=True):
+                points = axes.scatter(*x.T, c=problem.energy(x), s=1, vmin=0, vmax=1)
+                axes.set_aspect("equal")
+            column[0].set_title(problem.name)
+        figure.colorbar(points, ax=panels, label="energy E", shrink=0.6)
+        panels[0, 0].set_ylabel("data, p")
+        panels[1, 0].set_ylabel("target, q at beta = 10")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 
 from efm_jax import losses, paths
 from efm_jax.distances import sliced_wasserstein
 from efm_jax.types import Array
 from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
 from experiments.paper import toy2d, weight_figures
-from experiments.paper.weight_figures import Rows
 
 PROBLEMS = toy2d.problems()
 SWISS_ROLL = PROBLEMS["swiss_roll"]
@@ -51,15 +51,9 @@ class Settings:
     batch_sizes: tuple[int, ...] = tuple(2**k for k in range(4, 14))
     fitted_from: int = 128  # the smallest batch of the fitted slopes
     problems: tuple[str, ...] = tuple(PROBLEMS)
-    ess_sizes: tuple[int, ...] = (2**6, 2**8, 2**10, 2**12, 2**14, 2**16)
+    ess_sizes: tuple[int, ...] = tuple(4**k for k in range(3, 9))
     noise_problems: tuple[str, ...] = ("swiss_roll", "mixture_8d")
-    data_sizes: tuple[int, ...] = (
-        2**10,
-        2**12,
-        2**14,
-        2**16,
-        2**18,
-    )  # the last stands for unlimited data
+    data_sizes: tuple[int, ...] = tuple(4**k for k in range(5, 10))  # the last: unlimited data
     samples: int = 4096  # of each side of a distance
     draws: int = 6
 
@@ -78,11 +72,10 @@ SMOKE = Settings(
 )
 
 
-def _rows(**columns: Any) -> Rows:
-    """One row per element of the columns, broadcast against each other."""
+def _table(**columns: Any) -> pd.DataFrame:
+    """A row for each element of the columns, broadcast against each other."""
     arrays = np.broadcast_arrays(*columns.values())
-    values = zip(*(array.ravel().tolist() for array in arrays), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in values]
+    return pd.DataFrame(dict(zip(columns, (a.ravel().tolist() for a in arrays), strict=True)))
 
 
 def _blocks(function: Callable, key: Array, num: int) -> Any:
@@ -98,16 +91,15 @@ def _network(params: Array, x: Array, t: Array) -> Array:
 
 
 def _draw(params: Array, key: Array, num: int) -> tuple[Array, Array]:
-    """Energies of samples and gradients of their flow-matching errors: ``[num]``, ``[num, parameters]``."""
+    """Energies ``[num]`` and gradients ``[num, parameters]`` of samples' flow-matching errors."""
     data_key, noise_key, time_key = jax.random.split(key, 3)
     x0 = SWISS_ROLL.sample(data_key, num)
     noise = jax.random.normal(noise_key, x0.shape)
     t = 1 - jax.random.uniform(time_key, (num,))
 
     def error(params: Array, *sample: Array) -> Array:
-        return losses.cfm_error(
-            functools.partial(_network, params), paths.conditional_ot(), *sample
-        )
+        field = functools.partial(_network, params)
+        return losses.cfm_error(field, paths.conditional_ot(), *sample)
 
     return SWISS_ROLL.energy(x0), jax.vmap(jax.grad(error), (None, 0, 0, 0))(params, x0, noise, t)
 
@@ -122,13 +114,13 @@ def _behavior_model(key: Array, num_steps: int = 500) -> Array:
         updates, state = optimizer.update(_draw(params, key, 512)[1].mean(0), state)
         return (params + updates, state), None
 
-    train = jax.jit(
-        lambda *carry: jax.lax.scan(step, carry, jax.random.split(train_key, num_steps))[0][0]
+    keys = jax.random.split(train_key, num_steps)
+    return jax.jit(lambda *carry: jax.lax.scan(step, carry, keys)[0][0])(
+        start, optimizer.init(start)
     )
-    return train(start, optimizer.init(start))
 
 
-def gradient_study(key: Array, settings: Settings) -> Rows:
+def gradient_study(key: Array, settings: Settings) -> pd.DataFrame:
     """Relative bias and relative root-mean-square error of the CEFM gradient against batch size.
 
     Two independent sets of samples.  The first gives ``log Z`` (the dataset's normalizer) and the
@@ -144,12 +136,8 @@ def gradient_study(key: Array, settings: Settings) -> Rows:
 
     def reference(key: Array) -> tuple[Array, Array, Array]:
         energy, gradients = _draw(params, key, settings.block)
-        weights = energy_weights(energy, betas[:, None])
-        return (
-            log_normalizer(energy, betas[:, None]),
-            weights @ gradients,
-            effective_sample_size(weights),
-        )
+        weights, log_z = (f(energy, betas[:, None]) for f in (energy_weights, log_normalizer))
+        return log_z, weights @ gradients, effective_sample_size(weights)
 
     # Blocks' ratios are put together as one ratio over all samples.
     log_zs, ratios, ess = map(np.asarray, _blocks(reference, reference_key, settings.blocks))
@@ -174,16 +162,14 @@ def gradient_study(key: Array, settings: Settings) -> Rows:
         return found
 
     found = _blocks(deviations, batch_key, settings.blocks)
-    means, squares = (
-        np.stack(part, axis=-1) for part in zip(*found, strict=True)
-    )  # [blocks, 2, betas, ...]
+    # [blocks, 2, betas, ..., batch sizes]
+    means, squares = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
     norm = np.linalg.norm(true, axis=-1)[:, None]
     noise = (means.var(0, ddof=1) / settings.blocks).sum(2)
-    noise[1] += (shares.var(0, ddof=1) / settings.blocks)[
-        :, None
-    ] * norm**2  # the error of Z itself
+    error_of_z = shares.var(0, ddof=1) / settings.blocks
+    noise[1] += error_of_z[:, None] * norm**2
     square = (means.mean(0) ** 2).sum(2)
-    return _rows(
+    return _table(
         problem=SWISS_ROLL.name,
         beta=betas[:, None],
         weights=[[["softmax"]], [["dataset"]]],
@@ -197,18 +183,13 @@ def gradient_study(key: Array, settings: Settings) -> Rows:
     )
 
 
-def fitted_slope(rows: Rows, beta: float, column: str, smallest: int) -> float:
-    """Log-log slope of the softmax's ``column`` against batch size; of a bias, where it is resolved."""
-    softmax = weight_figures.select(rows, beta=beta, weights="softmax")
-    here = [
-        row
-        for row in softmax
-        if row["batch_size"] >= smallest and (row["resolved"] or column != "bias")
-    ]
-    sizes, values = weight_figures.columns(here, "batch_size", column)
-    return (
-        float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(sizes) > 1 else float("nan")
-    )
+def fitted_slope(rows: pd.DataFrame, beta: float, column: str, smallest: int) -> float:
+    """Log-log slope of the softmax's ``column`` against batch size; a bias where it is resolved."""
+    here = rows.query("beta == @beta and weights == 'softmax' and batch_size >= @smallest")
+    if column == "bias":
+        here = here.query("resolved == 1")
+    logs = np.log(here[["batch_size", column]].to_numpy().T)
+    return float(np.polyfit(*logs, 1)[0]) if len(here) > 1 else float("nan")
 
 
 @functools.partial(jax.jit, static_argnames=("name", "settings"))
@@ -225,39 +206,35 @@ def _ess_fractions(energy: Array, betas: Array) -> Array:
     return sizes / energy.shape[-1]
 
 
-def ess_study(key: Array, settings: Settings) -> Rows:
-    """Fraction of the data that is effective, against beta, and its closed form (mixtures; else NaN)."""
-    rows: Rows = []
-    betas = np.geomspace(0.1, 50, 24)
+def ess_study(key: Array, settings: Settings) -> pd.DataFrame:
+    """Fraction of the data that is effective, against beta, and closed forms (NaN: none known)."""
+    tables, betas = [], np.geomspace(0.1, 50, 24)
     uniform = np.tanh(betas / 2) / (betas / 2)  # of energies uniform on [0, 1]
     for index, name in enumerate(settings.problems):
         problem, exact = PROBLEMS[name], np.nan
         if problem.mixture is not None:
-            log_z = jax.jit(
-                jax.vmap(functools.partial(problem.mixture.log_normalizer, problem.energy))
-            )
+            of_beta = functools.partial(problem.mixture.log_normalizer, problem.energy)
+            log_z = jax.jit(jax.vmap(of_beta))
             exact = np.exp(2 * log_z(betas) - log_z(2 * betas))
-        found = _ess_fractions(
-            _energies(jax.random.fold_in(key, index), name, settings).ravel(), betas
-        )
-        rows += _rows(problem=name, beta=betas, ess_fraction=found, exact=exact, uniform=uniform)
-    return rows
+        energy = _energies(jax.random.fold_in(key, index), name, settings).ravel()
+        columns = {"ess_fraction": _ess_fractions(energy, betas), "exact": exact}
+        tables.append(_table(problem=name, beta=betas, **columns, uniform=uniform))
+    return pd.concat(tables)
 
 
-def fraction_study(key: Array, settings: Settings) -> Rows:
+def fraction_study(key: Array, settings: Settings) -> pd.DataFrame:
     """Betas chosen on one block, then the effective sample size of fresh batches of every size."""
     choose = jax.jit(jax.vmap(beta_for_ess, in_axes=(None, 0)))
-    rows: Rows = []
+    tables = []
     for index, name in enumerate(settings.problems):
         energy = _energies(jax.random.fold_in(key, index), name, settings)
         betas = choose(energy[0], jnp.array(FRACTIONS))
         for size in settings.ess_sizes:
             found = np.asarray(_ess_fractions(energy[1:].reshape(-1, size), betas))
-            mean, std = found.mean(1), found.std(1, ddof=1)
-            rows += _rows(
-                problem=name, fraction=FRACTIONS, beta=betas, batch_size=size, mean=mean, std=std
-            )
-    return rows
+            columns = {"mean": found.mean(1), "std": found.std(1, ddof=1)}
+            asked = {"problem": name, "fraction": FRACTIONS, "beta": betas, "batch_size": size}
+            tables.append(_table(**asked, **columns))
+    return pd.concat(tables)
 
 
 def smooth_error(key: Array, x: Array) -> Array:
@@ -295,85 +272,74 @@ def _noisy_targets(
 _distance = jax.jit(functools.partial(sliced_wasserstein, num_projections=50))
 
 
-def _error_rows(key: Array, name: str, settings: Settings, betas: tuple, sizes: tuple) -> Rows:
+def _error_table(
+    key: Array, name: str, settings: Settings, betas: Sequence[float], sizes: Sequence[int]
+) -> pd.DataFrame:
     """Distance to the true target of the target under noisy energies, over the noise floor.
 
     No field is trained.  The minimizer of the loss on n points is the field of the weighted points
     (``efm_jax.exact``), which ends at those points with their probabilities: resampling them
     samples from it. The floor is the distance between two exact samples of the target.
     """
-    rows: Rows = []
+    tables = []
     draws, num, shape = settings.draws, settings.samples, (settings.draws, len(KINDS), len(SIGMAS))
     for index, beta in enumerate(betas):
         target_key, slice_key, draw_key = jax.random.split(jax.random.fold_in(key, index), 3)
         exact = np.asarray(PROBLEMS[name].target(target_key, (draws + 2 * FLOORS) * num, beta))
         targets, *pairs = np.split(exact.reshape(-1, num, exact.shape[-1]), (draws, draws + FLOORS))
         floors = np.array([_distance(slice_key, *pair) for pair in zip(*pairs, strict=True)])
-        floor, floor_error = floors.mean(), floors.std(ddof=1) / FLOORS**0.5
+        of_floor = {"floor": floors.mean(), "floor_error": floors.std(ddof=1) / FLOORS**0.5}
         for size in sizes:
             distances, ess = [], []
-            for key_of_draw, target in zip(jax.random.split(draw_key, draws), targets, strict=True):
-                found = _noisy_targets(
-                    key_of_draw, beta, np.array(SIGMAS), name=name, size=size, num=num
-                )
+            noisy = functools.partial(_noisy_targets, name=name, size=size, num=num)
+            for draw, target in zip(jax.random.split(draw_key, draws), targets, strict=True):
+                found = noisy(draw, beta, np.array(SIGMAS))
                 distances += [_distance(slice_key, samples, target) for samples in found[0]]
                 ess.append(found[1])
-            ratio, ess = np.reshape(distances, shape) / floor, np.reshape(ess, shape)
+            ratio = np.reshape(distances, shape) / floors.mean()
+            found = {"ratio": ratio.mean(0), "ratio_std": ratio.std(0, ddof=1)}
+            found |= {"ess": np.reshape(ess, shape).mean(0)}
             of_all = {"problem": name, "beta": beta, "data": size, "error": KINDS, "sigma": SIGMAS}
-            of_floor = {"samples": num, "floor": floor, "floor_error": floor_error}
-            spread = ratio.std(0, ddof=1)
-            rows += _rows(
-                **of_all, **of_floor, ratio=ratio.mean(0), ratio_std=spread, ess=ess.mean(0)
-            )
-    return rows
+            tables.append(_table(**of_all, samples=num, **of_floor, **found))
+    return pd.concat(tables)
 
 
-def noise_study(key: Array, settings: Settings) -> Rows:
+def noise_study(key: Array, settings: Settings) -> pd.DataFrame:
     """Errors of the energy with data that are as good as unlimited."""
     names, sizes = settings.noise_problems, settings.data_sizes[-1:]
     keys = jax.random.split(key, len(names))
-    tables = (
-        _error_rows(*pair, settings, NOISE_BETAS, sizes) for pair in zip(keys, names, strict=True)
-    )
-    return [row for table in tables for row in table]
+    pairs = zip(keys, names, strict=True)
+    return pd.concat(_error_table(*pair, settings, NOISE_BETAS, sizes) for pair in pairs)
 
 
-def data_study(key: Array, settings: Settings) -> Rows:
+def data_study(key: Array, settings: Settings) -> pd.DataFrame:
     """Errors of the energy on datasets of several sizes."""
-    return _error_rows(key, SWISS_ROLL.name, settings, DATA_BETAS, settings.data_sizes)
+    return _error_table(key, SWISS_ROLL.name, settings, DATA_BETAS, settings.data_sizes)
+
+
+STUDIES = {"gradient": gradient_study, "ess": ess_study, "fraction": fraction_study}
+STUDIES |= {"noise": noise_study, "data": data_study}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Answers every question and writes what it found."""
+    """Answer every question and write what it found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="seconds: only shows that all works")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/weight_study"), help="folder to write to"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/weight_study"), help="folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     settings = SMOKE if arguments.smoke else Settings()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for index, study in enumerate(
-        (gradient_study, ess_study, fraction_study, noise_study, data_study)
-    ):
-        start, table = (
-            time.perf_counter(),
-            arguments.output / f"{study.__name__.removesuffix('_study')}.csv",
-        )
+    for index, (name, study) in enumerate(STUDIES.items()):
+        start, path = time.perf_counter(), arguments.output / f"{name}.csv"
         rows = study(jax.random.fold_in(jax.random.key(arguments.seed), index), settings)
-        weight_figures.write(table, rows)
-        print(f"{table}: {len(rows)} rows in {time.perf_counter() - start:.1f} s", flush=True)
-        for beta in GRADIENT_BETAS if study is gradient_study else ():
-            bias, error = (
-                fitted_slope(rows, beta, c, settings.fitted_from) for c in ("bias", "rms_error")
-            )
-            print(
-                f"beta={beta:g}, B >= {settings.fitted_from}: slopes {bias:.3f} (bias), "
-                f"{error:.3f} (error)"
-            )
+        weight_figures.write(path, rows)
+        print(f"{path}: {len(rows)} rows in {time.perf_counter() - start:.1f} s", flush=True)
+        smallest = settings.fitted_from
+        for beta in GRADIENT_BETAS if name == "gradient" else ():
+            bias, error = (fitted_slope(rows, beta, c, smallest) for c in ("bias", "rms_error"))
+            print(f"beta={beta:g}, B >= {smallest}: slopes {bias:.3f} (bias), {error:.3f} (error)")
 
 
 if __name__ == "__main__":

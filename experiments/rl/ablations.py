@@ -1,19 +1,19 @@
-"""What every choice of QIPO's policy phase does to its returns, on the same behavior models and
-critics.
+"""How each choice of QIPO's policy phase changes its returns, on the same behavior and critic.
 
-    python -m experiments.rl.ablations [--dataset=pendulum|NAME=ID_OR_FILE] [--only=m,renewals,...] [--seeds=3]
-                                    [--out=runs/ablations] [--stages=FOLDER] [--smoke] [--report]
+    python -m experiments.rl.ablations [--dataset=pendulum|NAME=ID_OR_FILE]
+        [--only=m,renewals,...] [--seeds=3] [--out=runs/ablations] [--stages=FOLDER] [--smoke]
+        [--report]
 
 m           actions in a support set
-renewals    how often they are redrawn: at equal policy steps and beta, and at equal total (l + 1)
-beta beta        the guidance scale of one renewal (of presets with ``target_ess``: that)
+renewals    how often they are redrawn, at equal policy steps: at equal beta, and at equal total
+            (l + 1) beta
+beta        the guidance scale of one renewal (of presets with ``target_ess``: that)
 estimator   the full weighted sum of a state's actions, or one of them drawn by its weight
 sampler     solver and steps that draw the support sets; every policy acts with the preset's
 critic      the critic after 1%, 10% and 30% of its steps: checkpoints of one run
 copies      as how many actions of a support set the data action counts
 normalizer  what divides exp(beta Q): the sum over the state's actions, the batch's, the dataset's
-mean; and
-            the same of the data's own actions alone (``reweight``)
+            mean; and the same of the data's own actions alone (``reweight``)
 
 An arm is its family's preset with the fields of one choice changed; what equals the preset is run
 once, as ``base``.  All seeds train in one program and arms share seeds, behavior model, critic and
@@ -24,21 +24,26 @@ not computed again; once the base is in it, processes with different ``--only`` 
 folder.
 """
 
-import argparse
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from efm_jax.data import fit_normalizer, load_dataset, preprocess
+from efm_jax.data import fit_normalizer, preprocess
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Dataset
 from experiments.rl import ablations_normalizers, ablations_report
-from experiments.rl.study import SMOKE, Hooks, Study, parse_datasets, total_beta
+from experiments.rl.ablations_report import BASE
+from experiments.rl.study import (
+    Progress,
+    Study,
+    make_parser,
+    parse_datasets,
+    parse_names,
+    total_beta,
+)
 
-BASE = "base"
 CRITIC_FRACTIONS = (0.01, 0.1, 0.3)
 Arms = dict[str, dict[str, Any]]
 
@@ -61,10 +66,8 @@ def _renewals(c: QIPOConfig) -> Arms:
 def _betas(c: QIPOConfig) -> Arms:
     if c.target_ess:
         return {f"ESS {share:g}": {"target_ess": share} for share in (0.9, 0.7, 0.5, 0.3)}
-    return {
-        f"{c.beta * factor:g}": {"beta": c.beta * factor}
-        for factor in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-    }
+    betas = [c.beta * factor for factor in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)]
+    return {f"{beta:g}": {"beta": beta} for beta in betas}
 
 
 def _estimators(c: QIPOConfig) -> Arms:
@@ -84,8 +87,8 @@ def _samplers(c: QIPOConfig) -> Arms:
 
 
 def _critics(c: QIPOConfig) -> Arms:
-    arms = {f"{share:.0%}": {"critic_steps": _early_steps(c, share)} for share in CRITIC_FRACTIONS}
-    return arms | {"100%": {}}
+    steps = {share: max(round(share * c.critic_steps), 1) for share in CRITIC_FRACTIONS}
+    return {f"{share:.0%}": {"critic_steps": steps[share]} for share in steps} | {"100%": {}}
 
 
 def _copies(c: QIPOConfig) -> Arms:
@@ -93,14 +96,13 @@ def _copies(c: QIPOConfig) -> Arms:
 
 
 def _normalizers(c: QIPOConfig) -> Arms:
-    # The flat sums need every action of a state; in expectation the drawn one has the same
-    # gradient.
+    # Sums over states need every action; in expectation the drawn one has the same gradient.
     full, once = {"estimator": "full"}, {"beta": total_beta(c)}
     return {
         "state": full,
-        "batch": {"policy": "qipo_batch", **full},
-        "dataset": {"policy": "qipo_dataset", **full},
-        "reweight, batch": {"policy": "reweight_batch", **once},
+        "batch": {"policy": ablations_normalizers.QIPO_BATCH, **full},
+        "dataset": {"policy": ablations_normalizers.QIPO_DATASET, **full},
+        "reweight, batch": {"policy": ablations_normalizers.REWEIGHT_BATCH, **once},
         "reweight, dataset": {"policy": "reweight", **once},
     }
 
@@ -118,14 +120,10 @@ ABLATIONS: dict[str, Callable[[QIPOConfig], Arms]] = {
 }
 
 
-def _early_steps(config: QIPOConfig, share: float) -> int:
-    return max(round(share * config.critic_steps), 1)
-
-
 def plan(
     base: QIPOConfig, names: list[str], limit: int | None = None
 ) -> tuple[dict[str, QIPOConfig], list[tuple[str, str, str]]]:
-    """Which configurations are run, and which of them is which arm.
+    """Find the configurations that are run, and the one of every arm.
 
     Args:
       base: the preset.
@@ -139,58 +137,44 @@ def plan(
     for name in names:
         for arm, changed in itertools.islice(ABLATIONS[name](base).items(), limit):
             config = dataclasses.replace(base, **changed).validate()
-            method = next(
-                (known for known, other in configs.items() if other == config), f"{name}={arm}"
-            )
+            same = (known for known, other in configs.items() if other == config)
+            method = next(same, f"{name}={arm}")
             configs[method] = config
             labels.append((name, arm, method))
     return configs, labels
 
 
 def run(study: Study, name: str, dataset: Dataset, configs: dict[str, QIPOConfig]) -> None:
-    """Every configuration, on the base's behavior model and its critic or an early checkpoint of it."""
-    base, normalizer = configs[BASE], fit_normalizer(dataset)
-    data = preprocess(dataset, normalizer, base.reward_transform)
-    hooks = Hooks(study, name, "stages", dataset, normalizer, base)
-    study.trained(name, base, data, hooks)
-    previous = None
+    """Run every configuration on the base's behavior model, and its critic or an early one."""
+    base, previous, progress = configs[BASE], None, Progress(name, "stages")
+    data = preprocess(dataset, fit_normalizer(dataset), base.reward_transform)
+    study.trained(name, base, data, progress)
     for method, config in configs.items():
         stages, part = dataclasses.replace(base, critic_steps=config.critic_steps), ""
         if config.critic_steps != base.critic_steps:
             part = f"-{config.critic_steps}"
-            study.trained(name, stages, data, hooks, part, after=previous)
+            study.trained(name, stages, data, progress, part, after=previous)
             previous = part
         study.run(name, dataset, method, config, stages, part)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "runs/ablations")
     parser.add_argument(
         "--dataset", default="pendulum", help="NAME=ID_OR_FILE; pendulum is the built-in one"
     )
     parser.add_argument("--only", default=",".join(ABLATIONS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
-    parser.add_argument("--stages", type=pathlib.Path, help="trained behavior models and critics")
-    parser.add_argument("--smoke", action="store_true", help="two arms of each, in two minutes")
-    parser.add_argument("--report", action="store_true", help="only make tables and figures")
     args = parser.parse_args(argv)
-    names = args.only.split(",")
-    unknown = [name for name in names if name not in ABLATIONS]
-    if unknown:
-        parser.error(f"--only: unknown {unknown[0]!r}; expected {', '.join(ABLATIONS)}")
+    names = parse_names(parser, "--only", args.only, ABLATIONS)
     datasets = parse_datasets(args.dataset)
     if len(datasets) > 1:
         parser.error(f"--dataset: expected one; got {len(datasets)}")
     ((name, source),) = datasets.items()
-    ablations_normalizers.register()
-    study = Study(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
+    study = Study.from_args(args)
     try:
-        dataset = load_dataset(source)
-        configs, labels = plan(study.config(dataset), names, 2 if args.smoke else None)
+        dataset, base = study.load(source)
+        configs, labels = plan(base, names, 2 if args.smoke else None)
     except ValueError as error:
         parser.error(f"--dataset: {error}")
     if not args.report:

@@ -1,5 +1,4 @@
-"""Other normalizers of the energy weights, for :mod:`experiments.rl.ablations`; call ``register``
-to use them.
+"""Agents with other normalizers of the energy weights, for :mod:`experiments.rl.ablations`.
 
 QIPO divides ``exp(beta Q)`` by its sum over a state's support set.  What divides by a sum over
 other states too has the same optimum, since a factor of a state's own moves no conditional
@@ -7,88 +6,114 @@ distribution; but it trains mostly the states whose values are high, with few ef
 """
 
 import math
+from typing import final
 
 import jax.numpy as jnp
-from jax import lax
 
-from efm_jax import losses
 from efm_jax.losses import Aux
-from efm_jax.rl.policies import POLICIES, Batch
-from efm_jax.rl.policies.qipo import QIPO
-from efm_jax.rl.policies.reweighting import Reweighting
-from efm_jax.rl.support import SupportSet, WeightedSupport
+from efm_jax.rl.agents import AGENTS, Agent, AgentParams
+from efm_jax.rl.agents.qipo import Support, draw_support, weigh_support
+from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
+from efm_jax.rl.batch import Batch, gather
+from efm_jax.rl.model import GenerativeModel
+from efm_jax.training.step import StepFn
 from efm_jax.types import Array, Params
-from efm_jax.weights import AxisName, effective_sample_size, log_normalizer
+from efm_jax.weights import (
+    AxisName,
+    boltzmann_logits,
+    effective_sample_size,
+    energy_weights,
+    log_normalizer,
+    psum_if,
+)
+
+QIPO_BATCH, QIPO_DATASET, REWEIGHT_BATCH = "qipo_batch", "qipo_dataset", "reweight_batch"
 
 
-class DatasetQIPO(QIPO):
-    """QIPO with Thm 4.3's weights, ``exp(beta Q) / Z`` with Z the mean over all states' support
-    actions.
+def batch_weights(log_weights: Array, axis_name: AxisName) -> Array:
+    """Weigh by Algorithm 1: a softmax over the global batch, times its size."""
+    weights = energy_weights(-log_weights.ravel(), 1.0, axis_name=axis_name)
+    size = psum_if(jnp.asarray(weights.size, weights.dtype), axis_name)
+    return size * weights.reshape(log_weights.shape)
 
-    Reference: Zhang et al. 2025, Thm 4.3.
+
+@final
+class PooledQIPO(Agent):
+    """QIPO with weights that are normalized over the support actions of all states together.
+
+    ``qipo_dataset`` divides by the mean over the dataset (Zhang et al. 2025, Thm 4.3),
+    ``qipo_batch`` by that over the batch (Algorithm 1).
     """
 
-    separable = False
+    renews = True
 
-    def prepare(
-        self, rows: SupportSet, axis_name: AxisName
-    ) -> tuple[WeightedSupport, dict[str, Array]]:
-        table, summary = super().prepare(rows, axis_name)
-        logits = summary["beta"] * rows.q_values
+    def step(self, phase: str, axis_name: AxisName = None, *, in_parts: bool = True) -> StepFn:
+        # At once, because the noise of an action is drawn by its place among the batch's actions.
+        return super().step(phase, axis_name, in_parts=in_parts and phase != "policy")
+
+    def support_set(self, params: AgentParams, key: Array, batch: Batch, index: Array) -> Support:
+        return draw_support(self, params.policy, params.critic, key, batch, index)
+
+    def weigh(
+        self, support: Support, axis_name: AxisName
+    ) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        _, summary = weigh_support(self.config, support, axis_name)
+        logits = boltzmann_logits(-support.q_values, summary["beta"])
         logits = logits.at[..., 0].add(math.log(self.config.data_copies))
         log_weights = logits - log_normalizer(-logits.ravel(), 1.0, axis_name=axis_name)
-        size = log_weights.size * (1 if axis_name is None else lax.axis_size(axis_name))
         ess = effective_sample_size(jnp.exp(log_weights).ravel(), axis_name=axis_name)
-        return WeightedSupport(table.actions, log_weights), summary | {"ess_share": ess / size}
+        share = ess / psum_if(jnp.asarray(logits.size, ess.dtype), axis_name)
+        return (support.actions, log_weights), summary | {"ess_share": share}
 
-    def loss(
+    def gather(
+        self, key: Array, table: tuple[Array, Array], index: Array, axis_name: AxisName
+    ) -> tuple[Array, Array]:
+        actions, log_weights = gather(table, index)
+        if self.config.policy == QIPO_DATASET:
+            return actions, jnp.exp(log_weights)
+        return actions, batch_weights(log_weights, axis_name)
+
+    def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName
     ) -> tuple[Array, Aux]:
-        return self._flat_loss(params, key, batch, axis_name, log_normalizer=0.0)
+        actions, weights = batch.support
+        states = jnp.repeat(batch.observations, weights.shape[1], axis=0)
+        actions, weights = actions.reshape(-1, self.action_size), weights.ravel()
+        return self.model.loss(params, key, states, actions, weights=weights, axis_name=axis_name)
 
-    def _flat_loss(
-        self, params: Params, key: Array, batch: Batch, axis_name: AxisName, **options: float
-    ) -> tuple[Array, Aux]:
-        """The energy-weighted loss on all support actions of the batch together."""
-        states, support = batch.samples.observations, batch.rows
-        size = support.log_weights.shape[1]
-        states = jnp.repeat(states, size, axis=0)
-        actions = support.actions.reshape(states.shape[0], -1)
-        loss = losses.ced if self.model.predicts_score else losses.cefm
-        field, energy = self.model.field(params, states), -support.log_weights.ravel()
-        return loss(
-            field, self.model.path, key, actions, energy, 1.0, axis_name=axis_name, **options
-        )
+    def sample(
+        self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
+    ) -> Array:
+        return model.sample(params.policy, observations, noise)
 
 
-class BatchQIPO(DatasetQIPO):
-    """QIPO with Algorithm 1's weights: a softmax over all support actions of the batch."""
-
-    def loss(
-        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
-    ) -> tuple[Array, Aux]:
-        return self._flat_loss(params, key, batch, axis_name)
-
-
-class BatchReweighting(Reweighting):
+@final
+class BatchReweighting(Agent):
     """One-step reweighting with Algorithm 1's weights: a softmax over the batch's data actions."""
 
-    def loss(
+    def support_set(self, params: AgentParams, key: Array, batch: Batch, index: Array) -> Array:
+        return advantages(self, params, key, batch, index)
+
+    def weigh(self, support: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
+        return weigh_advantages(support, self.config.beta, axis_name)
+
+    def gather(self, key: Array, table: Array, index: Array, axis_name: AxisName) -> Array:
+        return batch_weights(jnp.log(table[index]), axis_name)
+
+    def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName
     ) -> tuple[Array, Aux]:
-        loss = losses.ced if self.model.predicts_score else losses.cefm
-        field = self.model.field(params, batch.samples.observations)
-        return loss(
-            field,
-            self.model.path,
-            key,
-            batch.samples.actions,
-            -batch.rows,
-            1.0,
-            axis_name=axis_name,
+        states, actions, weights = batch.observations, batch.actions, batch.support
+        loss, _ = self.model.loss(
+            params, key, states, actions, weights=weights, axis_name=axis_name
         )
+        return loss, {}  # a batch's effective sample size is no mean over its parts
+
+    def sample(
+        self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
+    ) -> Array:
+        return model.sample(params.policy, observations, noise)
 
 
-def register() -> None:
-    """Make them values of the configuration field ``policy``."""
-    POLICIES.update(qipo_dataset=DatasetQIPO, qipo_batch=BatchQIPO, reweight_batch=BatchReweighting)
+AGENTS[QIPO_BATCH] = AGENTS[QIPO_DATASET] = PooledQIPO
+AGENTS[REWEIGHT_BATCH] = BatchReweighting

@@ -1,155 +1,103 @@
 """Table and figure of :mod:`experiments.rl.ablations`, from every episode's return."""
 
-import collections
-import csv
 import pathlib
-from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 
 from efm_jax.envs import mean_and_interval
+from efm_jax.files import write_whole
+from experiments import figures
 from experiments.rl.offline_rl_report import collect
 
 BASE = "base"
-FIELDS = (
-    "ablation",
-    "arm",
-    "score",
-    "std",
-    "best",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "seconds",
-)
+DIFFERENCE = ["difference", "difference_low", "difference_high"]  # mean with its 95% interval
+FIELDS = ["ablation", "arm", "score", "std", "best", *DIFFERENCE, "seconds"]
 
 
-class Arm(NamedTuple):
-    """What one arm scored; ``difference`` is from the base."""
+def arms(rows: pd.DataFrame, dataset: str, labels: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """Compare the finished arms, of ``(ablation, arm, method)`` in ``labels``, with the base.
 
-    ablation: str
-    name: str
-    is_base: bool
-    last: np.ndarray  # [seeds], mean scores of the last evaluation
-    best: np.ndarray  # [seeds], of the best evaluation
-    difference: tuple[float, float, float]  # mean over seeds with its 95% interval, seed by seed
-    seconds: float  # until the last evaluation, of the policy phase
-
-
-def arms(rows: list[dict[str, str]], dataset: str, labels: list[tuple[str, str, str]]) -> list[Arm]:
-    """The arms that are finished, of ``(ablation, arm, method)`` in ``labels``."""
-    scores = collect([row for row in rows if row["dataset"] == dataset])
-    last, best = scores.last.get(dataset, {}), scores.best.get(dataset, {})
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for row in rows:
-        if row["dataset"] == dataset and row["final"] == "1":
-            seconds[row["method"]] = max(seconds[row["method"]], float(row["seconds"]))
-    return [
-        Arm(
-            ablation,
-            name,
-            method == BASE,
-            last[method],
-            best[method],
-            mean_and_interval(last[method] - last[BASE]),
-            seconds[method],
-        )
-        for ablation, name, method in labels
-        if method in last and BASE in last
-    ]
+    Returns:
+      ``FIELDS``, where scores are means over seeds of the last and of the best evaluation, the
+      difference is from the base, seed by seed, with its 95% interval, and seconds go to the end of
+      the policy phase; and ``method`` and ``last``, the scores of all seeds.
+    """
+    rows = rows[rows["dataset"] == dataset]
+    last, best, _ = collect(rows)
+    last, best = (scores.droplevel("dataset").unstack("seed") for scores in (last, best))
+    seconds = rows[rows["final"] == 1].groupby("method")["seconds"].max()
+    found = []
+    for ablation, arm, method in labels:
+        if method in last.index and BASE in last.index:
+            scores, differences = last.loc[method].dropna(), last.loc[method] - last.loc[BASE]
+            std = scores.std() if len(scores) > 1 else 0.0
+            values = ablation, arm, scores.mean(), std, best.loc[method].mean()
+            values += *mean_and_interval(differences.dropna()), seconds[method]
+            found.append([*values, method, scores.to_numpy()])
+    return pd.DataFrame(found, columns=[*FIELDS, "method", "last"])
 
 
-def table(found: list[Arm]) -> list[str]:
-    """A row per arm; the preset's own in bold."""
-    lines = ["| | arm | score | best checkpoint | less the base, 95% interval | seconds |"]
-    lines.append("|---" * 6 + "|")
-    previous = None
-    for arm in found:
-        name = f"**{arm.name}**" if arm.is_base else arm.name
-        mean, low, high = arm.difference
+def table(found: pd.DataFrame) -> str:
+    """Lay out a row for each arm; the preset's own in bold."""
+
+    def cells(arm: pd.Series) -> list[str]:
+        is_base, several = arm["method"] == BASE, len(arm["last"]) > 1
+        name, difference = (f"**{arm['arm']}**", "") if is_base else (arm["arm"], "{:+.1f}")
         # One seed has no interval.
-        interval = f" [{low:.1f}, {high:.1f}]" if len(arm.last) > 1 else ""
-        difference = "" if arm.is_base else f"{mean:+.1f}{interval}"
-        spread = f" ± {arm.last.std(ddof=1):.1f}" if len(arm.last) > 1 else ""
-        lines.append(
-            f"| {arm.ablation if arm.ablation != previous else ''} | {name} | "
-            f"{arm.last.mean():.1f}{spread} "
-            f"| {arm.best.mean():.1f} | {difference} | {arm.seconds:.0f} |"
-        )
-        previous = arm.ablation
-    return lines
+        interval = " [{:.1f}, {:.1f}]" if several and not is_base else ""
+        score = "{score:.1f} ± {std:.1f}" if several else "{score:.1f}"
+        return [
+            name,
+            score.format(**arm),
+            f"{arm['best']:.1f}",
+            (difference + interval).format(*arm[DIFFERENCE]),
+            f"{arm['seconds']:.0f}",
+        ]
+
+    names = ["arm", "score", "best checkpoint", "less the base, 95% interval", "seconds"]
+    text = found.apply(cells, axis=1, result_type="expand").set_axis(names, axis=1)
+    text.insert(0, "", found["ablation"].mask(found["ablation"] == found["ablation"].shift(), ""))
+    return text.to_markdown(index=False, disable_numparse=True)
 
 
-def plot(found: list[Arm], path: pathlib.Path) -> None:
-    """A panel per ablation: every seed's score, their mean, and a line at the base's."""
-    names = list(dict.fromkeys(arm.ablation for arm in found))
-    base = next((arm.last.mean() for arm in found if arm.is_base), None)
+def plot(found: pd.DataFrame, path: pathlib.Path) -> None:
+    """Draw a panel for each ablation: scores of all seeds, their mean, and a line at the base's."""
+    names = found["ablation"].unique()
     columns = min(len(names), 4)
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.4 * columns, 3.1 * rows),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    for name, axis in zip(names, axes.flat, strict=False):
-        here = [arm for arm in found if arm.ablation == name]
-        for i, arm in enumerate(here):
-            color = "C1" if arm.is_base else "C0"
-            axis.plot([i] * len(arm.last), arm.last, ".", color=color, alpha=0.5)
-            axis.plot(i, arm.last.mean(), "_", color=color, markersize=18, markeredgewidth=2.5)
-        if base is not None:
-            axis.axhline(base, color="C1", linewidth=0.8, zorder=0)
-        axis.set_xticks(range(len(here)), [arm.name for arm in here])
-        axis.tick_params(
-            axis="x", labelrotation=40 if max(len(arm.name) for arm in here) > 4 else 0
-        )
-        for label in axis.get_xticklabels():
-            label.set_horizontalalignment("right" if label.get_rotation() else "center")
-        axis.set_xlim(-0.6, len(here) - 0.4)
-        axis.set_title(name, fontsize=11)
-        axis.grid(axis="y", alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("normalized score")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    lines = -(-len(names) // columns)
+    base = found.loc[found["method"] == BASE, "score"]
+    with figures.drawn(path, 3.4 * columns, 3.1 * lines) as figure:
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for name, axes in zip(names, panels.flat, strict=False):
+            here = found[found["ablation"] == name]
+            for i, arm in enumerate(here.itertuples()):
+                color = figures.COLORS["red" if arm.method == BASE else "blue"]
+                axes.plot([i] * len(arm.last), arm.last, ".", color=color, alpha=0.5)
+                axes.plot(i, arm.score, "_", color=color, markersize=18, markeredgewidth=2.5)
+            for score in base[:1]:
+                axes.axhline(score, **figures.REFERENCE)
+            long = here["arm"].str.len().max() > 4
+            style = {"rotation": 40, "ha": "right"} if long else {}
+            axes.set_xticks(range(len(here)), here["arm"], **style)
+            axes.set(title=name, xlim=(-0.6, len(here) - 0.4))
+        for axes in panels.flat[len(names) :]:
+            axes.set_axis_off()
+        figure.supylabel("normalized score")
 
 
 def write(
-    rows: list[dict[str, str]], dataset: str, labels: list[tuple[str, str, str]], out: pathlib.Path
+    rows: pd.DataFrame, dataset: str, labels: list[tuple[str, str, str]], out: pathlib.Path
 ) -> None:
-    """table.md, ablations.csv and ablations.png of what is finished."""
+    """Write table.md, ablations.csv and ablations.png of what is finished."""
     found = arms(rows, dataset, labels)
-    if not found:
+    if found.empty:
         print("no arm is finished yet")
         return
-    seeds = len(found[0].last)
-    lines = [
-        f"{dataset}: mean score of {seeds} seeds (± standard deviation) at the end; the preset is "
-        "bold.",
-        "",
-        *table(found),
-    ]
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    with (out / "ablations.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(_row(arm) for arm in found)
+    text = (
+        f"{dataset}: mean score of {len(found['last'][0])} seeds (± standard deviation) at the "
+        f"end; the preset is bold.\n\n{table(found)}\n"
+    )
+    write_whole(out / "table.md", text)
+    write_whole(out / "ablations.csv", found[FIELDS].to_csv(index=False))
     plot(found, out / "ablations.png")
-    print("\n".join(lines))
-
-
-def _row(arm: Arm) -> dict[str, Any]:
-    std = arm.last.std(ddof=1) if len(arm.last) > 1 else 0.0
-    values = (
-        arm.ablation, arm.name, arm.last.mean(), std, arm.best.mean(), *arm.difference, arm.seconds,
-    )  # fmt: skip
-    return dict(zip(FIELDS, values, strict=True))
+    print(text, end="")

@@ -1,7 +1,7 @@
 """QIPO beside the policies it will be compared with, on the same behavior models and critics.
 
-    python -m experiments.rl.offline_rl [--datasets=pendulum,hopper=ID_OR_FILE,...] [--methods=...] [--seeds=3]
-                                     [--shard=I/N] [--out=runs/offline_rl] [--smoke] [--report]
+    python -m experiments.rl.offline_rl [--datasets=pendulum,hopper=ID_OR_FILE,...] [--methods=...]
+        [--seeds=3] [--shard=I/N] [--out=runs/offline_rl] [--stages=FOLDER] [--smoke] [--report]
 
 Every dataset is of a family (its environment's), and every family has one preset; a method is that
 preset with a few fields changed (``METHODS``).  For every dataset the behavior model of each path
@@ -12,21 +12,19 @@ and at its end.
 ``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what every renewal
 logs), stages/ (trained behavior models and critics) and, from ``--report`` or at the end, table.md,
 summary.json and figures.  What is in returns.csv is not computed again; N processes with
---shard=0/N ... share one folder. Aggregates are rliable's (the extra ``study``): interquartile mean
-with stratified bootstrap intervals, performance profiles, probability of improvement (Agarwal et al. 2021, arXiv 2108.13264).
+--shard=0/N ... share one folder.  Aggregates are rliable's (the extra ``study``): interquartile
+mean with stratified bootstrap intervals, performance profiles, probability of improvement (Agarwal
+et al. 2021, arXiv 2108.13264).
 """
 
-import argparse
 import dataclasses
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from efm_jax.data import load_dataset
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.types import Dataset
-from experiments.rl.study import SMOKE, Study, parse_datasets, total_beta
+from experiments.rl import offline_rl_report
+from experiments.rl.study import Study, make_parser, parse_datasets, parse_names, total_beta
 
 _VP = {"path": "vp", "solver": "dpmpp", "sample_steps": 20}  # docs/performance.md: 10 are too few
 # Fields that a method changes in its family's preset.  Those that tilt once do it as far as QIPO in
@@ -43,44 +41,25 @@ METHODS: dict[str, Callable[[QIPOConfig], dict[str, Any]]] = {
 }
 
 
-def run_dataset(study: Study, name: str, dataset: Dataset, methods: Sequence[str]) -> None:
-    """All methods on one dataset."""
-    base = study.config(dataset)
-    for method in methods:
-        study.run(
-            name, dataset, method, dataclasses.replace(base, **METHODS[method](base)).validate()
-        )
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run what is missing of this shard, then the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "runs/offline_rl")
     parser.add_argument("--datasets", default="pendulum", help="name=ID_OR_FILE,...")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shard", default="0/1", help="I/N: this process takes every N-th dataset")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/offline_rl"))
-    parser.add_argument("--smoke", action="store_true", help="every part, in about a minute")
-    parser.add_argument("--report", action="store_true", help="only make tables and figures")
-    args = parser.parse_args()
-    names = args.methods.split(",")
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        parser.error(f"--methods: unknown {unknown[0]!r}; expected {', '.join(METHODS)}")
-    study = Study(args.out, args.seeds, SMOKE if args.smoke else {})
-    if not args.report:
-        index, count = (int(part) for part in args.shard.split("/"))
-        for number, (name, source) in enumerate(parse_datasets(args.datasets).items()):
-            if number % count == index:
-                try:
-                    dataset = load_dataset(source)
-                except ValueError as error:
-                    parser.error(f"--datasets: {error}")
-                run_dataset(study, name, dataset, names)
-    from experiments import offline_rl_report  # rliable only here: it takes seconds to import
-
+    args = parser.parse_args(argv)
+    methods = parse_names(parser, "--methods", args.methods, METHODS)
+    study = Study.from_args(args)
+    index, count = map(int, args.shard.split("/"))
+    datasets = [] if args.report else list(parse_datasets(args.datasets).items())[index::count]
+    for name, source in datasets:
+        try:
+            dataset, base = study.load(source)
+        except ValueError as error:
+            parser.error(f"--datasets: {error}")
+        for method in methods:
+            config = dataclasses.replace(base, **METHODS[method](base)).validate()
+            study.run(name, dataset, method, config)
     offline_rl_report.write(study.rows(), args.out)
     return 0
 

@@ -2,207 +2,174 @@
 
 A run's score is the mean over the episodes of its last evaluation ("last"), or of the evaluation
 with the largest mean ("best": chosen on the episodes it is reported on, so too high; published
-tables often do that). Aggregates are over runs (datasets x seeds) with rliable, which resamples
+tables often do that).  Aggregates are over runs (datasets x seeds) with rliable, which resamples
 seeds within each dataset.
 """
 
-import collections
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from efm_jax.envs import mean_and_interval
+from efm_jax.files import write_whole
+from experiments import figures
 
 BOOTSTRAP = 2000
 REFERENCE = "qipo-ot"  # compared with every other method
+_RUN = ["dataset", "method", "seed"]
+# Of each method: value, low and high end of its interval.
+Aggregates = dict[str, dict[str, list[float]]]
+
+_TEXT = """Mean scores over {episodes} episodes, ± standard deviation over seeds.
+
+Last checkpoint:
+
+{last}
+
+Best evaluated checkpoint:
+
+{best}
+"""
+_AGGREGATES = """
+Over all datasets, last checkpoint, with 95% stratified bootstrap intervals:
+
+{table}
+"""
 
 
 class Scores(NamedTuple):
-    """Mean scores of runs: ``{dataset: {method: [seeds]}}``."""
+    """Mean scores of runs, indexed by dataset, method and seed."""
 
-    last: dict[str, dict[str, np.ndarray]]
-    best: dict[str, dict[str, np.ndarray]]
+    last: pd.Series
+    best: pd.Series
     episodes: int
 
 
-def collect(rows: list[dict[str, str]]) -> Scores:
-    """Runs that are finished, from the rows of returns.csv."""
-    episodes: dict[tuple, list[float]] = collections.defaultdict(list)
-    for row in rows:
-        key = row["dataset"], row["method"], int(row["seed"]), int(row["step"]), int(row["final"])
-        episodes[key].append(float(row["score"]))
-    finished = {key[:3] for key in episodes if key[4]}
-    last: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
-    best: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for (dataset, method, seed, _, final), scores in episodes.items():
-        if (dataset, method, seed) not in finished:
-            continue
-        mean = float(np.mean(scores))
-        best[dataset][method][seed] = max(mean, best[dataset][method].get(seed, -np.inf))
-        if final:
-            last[dataset][method][seed] = mean
-
-    def arrays(found: dict) -> dict[str, dict[str, np.ndarray]]:
-        return {
-            dataset: {
-                method: np.array([runs[s] for s in sorted(runs)])
-                for method, runs in methods.items()
-            }
-            for dataset, methods in found.items()
-        }
-
-    count = max((len(scores) for scores in episodes.values()), default=0)
-    return Scores(arrays(last), arrays(best), count)
+def collect(rows: pd.DataFrame) -> Scores:
+    """Find the runs that are finished, from the rows of returns.csv."""
+    means = rows.groupby([*_RUN, "step", "final"], sort=False)["score"].agg(["mean", "size"])
+    means = means.reset_index(["step", "final"])
+    last = means.loc[means["final"] == 1, "mean"]
+    best = means.groupby(_RUN, sort=False)["mean"].max().reindex(last.index)
+    return Scores(last, best, means["size"].max())
 
 
-def table(scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """Datasets down, methods across: mean and standard deviation over seeds, the best mean in bold."""
-    methods = list(dict.fromkeys(method for runs in scores.values() for method in runs))
-    lines = ["| dataset | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
-    for dataset, runs in scores.items():
-        top = max(values.mean() for values in runs.values())
-        cells = []
-        for method in methods:
-            if method not in runs:
-                cells.append("")
-                continue
-            values = runs[method]
-            mean, std = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
-            cell = f"{mean:.1f} ± {std:.1f}"
-            cells.append(f"**{cell}**" if mean == top else cell)
-        lines.append(f"| {dataset} | " + " | ".join(cells) + " |")
-    return lines
+def table(scores: pd.Series) -> str:
+    """Lay out datasets down, methods across: mean and deviation over seeds, the best in bold."""
+    runs = scores.groupby(["dataset", "method"], sort=False)
+    means = runs.mean()
+    cells = means.map("{:.1f} ± ".format) + runs.std().fillna(0).map("{:.1f}".format)
+    best = means == means.groupby("dataset").transform("max")
+    cells = cells.mask(best, "**" + cells + "**").unstack("method", sort=False)
+    return cells.fillna("").to_markdown(disable_numparse=True)
 
 
-def matrices(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """``{method: [seeds, datasets]}`` of the methods that were run on every dataset, with as many seeds."""
-    methods = set.intersection(*(set(runs) for runs in scores.values()))
-    order = [method for method in next(iter(scores.values())) if method in methods]
-    seeds = min(len(values) for runs in scores.values() for values in runs.values())
-    return {
-        method: np.stack([runs[method][:seeds] for runs in scores.values()], axis=1)
-        for method in order
-    }
+def matrices(scores: pd.Series) -> dict[str, np.ndarray]:
+    """Find ``{method: [seeds, datasets]}`` of the methods that ran on every dataset.
+
+    The seeds are those that all runs have.
+    """
+    runs = scores.unstack("seed", sort=False).dropna(axis=1)
+    datasets = runs.index.unique("dataset").size
+    by_method = runs.groupby("method", sort=False)
+    return {method: run.to_numpy().T for method, run in by_method if len(run) == datasets}
 
 
-def aggregates(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    """IQM, median and mean with 95% stratified bootstrap intervals; probability that REFERENCE is better."""
+def aggregates(runs: dict[str, np.ndarray]) -> Aggregates:
+    """Estimate IQM, median and mean, and the probability that REFERENCE is better."""
+    # Here, because the import takes seconds and needs the extra "study".
     from rliable import library, metrics
 
-    runs = matrices(scores)
+    def intervals(runs: dict, *names: str) -> Aggregates:
+        def estimate(*x: np.ndarray) -> np.ndarray:
+            return np.array([functions[name](*x) for name in names])
 
-    def estimate(x: np.ndarray) -> np.ndarray:
-        return np.array(
-            [metrics.aggregate_iqm(x), metrics.aggregate_median(x), metrics.aggregate_mean(x)]
+        seeded = np.random.RandomState(0)
+        points, ends = library.get_interval_estimates(
+            runs, estimate, reps=BOOTSTRAP, random_state=seeded
         )
-
-    points, intervals = library.get_interval_estimates(
-        runs, estimate, reps=BOOTSTRAP, random_state=np.random.RandomState(0)
-    )
-    found: dict[str, Any] = {
-        method: {
-            name: [float(points[method][i]), *map(float, intervals[method][:, i])]
-            for i, name in enumerate(("iqm", "median", "mean"))
+        return {
+            method: {
+                name: [float(points[method][i]), *map(float, ends[method][:, i])]
+                for i, name in enumerate(names)
+            }
+            for method in runs
         }
-        for method in runs
-    }
+
+    functions = {"iqm": metrics.aggregate_iqm, "median": metrics.aggregate_median}
+    functions |= {"mean": metrics.aggregate_mean}
+    functions |= {"reference_better": metrics.probability_of_improvement}
+    found = intervals(runs, "iqm", "median", "mean")
     others = [method for method in runs if method != REFERENCE]
     if REFERENCE in runs and others:
         pairs = {method: (runs[REFERENCE], runs[method]) for method in others}
-        points, intervals = library.get_interval_estimates(
-            pairs,
-            metrics.probability_of_improvement,
-            reps=BOOTSTRAP,
-            random_state=np.random.RandomState(0),
-        )
-        for method in others:
-            low, high = np.ravel(intervals[method])
-            found[method]["reference_better"] = [float(points[method]), float(low), float(high)]
+        for method, values in intervals(pairs, "reference_better").items():
+            found[method] |= values
     return found
 
 
-def plot_aggregates(found: dict[str, Any], path: pathlib.Path) -> None:
-    """IQM and probability of improvement of every method, with their intervals."""
-    methods = list(found)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.42 * len(methods) + 1.4), layout="constrained")
-    for axis, key, title in (
-        (axes[0], "iqm", "Interquartile mean of scores"),
-        (axes[1], "reference_better", f"P({REFERENCE} better than this row)"),
-    ):
-        for i, method in enumerate(methods):
-            if key not in found[method]:
-                continue
-            value, low, high = found[method][key]
-            axis.barh(i, high - low, left=low, height=0.6, color="C0", alpha=0.35)
-            axis.vlines(value, i - 0.3, i + 0.3, color="C0", linewidth=2)
-        axis.set_yticks(range(len(methods)), methods)
-        axis.invert_yaxis()
-        axis.set_title(title, fontsize=11)
-        axis.grid(axis="x", alpha=0.3)
-    axes[1].axvline(0.5, color="black", linewidth=0.8)
-    axes[1].set_xlim(0, 1)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def plot_aggregates(found: Aggregates, path: pathlib.Path) -> None:
+    """Draw IQM and probability of improvement of every method, with their intervals."""
+    titles = {"iqm": "Interquartile mean of scores"}
+    titles |= {"reference_better": f"P({REFERENCE} better than this row)"}
+    with figures.drawn(path, 10, 0.42 * len(found) + 1.4) as figure:
+        panels = figure.subplots(1, 2)
+        for axes, (key, title) in zip(panels, titles.items(), strict=True):
+            for i, (method, values) in enumerate(found.items()):
+                if key in values:
+                    value, low, high = values[key]
+                    color = figures.METHODS.get(method)
+                    axes.barh(i, high - low, left=low, height=0.6, color=color, alpha=0.35)
+                    axes.vlines(value, i - 0.3, i + 0.3, color=color, linewidth=2)
+            axes.set_yticks(range(len(found)), found)
+            axes.set(title=title, ylim=(len(found) - 0.5, -0.5))
+            axes.grid(visible=False, axis="y")
+        panels[1].axvline(0.5, **figures.REFERENCE)
+        panels[1].set_xlim(0, 1)
 
 
-def plot_profiles(scores: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
-    """Performance profiles: the share of runs with a score above tau."""
+def plot_profiles(runs: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Draw performance profiles: the share of runs with a score above tau."""
     from rliable import library
 
-    runs = matrices(scores)
     taus = np.linspace(0, 115, 116)
     profiles, intervals = library.create_performance_profile(runs, taus, reps=BOOTSTRAP)
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for i, method in enumerate(runs):
-        axis.plot(
-            taus, profiles[method], label=method, color=f"C{i}", linestyle=("-", "--")[i >= 10]
-        )
-        axis.fill_between(taus, *intervals[method], color=f"C{i}", alpha=0.08)
-    axis.set(xlabel="normalized score tau", ylabel="share of runs above tau", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=8, ncols=2)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with figures.drawn(path, 7.5, 4.2) as figure:
+        axes = figure.subplots()
+        for method in runs:
+            style = {"color": figures.METHODS.get(method), "label": method, "marker": ""}
+            figures.banded(axes, taus, profiles[method], *intervals[method], **style)
+        axes.set(xlabel="normalized score tau", ylabel="share of runs above tau")
+        axes.set_ylim(-0.02, 1.02)
+        axes.legend(ncols=2)
 
 
-def write(rows: list[dict[str, str]], out: pathlib.Path) -> None:
-    """table.md, summary.json, aggregates.png and profiles.png; a line where there is nothing yet."""
+def write(rows: pd.DataFrame, out: pathlib.Path) -> None:
+    """Write table.md, summary.json, aggregates.png and profiles.png of what is finished."""
     scores = collect(rows)
-    if not scores.last:
+    if scores.last.empty:
         print("no method is finished yet")
         return
-    lines = [f"Mean scores over {scores.episodes} episodes, ± standard deviation over seeds.", ""]
-    lines += ["Last checkpoint:", ""]
-    lines += [*table(scores.last), "", "Best evaluated checkpoint:", "", *table(scores.best)]
-    summary: dict[str, Any] = {
-        "scores": {
-            d: {m: mean_and_interval(v) for m, v in runs.items()} for d, runs in scores.last.items()
-        }
-    }
-    if min(len(v) for runs in scores.last.values() for v in runs.values()) > 1:
-        found = summary["aggregates"] = aggregates(scores.last)
-        lines += [
-            "",
-            "Over all datasets, last checkpoint, with 95% stratified bootstrap intervals:",
-            "",
-        ]
-        lines += [f"| method | IQM | mean | P({REFERENCE} better) |", "|---|---|---|---|"]
-        for method, values in found.items():
-            cells = [
-                f"{values[key][0]:.2f} [{values[key][1]:.2f}, {values[key][2]:.2f}]"
-                if key in values
-                else ""
-                for key in ("iqm", "mean", "reference_better")
-            ]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    text = _TEXT.format(episodes=scores.episodes, last=table(scores.last), best=table(scores.best))
+    summary = {"scores": {name: {} for name in scores.last.index.unique("dataset")}}
+    for (name, method), values in scores.last.groupby(["dataset", "method"], sort=False):
+        summary["scores"][name][method] = mean_and_interval(values)
+    runs = matrices(scores.last)
+    if min(map(len, runs.values()), default=0) > 1:
+        found = summary["aggregates"] = aggregates(runs)
+        cells = (
+            pd.DataFrame(found)
+            .T.rename_axis("method")
+            .reindex(columns=["iqm", "mean", "reference_better"])
+        )
+        cells = cells.map(lambda cell: "{:.2f} [{:.2f}, {:.2f}]".format(*cell), na_action="ignore")
+        cells.columns = ["IQM", "mean", f"P({REFERENCE} better)"]
+        text += _AGGREGATES.format(table=cells.fillna("").to_markdown(disable_numparse=True))
         plot_aggregates(found, out / "aggregates.png")
-        plot_profiles(scores.last, out / "profiles.png")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\n".join(lines))
+        plot_profiles(runs, out / "profiles.png")
+    write_whole(out / "table.md", text)
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print(text, end="")

@@ -1,11 +1,11 @@
-"""What studies of offline RL share: a folder of results, presets, trained stages, evaluation.
+"""Shared parts of studies of offline RL: a folder of results, presets, trained stages, evaluation.
 
 A study runs methods, each a configuration with a name, on datasets.  Behavior models and critics
 are trained once for all methods that may share them, and kept under ``stages/``; what is finished
 in returns.csv is not computed again.
 """
 
-import csv
+import argparse
 import dataclasses
 import fcntl
 import importlib
@@ -13,60 +13,60 @@ import os
 import pathlib
 import pickle
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container
 from typing import Any
 
 import jax
 import numpy as np
-from efm_jax.rl.algorithm import State
-from efm_jax.rl.policies import Acting
+import pandas as pd
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.data import BUILTIN_DATASET, fit_normalizer, preprocess
-from efm_jax.envs import evaluate, normalized_score, reference_scores
+from efm_jax.data import BUILTIN_DATASET, fit_normalizer, load_dataset, preprocess
+from efm_jax.envs import dataset_references, evaluate, normalized_score
+from efm_jax.rl.agents import AgentParams, State, player
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.trainer import Trainer
+from efm_jax.rl.trainer import Hooks, Trainer
 from efm_jax.runs.evaluation import episode_seeds
 from efm_jax.types import Dataset, Normalizer, Transitions
 
 # Beginning of an environment's id -> preset.
-FAMILIES = {
-    "Pendulum": "qipo_ot", "Hopper": "mujoco", "HalfCheetah": "mujoco", "Walker2d": "mujoco",
-    "Ant-": "mujoco", "PointMaze": "pointmaze",
-}  # fmt: skip
-SMOKE = {
-    "hidden_dims": (16,), "critic_hidden_dims": (16,), "behavior_steps": 50, "critic_steps": 50,
-    "policy_steps": 50, "renew_every": 25, "log_every": 25, "checkpoint_every": 50, "eval_every": 25,
-    "eval_episodes": 2, "support_size": 2, "sample_steps": 2, "batch_size": 32, "num_critics": 2,
-    "num_candidates": 2,
-}  # fmt: skip
-FIELDS = (
-    "dataset",
-    "method",
-    "seed",
-    "step",
-    "final",
-    "episode_seed",
-    "return",
-    "length",
-    "score",
-    "seconds",
-)
-RENEWAL_FIELDS = ("dataset", "method", "seed", "step", "name", "value")
+FAMILIES = {"Pendulum": "qipo_ot", "PointMaze": "pointmaze"}
+FAMILIES |= dict.fromkeys(("Hopper", "HalfCheetah", "Walker2d", "Ant-"), "mujoco")
+SMOKE = {"hidden_dims": (16,), "critic_hidden_dims": (16,), "batch_size": 32, "support_size": 2}
+SMOKE |= {"behavior_steps": 50, "critic_steps": 50, "policy_steps": 50, "renew_every": 25}
+SMOKE |= {"log_every": 25, "checkpoint_every": 50, "eval_every": 25, "eval_episodes": 2}
+SMOKE |= {"sample_steps": 2, "num_critics": 2, "num_candidates": 2}
+_KEYS = ["dataset", "method", "seed", "step"]
+FIELDS = [*_KEYS, "final", "episode_seed", "return", "length", "score", "seconds"]
+RENEWAL_FIELDS = [*_KEYS, "name", "value"]
 
 
-def preset(env_id: str) -> QIPOConfig:
-    """The preset of an environment's family."""
-    names = [name for start, name in FAMILIES.items() if env_id.startswith(start)]
-    if not names:
-        raise ValueError(
-            f"datasets: no family has the environment {env_id}; known: {', '.join(FAMILIES)}"
-        )
-    return importlib.import_module(f"experiments.configs.{names[0]}").get_config()
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """Make a parser with the flags that all studies have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out))
+    parser.add_argument("--stages", type=pathlib.Path, help="trained behavior models and critics")
+    parser.add_argument("--smoke", action="store_true", help="every part, in a minute or two")
+    parser.add_argument("--report", action="store_true", help="only make tables and figures")
+    return parser
+
+
+def parse_names(
+    parser: argparse.ArgumentParser, flag: str, text: str, known: Container[str]
+) -> list[str]:
+    """Split names at commas; one that is not known ends the program."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            parser.error(f"{flag}: unknown {name!r}; expected {', '.join(known)}")
+    return names
 
 
 def parse_datasets(text: str) -> dict[str, str]:
-    """``name=ID_OR_FILE,...``; a bare ``pendulum`` is the built-in dataset."""
+    """Parse ``name=ID_OR_FILE,...``; a bare ``pendulum`` is the built-in dataset."""
     datasets = {}
     for part in text.split(","):
         name, _, source = part.partition("=")
@@ -75,8 +75,31 @@ def parse_datasets(text: str) -> dict[str, str]:
 
 
 def total_beta(config: QIPOConfig) -> float:
-    """What QIPO's guidance scale has become at its last renewal: (l + 1) beta."""
+    """Sum QIPO's guidance scale up to its last renewal: (l + 1) beta."""
     return config.beta * -(-config.policy_steps // config.renew_every)
+
+
+def preset(env_id: str) -> QIPOConfig:
+    """Find the preset of an environment's family."""
+    for start, name in FAMILIES.items():
+        if env_id.startswith(start):
+            return importlib.import_module(f"experiments.configs.{name}").get_config()
+    raise ValueError(f"no family has the environment {env_id}; known: {', '.join(FAMILIES)}")
+
+
+def read_rows(path: pathlib.Path, fields: list[str]) -> pd.DataFrame:
+    """Read a CSV file; no rows where there is no file."""
+    if not path.exists():
+        return pd.DataFrame(columns=fields)
+    names = dict.fromkeys(("dataset", "method", "problem", "arm"), str)
+    return pd.read_csv(path, dtype=names, float_precision="round_trip")
+
+
+def append_rows(path: pathlib.Path, rows: pd.DataFrame) -> None:
+    """Append rows to a CSV file, one process at a time."""
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        rows.to_csv(file, header=path.stat().st_size == 0, index=False)
 
 
 class Study:
@@ -99,25 +122,31 @@ class Study:
     ):
         self.out, self.num_seeds, self.changes = out, num_seeds, changes
         self.stages = out / "stages" if stages is None else stages
-        out.mkdir(parents=True, exist_ok=True)
         self.stages.mkdir(parents=True, exist_ok=True)
-        self.returns, self.renewals = out / "returns.csv", out / "renewals.csv"
+        out.mkdir(parents=True, exist_ok=True)
 
-    def config(self, dataset: Dataset) -> QIPOConfig:
-        """The dataset's preset with this study's changes."""
-        return dataclasses.replace(preset(EnvSpec.from_json(dataset.env_spec).id), **self.changes)
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Study":
+        """Make the study that the flags of :func:`make_parser` describe."""
+        return cls(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
 
-    def done(self) -> set[tuple[str, str]]:
-        """(dataset, method) pairs that are finished."""
-        return {(row["dataset"], row["method"]) for row in self.rows() if row["final"] == "1"}
+    def load(self, source: str) -> tuple[Dataset, QIPOConfig]:
+        """Read a dataset, and its preset with this study's changes.
 
-    def rows(self) -> list[dict[str, str]]:
-        """Every episode so far."""
-        return read_rows(self.returns)
+        Raises:
+          ValueError: for a dataset that cannot be read, or of an environment without a preset.
+        """
+        dataset = load_dataset(source)
+        config = preset(EnvSpec.from_json(dataset.env_spec).id)
+        return dataset, dataclasses.replace(config, **self.changes)
 
-    def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append episodes."""
-        append_rows(self.returns, FIELDS, rows)
+    def rows(self) -> pd.DataFrame:
+        """Read every episode so far."""
+        return read_rows(self.out / "returns.csv", FIELDS)
+
+    def trainer(self, config: QIPOConfig, data: Transitions) -> Trainer:
+        """Make a trainer of all seeds."""
+        return Trainer(config, data, range(self.num_seeds))
 
     def run(
         self,
@@ -139,31 +168,32 @@ class Study:
             ``config``.
           part: as in :meth:`trained`.
         """
-        if (name, method) in self.done():
+        rows = self.rows().query("final == 1 and dataset == @name and method == @method")
+        if len(rows):
             return
         normalizer = fit_normalizer(dataset)
         data = preprocess(dataset, normalizer, config.reward_transform)
-        hooks = Hooks(self, name, method, dataset, normalizer, config)
-        trainer = Trainer(config, data, range(self.num_seeds))
-        state = self.trained(name, config if stages is None else stages, data, hooks, part)
-        state = trainer.init_state().replace(behavior=state.behavior, critic=state.critic)
-        hooks.act_fn = trainer.act_fn
+        trainer = self.trainer(config, data)
+        hooks = Evaluation(self.out, name, method, dataset, normalizer, trainer)
+        state = self.start(trainer, self.trained(name, stages or config, data, hooks, part))
         state = trainer.run(state, hooks)
-        hooks.evaluate(config.phase_steps["policy"], state.acting(), final=True)
+        hooks.evaluate(trainer.agent.phase_steps["policy"], state.params(), final=True)
+
+    @staticmethod
+    def start(trainer: Trainer, stages: State) -> State:
+        """Make a fresh state with the behavior model and critic of :meth:`trained`."""
+        return trainer.init_state().replace(behavior=stages.behavior, critic=stages.critic)
 
     def trained(
         self,
         name: str,
         config: QIPOConfig,
         data: Transitions,
-        hooks: "Hooks",
+        hooks: Hooks,
         part: str = "",
         after: str | None = None,
     ) -> State:
-        """A state whose behavior model and critic are trained, read from the folder where they are
-        there.
-
-        The rest of it is not to be used.
+        """Train behavior model and critic, or read them where they are in the folder.
 
         Args:
           name: the dataset's.
@@ -172,159 +202,113 @@ class Study:
           hooks: told of the training.
           part: names a critic that is trained for other than the usual steps.
           after: the part that this one continues, if it is there.
+
+        Returns:
+          A state, of which only behavior model and critic are to be used.
         """
         # Without a policy phase a run ends when both are trained.
-        trainer = Trainer(
-            dataclasses.replace(config, policy="bc", action_selection="sample"),
-            data,
-            range(self.num_seeds),
-        )
+        config = dataclasses.replace(config, policy="bc", action_selection="sample")
+        trainer = self.trainer(config, data)
         like = jax.eval_shape(trainer.init_state)  # the structure: what is read needs no program
         critic = f"{name}-{config.critic}"
-        if trainer.algorithm.critic.uses_next_actions:
+        if trainer.agent.critic.uses_next_actions:
             critic += f"-{config.path}"
-        files = {
-            phase: self.stages / f"{stem}-x{self.num_seeds}.pkl"
-            for phase, stem in (("behavior", f"{name}-{config.path}"), ("critic", critic + part))
-        }
-        missing = [phase for phase, file in files.items() if not file.exists()]
-        found = {
-            phase: _load(files[phase], getattr(like, phase))
-            for phase in files
-            if phase not in missing
-        }
+        stems = {"behavior": f"{name}-{config.path}", "critic": critic + part}
+        files = {phase: self._file(stem) for phase, stem in stems.items()}
+        sources = {phase: file for phase, file in files.items() if file.exists()}
+        missing = files.keys() - sources.keys()
+        if after is not None and self._file(critic + after).exists():
+            sources.setdefault("critic", self._file(critic + after))
+        found = {phase: _load(file, getattr(like, phase)) for phase, file in sources.items()}
         if not missing:
             return like.replace(**found)
-        if "critic" in missing and after is not None:
-            earlier = self.stages / f"{critic}{after}-x{self.num_seeds}.pkl"
-            if earlier.exists():
-                found["critic"] = _load(earlier, like.critic)
         state = trainer.run(trainer.init_state().replace(**found), hooks)
         for phase in missing:
             _save(files[phase], getattr(state, phase))
         return state
 
+    def _file(self, stem: str) -> pathlib.Path:
+        return self.stages / f"{stem}-x{self.num_seeds}.pkl"
+
 
 def _save(file: pathlib.Path, tree: Any) -> None:
-    """The leaves of a pytree; a process that is killed leaves no half of a file."""
+    """Write the leaves of a pytree; a process that is killed leaves no half of a file."""
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_bytes(pickle.dumps([np.asarray(leaf) for leaf in jax.tree.leaves(tree)]))
     partial.replace(file)
 
 
 def _load(file: pathlib.Path, like: Any) -> Any:
-    """The pytree that :func:`_save` wrote, of the structure of ``like``."""
+    """Read the pytree that :func:`_save` wrote, of the structure of ``like``."""
     leaves = pickle.loads(file.read_bytes())
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(like)]:
         raise ValueError(f"{file}: was trained with another configuration; choose another folder")
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+class Progress(Hooks):
+    """One line for each phase of one method on one dataset."""
 
-
-def append_rows(path: pathlib.Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, one process at a time."""
-    with path.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, fields)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-class Hooks:
-    """Progress on one line a phase, and evaluation, of one method on one dataset."""
-
-    def __init__(
-        self,
-        study: Study,
-        name: str,
-        method: str,
-        dataset: Dataset,
-        normalizer: Normalizer,
-        config: QIPOConfig,
-    ):
-        self.act_fn: Any = None
-        self._study, self._dataset, self._method = study, name, method
-        self._env_spec, self._normalizer = dataset.env_spec, normalizer
-        env_id = EnvSpec.from_json(dataset.env_spec).id
-        self._references = dataset.reference_scores or reference_scores(env_id)
-        if self._references is None:
-            self.say(f"{env_id} has no reference scores: scores are raw returns")
-        self._seeds = episode_seeds(config.eval_episodes)
-        self._started = time.perf_counter()
-
-    def on_evaluate(self, step: int, acting: Acting) -> None:
-        self.evaluate(step, acting)
-
-    def evaluate(self, step: int, acting: Acting, final: bool = False) -> None:
-        """Play the episodes and write every return."""
-        act = self.act_fn("policy", acting, self._normalizer, self._seeds)
-        returns, lengths = evaluate(
-            act, self._env_spec, num_policies=self._study.num_seeds, episode_seeds=self._seeds
-        )
-        scores = normalized_score(returns, self._references)
-        if scores is None:
-            scores = returns
-        seconds = round(time.perf_counter() - self._started, 1)
-        self._study.write(
-            dict(
-                zip(
-                    FIELDS,
-                    (self._dataset, self._method, seed, step, int(final), episode, returns[seed, i],
-                     lengths[seed, i], scores[seed, i], seconds),
-                    strict=True,
-                )
-            )
-            for seed in range(returns.shape[0])
-            for i, episode in enumerate(self._seeds)
-        )  # fmt: skip
-        means = " ".join(f"{mean:.1f}" for mean in scores.mean(axis=1))
-        self.say(f"step {step}{' (last)' if final else ''}: scores {means}, {seconds} s")
+    def __init__(self, dataset: str, method: str):
+        self.dataset, self.method = dataset, method
 
     def say(self, text: str) -> None:
-        """One line."""
-        print(f"{self._dataset:<12} {self._method:<14} {text}", flush=True)
+        """Print one line."""
+        print(f"{self.dataset:<12} {self.method:<14} {text}", flush=True)
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         self.say(f"{phase}: {total - done} steps")
 
+
+class Evaluation(Progress):
+    """Returns and what renewals log, of one method on one dataset, in the files of a study."""
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        name: str,
+        method: str,
+        dataset: Dataset,
+        normalizer: Normalizer,
+        trainer: Trainer,
+    ):
+        super().__init__(name, method)
+        self._out, self._env_spec = out, dataset.env_spec
+        self._normalizer, self._trainer = normalizer, trainer
+        self._references = dataset_references(
+            dataset.reference_scores, dataset.name, dataset.env_spec
+        )
+        if self._references is None:
+            self.say(f"{dataset.name} has no reference scores: scores are raw returns")
+        self._episodes = episode_seeds(trainer.config.eval_episodes)
+        self._started = time.perf_counter()
+
+    def on_evaluate(self, step: int, params: AgentParams) -> None:
+        self.evaluate(step, params)
+
+    def evaluate(self, step: int, params: AgentParams, final: bool = False) -> None:
+        """Play the episodes and write every return."""
+        agent, keys, episodes = self._trainer.agent, self._trainer.keys, self._episodes
+        act = player(agent, "policy", params, self._normalizer, keys, episodes)
+        returns, lengths = evaluate(
+            act, self._env_spec, num_policies=len(keys), episode_seeds=episodes
+        )
+        scores = returns
+        if self._references is not None:
+            scores = normalized_score(returns, self._references)
+        seconds = round(time.perf_counter() - self._started, 1)
+        columns = {"dataset": self.dataset, "method": self.method}
+        columns |= {"seed": np.repeat(range(len(keys)), len(episodes)), "step": step}
+        columns |= {"final": int(final), "episode_seed": np.tile(episodes, len(keys))}
+        columns |= {"return": returns.ravel(), "length": lengths.ravel(), "score": scores.ravel()}
+        append_rows(self._out / "returns.csv", pd.DataFrame(columns | {"seconds": seconds}))
+        means = " ".join(f"{mean:.1f}" for mean in scores.mean(axis=1))
+        self.say(f"step {step}{' (last)' if final else ''}: scores {means}, {seconds} s")
+
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
-        self.say(
-            f"table at {step}: " + ", ".join(f"{k} {v.mean():.4g}" for k, v in summary.items())
-        )
-        append_rows(
-            self._study.renewals,
-            RENEWAL_FIELDS,
-            (
-                dict(
-                    zip(
-                        RENEWAL_FIELDS,
-                        (self._dataset, self._method, seed, step, key, value),
-                        strict=True,
-                    )
-                )
-                for key, values in summary.items()
-                for seed, value in enumerate(
-                    np.broadcast_to(values, self._study.num_seeds).tolist()
-                )
-            ),
-        )
-
-    def on_table(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
-        pass
-
-    def on_checkpoint(self, state: State) -> None:
-        pass
-
-    def stop_requested(self) -> bool:
-        return False
+        means = ", ".join(f"{name} {values.mean():.4g}" for name, values in summary.items())
+        self.say(f"table at {step}: {means}")
+        rows = pd.DataFrame(summary, dtype=float).rename_axis("seed").reset_index()
+        rows = rows.melt("seed", var_name="name")
+        rows = rows.assign(dataset=self.dataset, method=self.method, step=step)[RENEWAL_FIELDS]
+        append_rows(self._out / "renewals.csv", rows)
