@@ -30,7 +30,7 @@ import pandas as pd
 from absl import flags
 
 from efm_jax.data.d4rl_files import D4RL_FILES
-from efm_jax.envs import mean_and_interval, normalized_score, reference_scores
+from efm_jax.envs import dataset_references, mean_and_interval, normalized_score
 from efm_jax.runs.reader import RETURN_COLUMNS, Run
 from launch import cli, jobs
 
@@ -144,7 +144,7 @@ def seed_scores(task: str, returns: pd.DataFrame) -> pd.DataFrame:
       A column per seed; the index is policy and total step, in order.
     """
     values = returns["return"].astype(float).clip(upper=1.0 if task in ANTMAZE else None)
-    scores = normalized_score(values, reference_scores(task))
+    scores = normalized_score(values, dataset_references(None, task, None))
     scored = returns.assign(score=scores, total_step=returns["total_step"].astype(int))
     return scored.pivot_table("score", ["policy", "total_step"], "seed")
 
