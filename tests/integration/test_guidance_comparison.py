@@ -1,17 +1,19 @@
-"""The guidance comparison at smoke size: what it writes, that it continues, that its measure sees errors."""
+"""The guidance comparison, small: what it writes, that it continues, that it sees errors."""
 
-import csv
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
+from efm_jax.envs import mean_and_interval
 from experiments.paper import guidance_comparison as comparison
-from experiments.paper import guidance_report
+from experiments.paper import guidance_report, toy2d
 from experiments.paper.toy2d import problems
 
 SETTINGS = dataclasses.replace(comparison.SMOKE, betas=(0.0, 5.0))
@@ -27,44 +29,96 @@ def output(tmp_path_factory):
 
 
 def test_every_cell_is_measured(output):
-    with (output / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    exact = ("exact_ot", "exact_cosine", "exact_vp", "exact_cg")
-    expected = {
-        (p, m, b) for p in ("mixture_2d", "moons") for m in ("efm_ot", *exact) for b in ("0", "5")
+    rows = pd.read_csv(output / "results.csv").set_index(["problem", "method", "beta"])
+    methods = ("efm_ot", "exact_ot", "exact_cosine", "exact_vp", "exact_cg")
+    assert set(rows.index) == {
+        (p, m, b) for p in ("mixture_2d", "moons") for m in methods for b in (0, 5)
     }
-    assert {(row["problem"], row["method"], row["beta"]) for row in rows} == expected
-    for row in rows:
-        for name in ("sliced_w2_ratio", "mmd_ratio", "energy_ratio", "batch_ess"):
-            assert float(row[name]) > 0
-        # Finite data have no density; everything else has a likelihood, which is a constant at beta
-        # = 0.
-        has_density = row["method"] == "efm_ot" or row["problem"] == "mixture_2d"
-        assert bool(row["log_ratio_std"]) == has_density
-        if has_density and row["beta"] == "0":
-            assert float(row["log_ratio_std"]) < 1e-5
-    by_cell = {(row["problem"], row["method"], row["beta"]): row for row in rows}
-    for problem in ("mixture_2d", "moons"):
-        # 250 samples and four repeats: a floor of 1 give or take a half, and eq. 4.6 is off at beta
-        # = 5.
-        assert float(by_cell[problem, "exact_vp", "5"]["sliced_w2_ratio"]) < 1.6
-    cells = [by_cell["mixture_2d", method, "5"] for method in ("exact_vp", "exact_cg")]
-    assert float(cells[1]["sliced_w2_ratio"]) > 1.5 * float(cells[0]["sliced_w2_ratio"])
-    assert float(cells[1]["log_ratio_std"]) > 10 * float(cells[0]["log_ratio_std"])
+    ratios = ["sliced_w2_ratio", "mmd_ratio", "energy_ratio", "batch_ess"]
+    assert (rows[ratios] > 0).all(axis=None)
+    # Finite data have no density; everything else has a likelihood, which is a constant at beta 0.
+    method, problem = (rows.index.get_level_values(name) for name in ("method", "problem"))
+    has_density = (method == "efm_ot") | (problem == "mixture_2d")
+    np.testing.assert_array_equal(rows["log_ratio_std"].notna(), has_density)
+    assert rows["log_ratio_std"].xs(0, level="beta").max() < 1e-5
+    # 250 samples and four repeats: a floor of 1 give or take a half, and eq. 4.6 is off at beta 5.
+    assert rows.loc[(slice(None), "exact_vp", 5), "sliced_w2_ratio"].max() < 1.6
+    right, wrong = (rows.loc["mixture_2d", method, 5] for method in ("exact_vp", "exact_cg"))
+    assert wrong["sliced_w2_ratio"] > 1.5 * right["sliced_w2_ratio"]
+    assert wrong["log_ratio_std"] > 10 * right["log_ratio_std"]
+
+
+def cells(table, heading, row):
+    """The cells of the row of a table of the report that stands below a heading."""
+    part = table.split(f"{heading}\n", 1)[1]
+    line = next(line for line in part.splitlines() if line.startswith(f"| {row}"))
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
 def test_tables_and_figures(output):
     table = (output / "table.md").read_text()
-    for part in (
-        "energy-weighted flow, OT (EFM)",
-        "beta = 5",
-        "**moons**",
-        "ESS of a batch",
-        "## Goals",
-    ):
-        assert part in table
+    rows = pd.read_csv(output / "results.csv").set_index(["problem", "method", "beta"])
+    label = "energy-weighted flow, OT (EFM)"
+    found = rows.xs("efm_ot", level="method")
+    means = found["sliced_w2_ratio"].groupby("beta").mean()
+    summary = cells(table, "## Over all problems", label)
+    assert summary == ["yes", "yes", *(f"{m:.2f} ({m:.2f} to {m:.2f})" for m in means)]
+    likelihood = found["log_ratio_std"].xs(5, level="beta").median()
+    assert cells(table, "## Likelihood", label)[0] == f"{likelihood:.3f}"
+    moons = rows.loc["moons"]["sliced_w2_ratio"]
+    expected = [f"{moons['efm_ot', beta]:.2f} ± 0.00" for beta in (0, 5)]
+    assert cells(table, "**moons**", label) == expected
+    assert cells(table, "**moons**", "ESS of a batch")[0] == "128"
+    exact = rows.loc[(slice(None), ["exact_ot", "exact_cosine", "exact_vp"]), :]
+    reached = (exact["sliced_w2_ratio"] <= 1.05).sum()
+    assert f"at most 1.05 x the floor: {reached} of 12 cells" in table
+    assert "beta = 5" in table
+    assert "## Cost" not in table
     for name in ("ratios", "samples_moons", "samples_mixture_2d"):
         assert imread(output / f"{name}.png").std() > 0.05
+
+
+def test_the_report_takes_intervals_over_seeds_and_cost_relative_to_ed(output, tmp_path):
+    shutil.copytree(output / comparison.UNITS, tmp_path / comparison.UNITS)
+    first = tmp_path / comparison.UNITS / "moons-ot-0.json"
+    ratios = []
+    for seed, factor in enumerate((1.0, 1.3, 1.7)):
+        units = json.loads(first.read_text())
+        for row in units:
+            row |= {"seed": seed, "mmd_ratio": factor * row["mmd_ratio"]}
+        first.with_name(f"moons-ot-{seed}.json").write_text(json.dumps(units))
+        ratios.append(units[1]["mmd_ratio"])
+    cost = {"parameters": 7, "auxiliary_parameters": 3}
+    cost = [
+        {"method": "ed", **cost, "train_seconds": 2.0, "sample_seconds": 0.5},
+        {"method": "cep", **cost, "train_seconds": 3.0, "sample_seconds": 2.0},
+    ]
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    guidance_report.write(tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert cells(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
+    mean, _, high = mean_and_interval(ratios)
+    expected = f"{mean:.2f} ± {high - mean:.2f}"
+    part = table.split("## Every problem: MMD", 1)[1]
+    assert cells(part, "**moons**", "energy-weighted flow, OT")[1] == expected
+
+
+def test_no_unit_is_no_report(tmp_path):
+    with pytest.raises(ValueError, match="no unit of the comparison is done yet"):
+        guidance_report.write(tmp_path)
+
+
+def test_the_picture_of_the_problems(tmp_path):
+    toy2d.main([f"--output={tmp_path / 'toy2d.png'}"])
+    assert imread(tmp_path / "toy2d.png").std() > 0.05
+
+
+def test_cost_is_measured_for_every_method():
+    settings = dataclasses.replace(comparison.SMOKE, cost_rounds=1)
+    cost = comparison.measure_cost(problems()["mixture_2d"], settings).set_index("method")
+    assert list(cost.index) == ["efm_ot", "efm_cosine", "ed", "cep", "cg", "cfg"]
+    assert (cost[["train_seconds", "sample_seconds"]] > 0).all(axis=None)
+    assert (cost["auxiliary_parameters"] > 0).tolist() == [False, False, False, True, True, False]
 
 
 def test_a_finished_unit_is_not_run_again_and_settings_do_not_mix(output):
