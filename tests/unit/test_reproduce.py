@@ -9,6 +9,7 @@ import pytest
 
 from efm_jax.data.d4rl_files import D4RL_FILES
 from efm_jax.envs import reference_scores
+from efm_jax.rl.agents import make_agent
 from launch.reproduce import ANTMAZE, LOCOMOTION, PUBLISHED, seed_scores
 
 
@@ -28,8 +29,9 @@ def test_tasks_are_d4rls():
 @pytest.mark.parametrize("name", ["locomotion", "antmaze"])
 def test_presets_are_the_papers(name, path, algorithm):
     config = dataclasses.replace(preset(name), path=path).validate()
-    assert config.algorithm == algorithm
-    assert list(config.phase_steps.values()) == [600_000, 500_000, 100_000]
+    agent = make_agent(config, 17, 6)
+    assert agent.name == algorithm
+    assert list(agent.phase_steps.values()) == [600_000, 500_000, 100_000]
     assert (config.beta, config.support_size) == (3.0, 64)
     assert (config.sample_steps, config.batch_size) == (15, 4096)
     assert (config.critic, config.num_critics) == ("softmax_q", 2)
