@@ -131,17 +131,10 @@ def _dataset(task: str, folder: str | None) -> str:
 
 
 def seed_scores(task: str, returns: pd.DataFrame) -> pd.DataFrame:
-    """Score every training seed at every evaluation, by the mean return of its episodes.
+    """Score every seed (column) at every evaluation (policy, total step), by its mean return.
 
     In AntMaze an episode of D4RL's ends at the goal with return 1.  Where it goes on and collects
     more, it counts once all the same.
-
-    Args:
-      task: D4RL's name.
-      returns: an episode a row, with the columns of returns.csv.
-
-    Returns:
-      A column per seed; the index is policy and total step, in order.
     """
     values = returns["return"].astype(float).clip(upper=1.0 if task in ANTMAZE else None)
     scores = normalized_score(values, dataset_references(None, task, None))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -330,5 +331,6 @@ def test_damaged_result(launcher, fake, tmp_path):
 def test_help(launcher):
     result = launcher.run("sweep", "--help")
     assert (result.status, result.complaints) == (0, [])
-    for name in "datasets configs seeds root workers train_flags jobs collect".split():
-        assert f"--{name}" in result.out
+    assert set(re.findall(r"--(?:\[no\])?(\w+):", result.out)) >= {
+        *("datasets", "configs", "seeds", "root", "workers", "train_flags", "jobs", "collect"),
+    }
