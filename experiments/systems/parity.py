@@ -1,4 +1,4 @@
-"""The same numbers on any number of devices? Relative differences from one device, phase by phase.
+"""The same numbers on any number of devices? Relative differences from one, phase by phase.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m experiments.systems.parity
 
@@ -9,18 +9,22 @@ where a difference is over 1e-9 in float64 or 1e-4 in float32.
 """
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from efm_jax.rl.agents import State
 from efm_jax.rl.config import PHASES, QIPOConfig
-from efm_jax.rl.trainer import Trainer
+from efm_jax.rl.trainer import Hooks, Trainer
 from efm_jax.training.parallel import MODES, Layout
 from efm_jax.types import Transitions
 
 ROWS, OBSERVATION_SIZE, ACTION_SIZE = 1024, 5, 2
-SEEDS = tuple(range(8))
+SEEDS = range(8)
 TOLERANCES = {np.float64: 1e-9, np.float32: 1e-4}
 VARIANTS = {
     "softmax_q, full": {"critic": "softmax_q", "estimator": "full"},
@@ -28,20 +32,12 @@ VARIANTS = {
 }
 
 
-class Hooks:
-    """Keeps what is saved, and is otherwise quiet."""
-
+class _Saved(Hooks):
     def __init__(self):
-        self.saved = []
+        self.states: list[State] = []
 
-    def on_checkpoint(self, state):
-        self.saved.append(jax.tree.map(np.array, state))
-
-    def stop_requested(self):
-        return False
-
-    def __getattr__(self, name):
-        return lambda *_: None
+    def on_checkpoint(self, state: State) -> None:
+        self.states.append(jax.tree.map(np.array, state))
 
 
 def transitions(dtype: type) -> Transitions:
@@ -58,29 +54,28 @@ def transitions(dtype: type) -> Transitions:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), data)
 
 
-def train(options: dict, seeds: tuple[int, ...], mode: str, devices: int, dtype: type) -> list:
-    """Parameters of the model that each phase trained, at its end: one pytree ``[K, ...]`` a phase."""
+def train(variant: str, seeds: Sequence[int], mode: str, devices: int, dtype: type) -> list:
+    """Parameters that each phase trained, at its end: one pytree ``[K, ...]`` a phase."""
     config = QIPOConfig(
-        hidden_dims=(32, 32), critic_hidden_dims=(32, 32), batch_size=64, support_size=8, sample_steps=4,
-        behavior_steps=100, critic_steps=100, policy_steps=100, renew_every=50, log_every=50,
-        checkpoint_every=100, eval_every=0, **options,
-    ).validate()  # fmt: skip
+        hidden_dims=(32, 32), critic_hidden_dims=(32, 32), batch_size=64, support_size=8,
+        sample_steps=4, behavior_steps=100, critic_steps=100, policy_steps=100, renew_every=50,
+        log_every=50, checkpoint_every=100, eval_every=0, **VARIANTS[variant],
+    )  # fmt: skip
     layout = Layout.create(mode, len(seeds), jax.devices()[:devices])
-    trainer, hooks = Trainer(config, transitions(dtype), seeds, layout), Hooks()
-    state = jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf,
-        trainer.init_state(),
-    )
-    trainer.run(state, hooks)
-    return [getattr(state, phase).params for phase, state in zip(PHASES, hooks.saved, strict=True)]
+    trainer, saved = Trainer(config, transitions(dtype), seeds, layout), _Saved()
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf
+
+    trainer.run(jax.tree.map(cast, trainer.init_state()), saved)
+    return [getattr(state, name).params for name, state in zip(PHASES, saved.states, strict=True)]
 
 
-def difference(found, expected) -> float:
+def difference(found: Any, expected: Any) -> float:
     """The norm of the difference of two pytrees, relative to the second."""
-    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
-    return float(
-        np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
-    )
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    error = sum(np.sum((a - b) ** 2) for a, b in zip(found, expected, strict=True))
+    return float(np.sqrt(error / sum(np.sum(b**2) for b in expected)))
 
 
 def main() -> int:
@@ -99,31 +94,25 @@ def main() -> int:
         parser.error("needs at least 2 devices; see the module's documentation")
 
     print(
-        f"| critic, estimator | type | layout | {' | '.join(PHASES)} |\n|---|---|---|"
-        + "---|" * len(PHASES)
+        f"| critic, estimator | type | layout | {' | '.join(PHASES)} |", "|---" * 6 + "|", sep="\n"
     )
-    worst = dict.fromkeys(dtypes, 0.0)
-    for variant in variants:
-        for dtype in dtypes:
-            with jax.enable_x64(dtype is np.float64):
-                one = train(VARIANTS[variant], SEEDS, "data", 1, dtype)
-                rows = [
-                    (
-                        f"{mode}, {count} devices",
-                        train(VARIANTS[variant], SEEDS, mode, count, dtype),
-                        one,
-                    )
-                    for mode in MODES
-                    for count in counts
-                ]
-                alone = train(VARIANTS[variant], (SEEDS[3],), "data", 1, dtype)
-                rows.append(("one seed alone", alone, jax.tree.map(lambda leaf: leaf[3:4], one)))
-                for name, found, expected in rows:
-                    errors = [difference(*pair) for pair in zip(found, expected, strict=True)]
-                    worst[dtype] = max(worst[dtype], *errors)
-                    cells = " | ".join(f"{error:.1e}" for error in errors)
-                    print(f"| {variant} | {dtype.__name__} | {name} | {cells} |", flush=True)
-    return int(any(error > TOLERANCES[dtype] for dtype, error in worst.items()))
+    parity = True
+    for variant, dtype in itertools.product(variants, dtypes):
+        with jax.enable_x64(dtype is np.float64):
+            one = train(variant, SEEDS, "data", 1, dtype)
+            cases = {
+                f"{mode}, {count} devices": (SEEDS, mode, count, one)
+                for mode, count in itertools.product(MODES, counts)
+            }
+            third = jax.tree.map(lambda leaf: leaf[3:4], one)
+            cases["one seed alone"] = (SEEDS[3:4], "data", 1, third)
+            for name, (seeds, mode, count, expected) in cases.items():
+                found = train(variant, seeds, mode, count, dtype)
+                errors = [difference(*pair) for pair in zip(found, expected, strict=True)]
+                parity &= max(errors) <= TOLERANCES[dtype]
+                cells = " | ".join(f"{error:.1e}" for error in errors)
+                print(f"| {variant} | {dtype.__name__} | {name} | {cells} |", flush=True)
+    return int(not parity)
 
 
 if __name__ == "__main__":

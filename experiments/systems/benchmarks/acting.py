@@ -1,58 +1,45 @@
-"""Choosing actions: energy-weighted policies sample their own field, CEP adds a gradient at every
-step.
+"""Choosing actions: energy-weighted policies sample their own field, CEP adds a gradient to it.
 
 From observations on the host to actions on the host, by the very call that evaluates a policy
-(:func:`efm_jax.rl.trainer.make_act`).  All methods have the same field network, and take turns.
+(:func:`efm_jax.rl.agents.player`).  All methods have the same field network, and take turns.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efm_jax.networks import LogRatio
-from efm_jax.rl.algorithm import Algorithm
+from efm_jax.rl.agents import make_agent, player
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.model import GenerativeModel
-from efm_jax.rl.policies import QGPO, Acting, Policy
-from efm_jax.rl.trainer import make_act
-from efm_jax.solvers import SOLVERS
 from efm_jax.types import Normalizer
-from experiments.systems.benchmarks import timing
+from experiments.systems.benchmarks import Rows, timing
+from experiments.systems.benchmarks.workload import stages
 
-# The fewest evaluations that keep quality (the row "sampling"), as in the presets of MuJoCo.
-DEFAULT_STEPS = ("midpoint", 5)
 STEPS = 15
 OBSERVATION_SIZE, ACTION_SIZE = 17, 6
-HIDDEN_DIMS = (512, 256, 128)
-# GuidanceQt of QGPO's published code: four hidden layers of 256.
-ENERGY_DIMS = (256, 256, 256, 256)
-# Milliseconds of QGPO's published PyTorch code by number of states, on 2 cores of the kind used
-# here.
+# Milliseconds of QGPO's published PyTorch code by number of states, on 2 cores like those here.
 PUBLISHED_MS = {1: 44.0, 10: 70.0, 256: 279.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What shrinks in a quick run."""
 
     hidden_dims: tuple[int, ...]
     energy_dims: tuple[int, ...]
     states: tuple[int, ...]
     seconds: float  # of the clock, for each method
-    comparable: bool  # with the published figures
 
 
-FULL = Sizes(HIDDEN_DIMS, ENERGY_DIMS, (1, 10, 256, 4096), 2.0, True)
-QUICK = Sizes((32, 16), (32, 32), (64,), 0.2, False)
+# GuidanceQt of QGPO's published code: four hidden layers of 256.
+FULL = Sizes((512, 256, 128), (256, 256, 256, 256), (1, 10, 256, 4096), 2.0)
+QUICK = Sizes((32, 16), (32, 32), (64,), 0.2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way to choose actions."""
 
     label: str
@@ -63,96 +50,56 @@ class Method:
 
     @property
     def evaluations(self) -> int:
-        """Of the field, for one action."""
-        return self.steps * (len(SOLVERS[self.solver].nodes) if self.solver in SOLVERS else 1)
+        """Evaluations of the field, for one action."""
+        return self.steps * stages(self.solver)
 
 
-def methods() -> list[Method]:
-    """At equal steps, then the default of EFM with CEP at as many evaluations."""
-    solver, steps = DEFAULT_STEPS
-    fewer = Method("EFM, default", "qipo", "ot", solver, steps)
-    return [
-        Method("CEP-guided", "qgpo", "vp", "dpmpp", STEPS),
-        Method("EFM", "qipo", "ot", "euler", STEPS),
-        Method("ED", "qipo", "vp", "dpmpp", STEPS),
-        Method("CEP-guided", "qgpo", "vp", "dpmpp", fewer.evaluations),
-        fewer,
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Guided(QGPO):
-    """QGPO whose energy network has widths of its own, as in the published code."""
-
-    energy_dims: tuple[int, ...] = ENERGY_DIMS
-
-    @property
-    def log_ratio(self) -> LogRatio:
-        return LogRatio(self.energy_dims, self.config.activation)
-
-
-@dataclasses.dataclass(frozen=True)
-class _GuidedAlgorithm(Algorithm):
-    energy_dims: tuple[int, ...] = ENERGY_DIMS
-
-    def _policy(self, model: GenerativeModel) -> Policy:
-        sizes = self.observation_size, self.action_size
-        return _Guided(self.config, model, self.critic, *sizes, self.energy_dims)
-
-
-def algorithm(method: Method, sizes: Sizes) -> Algorithm:
-    """The library's algorithm of a method."""
-    config = QIPOConfig(
-        policy=method.policy, path=method.path, network="unet", hidden_dims=sizes.hidden_dims,
-        solver=method.solver, sample_steps=method.steps,
-    ).validate()  # fmt: skip
-    if method.policy == "qgpo":
-        return _GuidedAlgorithm(config, OBSERVATION_SIZE, ACTION_SIZE, sizes.energy_dims)
-    return Algorithm(config, OBSERVATION_SIZE, ACTION_SIZE)
-
-
-@functools.cache
-def parameters(policy: str, sizes: Sizes) -> Acting:
-    """Parameters of one seed; path, solver and steps do not matter to their shapes."""
-    method = Method("", policy, "vp", "dpmpp", STEPS)
-    state = jax.jit(jax.vmap(algorithm(method, sizes).init))(_keys())
-    return state.acting()
-
-
-def _keys() -> jax.Array:
-    return jax.random.key(0)[None]
+# At equal steps; then the fewest evaluations that keep quality (the row "sampling"), as in the
+# presets of MuJoCo, with CEP at as many.
+METHODS = (
+    Method("CEP-guided", "qgpo", "vp", "dpmpp", STEPS),
+    Method("EFM", "qipo", "ot", "euler", STEPS),
+    Method("ED", "qipo", "vp", "dpmpp", STEPS),
+    Method("CEP-guided", "qgpo", "vp", "dpmpp", 10),
+    Method("EFM, default", "qipo", "ot", "midpoint", 5),
+)
 
 
 def actor(method: Method, sizes: Sizes, states: int) -> Callable[[], np.ndarray]:
     """A call that chooses actions for so many states."""
-    rng = np.random.default_rng(0)
-    observations = rng.standard_normal((1, states, OBSERVATION_SIZE), np.float32)
+    config = QIPOConfig(
+        policy=method.policy, path=method.path, network="unet", hidden_dims=sizes.hidden_dims,
+        solver=method.solver, sample_steps=method.steps,
+    )  # fmt: skip
+    agent = make_agent(config, OBSERVATION_SIZE, ACTION_SIZE)
+    if method.policy == "qgpo":  # whose energy network is not as wide as the field's
+        agent.log_ratio = LogRatio(sizes.energy_dims, config.activation)
+    keys = jax.random.key(0)[None]
+    params = jax.jit(jax.vmap(agent.init))(keys).params()
     low, high = -jnp.ones(ACTION_SIZE), jnp.ones(ACTION_SIZE)
     normalizer = Normalizer(jnp.zeros(OBSERVATION_SIZE), jnp.ones(OBSERVATION_SIZE), low, high)
-    acting = parameters(method.policy, sizes)
-    act = make_act(algorithm(method, sizes), "policy", _keys(), acting, normalizer, range(states))
+    act = player(agent, "policy", params, normalizer, keys, range(states))
+    shape = 1, states, OBSERVATION_SIZE
+    observations = np.random.default_rng(0).standard_normal(shape, np.float32)
     return functools.partial(act, observations, 0)
 
 
-def measure(states: int, sizes: Sizes) -> list[dict[str, Any]]:
+def measure(states: int, sizes: Sizes) -> Rows:
     """One row for every method."""
-    calls = {method: actor(method, sizes, states) for method in methods()}
+    calls = {method: actor(method, sizes, states) for method in METHODS}
     times = timing.in_turns(calls, sizes.seconds)
     guided = {method.evaluations: times[method].best for method in calls if method.policy == "qgpo"}
-    published = PUBLISHED_MS.get(states) if sizes.comparable else None
-    rows = []
-    for method, time in times.items():
-        milliseconds = 1e3 * time.best
-        rows.append({
-            "states": states, "method": method.label, "solver": method.solver, "steps": method.steps,
-            "ms, best": milliseconds, "ms, median": 1e3 * time.median,
-            "x faster than CEP-guided, equal evaluations": guided[method.evaluations] / time.best,
-            f"x faster than QGPO's published code, {STEPS} steps": published and published / milliseconds,
-        })  # fmt: skip
-    return rows
+    published = PUBLISHED_MS.get(states) if sizes is FULL else None
+    return [{
+        "states": states, "method": method.label, "solver": method.solver, "steps": method.steps,
+        "ms, best": 1e3 * time.best, "ms, median": 1e3 * time.median,
+        "x faster than CEP-guided, equal evaluations": guided[method.evaluations] / time.best,
+        f"x faster than QGPO's published code, {STEPS} steps":
+            published and published / (1e3 * time.best),
+    } for method, time in times.items()]  # fmt: skip
 
 
-def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
+def run(quick: bool) -> dict[str, Rows]:
     """The table of this row of the suite."""
     sizes = QUICK if quick else FULL
     dims, energy = ("/".join(map(str, widths)) for widths in (sizes.hidden_dims, sizes.energy_dims))

@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,61 +29,61 @@ class Product(NamedTuple):
         return 2 * math.prod(self)
 
 
-def products(function: Callable, *inputs: Any) -> collections.Counter[Product]:
-    """How often a function computes which products, read from its traced program; loops count every turn."""
-    found: collections.Counter[Product] = collections.Counter()
+Counts = collections.Counter[Product]
+
+
+def products(function: Callable, *inputs: object) -> Counts:
+    """How often a traced function computes which products; loops count every turn."""
+    found: Counts = collections.Counter()
     _collect(jax.make_jaxpr(function)(*inputs).jaxpr, 1, found)
     return found
 
 
-def _collect(jaxpr: core.Jaxpr, times: int, found: collections.Counter[Product]) -> None:
-    for equation in _used(jaxpr):
+def _collect(jaxpr: core.Jaxpr, times: int, found: Counts) -> None:
+    # The compiler drops the equations that no result depends on.
+    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if not (equation.effects or needed.intersection(equation.outvars)):
+            continue
+        needed.update(v for v in equation.invars if not isinstance(v, core.Literal))
         if equation.primitive.name == "dot_general":
             (contracted, _), (shared, _) = equation.params["dimension_numbers"]
             a, b = (variable.aval.shape for variable in equation.invars)
             batch = math.prod(a[i] for i in shared)
             inner = math.prod(a[i] for i in contracted)
-            rows, columns = math.prod(a) // (batch * inner), math.prod(b) // (batch * inner)
+            rows, columns = (math.prod(shape) // (batch * inner) for shape in (a, b))
             found[Product(batch, rows, inner, columns)] += times
         turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for inside in core.jaxprs_in_params(equation.params):
             _collect(inside, times * turns, found)
 
 
-def _used(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-    """The equations that a result depends on; the compiler drops the others."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    used = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or needed.intersection(equation.outvars):
-            used.append(equation)
-            needed.update(v for v in equation.invars if not isinstance(v, core.Literal))
-    return used
-
-
-def flops(counts: collections.Counter[Product]) -> int:
+def flops(counts: Counts) -> int:
     """All products together."""
     return sum(product.flops * times for product, times in counts.items())
 
 
+def least_seconds(counts: Counts) -> float:
+    """All products one after the other, as fast as each goes alone: a function's limit."""
+    return sum(seconds(product) * times for product, times in counts.items())
+
+
 @functools.cache
 def seconds(product: Product) -> float:
-    """The least time of one such product here: by XLA in any layout of its operands, or by NumPy's BLAS."""
+    """The least time of one product: by XLA in any layout of its operands, or by NumPy's BLAS."""
     batch, rows, inner, columns = product
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((batch, rows, inner), np.float32)
-    b = rng.standard_normal((batch, inner, columns), np.float32)
-    # As many products in one call as take a few milliseconds, so that starting the call does not
-    # count.
-    turns = max(1, round(5e8 / product.flops))
-    calls = {}
-    for name, left, right, numbers in (
-        ("nn", a, b, "bmk,bkn->bmn"),
-        ("tn", a.transpose(0, 2, 1), b, "bkm,bkn->bmn"),
-        ("nt", a, b.transpose(0, 2, 1), "bmk,bnk->bmn"),
-    ):
-        inputs = jnp.asarray(np.ascontiguousarray(left)), jnp.asarray(np.ascontiguousarray(right))
-        calls[name] = functools.partial(_repeat, *inputs, numbers, turns)
+    random = np.random.default_rng(0)
+    a = random.standard_normal((batch, rows, inner), np.float32)
+    b = random.standard_normal((batch, inner, columns), np.float32)
+    # One call computes some milliseconds of products, so that starting it does not count.
+    turns, calls = max(1, round(5e8 / product.flops)), {}
+    for numbers in ("bmk,bkn->bmn", "bkm,bkn->bmn", "bmk,bnk->bmn"):
+        left, right = numbers.split("->")[0].split(",")
+        operands = (
+            jnp.asarray(array if axes == plain else array.swapaxes(1, 2))
+            for array, axes, plain in ((a, left, "bmk"), (b, right, "bkn"))
+        )
+        calls[numbers] = functools.partial(repeat, *operands, numbers, turns)
     if jax.default_backend() == "cpu":
         out = np.empty((batch, rows, columns), np.float32)
 
@@ -96,16 +96,12 @@ def seconds(product: Product) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _repeat(a: jax.Array, b: jax.Array, numbers: str, turns: int) -> jax.Array:
+def repeat(a: jax.Array, b: jax.Array, numbers: str, turns: int) -> jax.Array:
+    """Compute one product in every turn of a loop; the result is ``b``."""
+
     def turn(_: int, b: jax.Array) -> jax.Array:
-        # The barrier keeps the whole product; one element of it makes the next turn wait for this
-        # one.
+        # The barrier keeps the whole product; the next turn waits for one element of it.
         product = lax.optimization_barrier(jnp.einsum(numbers, a, b))
         return b.at[0, 0, 0].add(0 * product[0, 0, 0])
 
     return lax.fori_loop(0, turns, turn, b)
-
-
-def least_seconds(counts: collections.Counter[Product]) -> float:
-    """All products one after the other, each as fast as it goes alone: the limit of a function's time."""
-    return sum(seconds(product) * times for product, times in counts.items())

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pandas as pd
 
 from efm_jax import exact, paths, sampling
 from efm_jax.distances import sliced_wasserstein
@@ -32,24 +33,21 @@ from efm_jax.solvers import SOLVERS
 from efm_jax.types import Array, Field
 from experiments.paper.guidance_methods import Training, train_family
 from experiments.paper.toy2d import Problem, problems
-
-Rows = list[dict[str, Any]]
+from experiments.systems.benchmarks import Rows
+from experiments.systems.benchmarks.workload import stages
 
 PATHS = {"ot": paths.conditional_ot(), "vp": paths.vp_linear()}
 BETA = 3.0
-# Of the kernel that turns a finite sample of a set into a smooth density: about the sets' own
-# noise.
-_BLUR = 0.1
-_TRAINING = Training(hidden_dims=(128, 128, 128), batch_size=1024, num_steps=2000)
 # A ratio within this factor of the best one is as good.
 _AS_GOOD = 1.05
+# Of the kernel that turns a finite sample of a set into a smooth density: about the sets' noise.
+_BLUR = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """How much is computed."""
 
-    training: Training = _TRAINING
+    training: Training = Training(hidden_dims=(128, 128, 128), batch_size=1024, num_steps=2000)
     problems: tuple[str, ...] = ("eight_gaussians", "swiss_roll", "mixture_8d")
     evaluations: tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 40)
     tolerances: tuple[float, ...] = (1e-5,)  # of dopri5, relative and absolute
@@ -62,20 +60,13 @@ class Sizes:
 
 
 QUICK = Sizes(
-    Training(hidden_dims=(16, 16), batch_size=64, num_steps=50),
-    problems=("mixture_8d",),
-    evaluations=(8,),
-    tolerances=(),
-    sample_size=200,
-    repeats=2,
-    floor_repeats=8,
-    dtypes=("bfloat16",),
-    exact_paths=("vp",),
-)
+    Training(hidden_dims=(16, 16), batch_size=64, num_steps=50), ("mixture_8d",), (8,), (),
+    sample_size=200, repeats=2, floor_repeats=8, dtypes=("bfloat16",), exact_paths=("vp",),
+)  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A problem at the one beta, and its exact answer as a mixture, whose fields are closed forms."""
+    """A problem at the one beta, and its exact answer, a mixture with fields in closed form."""
 
     problem: Problem
     guided: exact.GaussianMixture
@@ -94,24 +85,29 @@ class Setting(NamedTuple):
         return self.solver if self.tolerance is None else f"{self.solver}, {self.tolerance:g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of field, exact or learned, on a path; its parameters are data, so that programs are shared."""
+class Kind(NamedTuple):
+    """A kind of field on a path; its parameters are data, so that programs are shared."""
 
     name: str
     path_name: str
     network: MLPField | None = None  # None: parameters are a guided mixture, and the field is exact
 
+    @property
+    def path(self) -> paths.GaussianPath:
+        """The probability path."""
+        return PATHS[self.path_name]
+
     def velocity(self, params: Any) -> Field:
+        """The velocity field."""
         if self.network is not None:
             return functools.partial(self.network.apply, params)
-        return functools.partial(params.velocity, PATHS[self.path_name])
+        return functools.partial(params.velocity, self.path)
 
     def score(self, params: Any) -> Field:
-        path = PATHS[self.path_name]
+        """The score field."""
         if self.network is None:
-            return functools.partial(params.score, path)
-        return lambda x, t: path.score_from_velocity(self.network.apply(params, x, t), x, t)
+            return functools.partial(params.score, self.path)
+        return lambda x, t: self.path.score_from_velocity(self.velocity(params)(x, t), x, t)
 
 
 def make_case(name: str, components: int) -> Case:
@@ -145,18 +141,10 @@ def train(case: Case, training: Training) -> tuple[Kind, Any]:
     return Kind(f"network, {training.dtype or 'float32'}", "ot", network), model.params
 
 
-def stages(solver: str) -> int:
-    """Evaluations of the field in one step of a solver in equal steps; DPM-Solver++ makes one."""
-    return len(SOLVERS[solver].nodes) if solver in SOLVERS else 1
-
-
 def settings(sizes: Sizes) -> list[Setting]:
     """Every solver at all numbers of evaluations that it can make, and dopri5 at its tolerances."""
-    fixed = [
-        Setting(solver, count)
-        for solver, count in itertools.product((*SOLVERS, "dpmpp1", "dpmpp2"), sizes.evaluations)
-        if count % stages(solver) == 0
-    ]
+    pairs = itertools.product((*SOLVERS, "dpmpp1", "dpmpp2"), sizes.evaluations)
+    fixed = [Setting(solver, count) for solver, count in pairs if count % stages(solver) == 0]
     return fixed + [Setting("dopri5", None, tolerance) for tolerance in sizes.tolerances]
 
 
@@ -173,7 +161,7 @@ def draw(kind: Kind, setting: Setting, params: Any, noise: Array) -> Array:
     """Samples ``[B, d]`` from noise ``[B, d]``."""
     if setting.solver.startswith("dpmpp"):
         how = {"num_steps": setting.evaluations, "order": int(setting.solver[-1])}
-        return sampling.sample_dpmpp(kind.score(params), PATHS[kind.path_name], noise, **how)
+        return sampling.sample_dpmpp(kind.score(params), kind.path, noise, **how)
     velocity = kind.velocity(params)
     if setting.tolerance is not None:
 
@@ -197,7 +185,7 @@ def distance(keys: Array, x: Array, y: Array) -> Array:
     return found.mean()
 
 
-def exact_pairs(case: Case, sizes: Sizes, seed: int, repeats: int) -> Array:
+def exact_samples(case: Case, sizes: Sizes, seed: int, repeats: int) -> Array:
     """Independent exact samples ``[repeats, n, d]``."""
     found = case.guided.sample(jax.random.key(seed), repeats * sizes.sample_size)
     return found.reshape(repeats, sizes.sample_size, -1)
@@ -205,21 +193,22 @@ def exact_pairs(case: Case, sizes: Sizes, seed: int, repeats: int) -> Array:
 
 def noise_floor(case: Case, sizes: Sizes) -> float:
     """The distance between independent exact samples."""
-    pair = (exact_pairs(case, sizes, seed, sizes.floor_repeats) for seed in (3, 4))
+    pair = (exact_samples(case, sizes, seed, sizes.floor_repeats) for seed in (3, 4))
     return float(distance(jax.random.split(jax.random.key(5), sizes.floor_repeats), *pair))
 
 
-def _run_all(kind: Kind, params: Any, noise: Array, sizes: Sizes) -> dict[Setting, tuple]:
-    """By setting: samples ``[repeats, n, d]``, the least seconds of a call, evaluations of the
-    field.
+def measure(case: Case, kind: Kind, params: Any, floor: float, sizes: Sizes) -> Rows:
+    """Every solver on one field: a row with ratio, evaluations and the least time of a call.
 
-    Calls that are measured are the calls that are timed, in turns: a round gives every setting one
-    sample.
+    Calls whose samples count are those that are timed, in turns: a round gives every setting one.
     """
-    todo, samples, seconds, counts = settings(sizes), {}, {}, {}
+    shape = sizes.repeats, sizes.sample_size, case.problem.dim
+    noise, todo = jax.random.normal(jax.random.key(6), shape), settings(sizes)
+    target = exact_samples(case, sizes, 7, sizes.repeats)
+    samples: dict[Setting, list[Array]] = {setting: [] for setting in todo}
+    seconds, counts = dict.fromkeys(todo, math.inf), dict.fromkeys(todo, 0)
     for setting in todo:
         jax.block_until_ready(draw(kind, setting, params, noise[0]))  # compiles
-        samples[setting], seconds[setting], counts[setting] = [], math.inf, 0
     for part, setting in itertools.product(noise, todo):
         jax.effects_barrier()
         before, start = _evaluated, time.perf_counter()
@@ -227,37 +216,14 @@ def _run_all(kind: Kind, params: Any, noise: Array, sizes: Sizes) -> dict[Settin
         seconds[setting] = min(seconds[setting], time.perf_counter() - start)
         jax.effects_barrier()
         counts[setting] += _evaluated - before
-    return {
-        setting: (
-            jnp.stack(samples[setting]),
-            seconds[setting],
-            setting.evaluations or round(counts[setting] / len(noise)),
-        )
-        for setting in todo
-    }
-
-
-def measure(case: Case, kind: Kind, params: Any, floor: float, sizes: Sizes) -> Rows:
-    """The rows of one problem and field."""
-    shape = (sizes.repeats, sizes.sample_size, case.problem.dim)
-    noise, target = (
-        jax.random.normal(jax.random.key(6), shape),
-        exact_pairs(case, sizes, 7, sizes.repeats),
-    )
-    keys, rows = jax.random.split(jax.random.key(8), sizes.repeats), []
-    for setting, (samples, seconds, evaluations) in _run_all(kind, params, noise, sizes).items():
-        rows.append(
-            {
-                "problem": case.problem.name,
-                "path": kind.path_name,
-                "field": kind.name,
-                "solver": setting.name,
-                "evaluations": evaluations,
-                "ratio to floor": float(distance(keys, samples, target)) / floor,
-                "ms": 1e3 * seconds,
-            }
-        )
-    return rows
+    keys = jax.random.split(jax.random.key(8), sizes.repeats)
+    return [{
+        "problem": case.problem.name, "path": kind.path_name, "field": kind.name,
+        "solver": setting.name,
+        "evaluations": setting.evaluations or round(counts[setting] / sizes.repeats),
+        "ratio to floor": float(distance(keys, jnp.stack(samples[setting]), target)) / floor,
+        "ms": 1e3 * seconds[setting],
+    } for setting in todo]  # fmt: skip
 
 
 def default(path_name: str) -> tuple[str, int]:
@@ -267,54 +233,29 @@ def default(path_name: str) -> tuple[str, int]:
     return solver, model.sample_steps * stages(solver)
 
 
-def _group(rows: Rows, *columns: str) -> dict[tuple, Rows]:
-    found: dict[tuple, Rows] = {}
-    for row in rows:
-        found.setdefault(tuple(row[column] for column in columns), []).append(row)
-    return found
-
-
-def _excess(rows: Rows) -> dict[tuple[str, int], float]:
-    """By solver and evaluations: the ratio over the best one of a problem, where that is largest."""
-    worst: dict[tuple[str, int], list[float]] = {}
-    groups = _group(rows, "problem")
-    for group in groups.values():
-        best = min(row["ratio to floor"] for row in group)
-        for row in group:
-            how = row["solver"], row["evaluations"]
-            worst.setdefault(how, []).append(row["ratio to floor"] / best)
-    # dopri5's evaluations differ from problem to problem: no setting of it is in all of them.
-    return {how: max(found) for how, found in worst.items() if len(found) == len(groups)}
-
-
 def cheapest(rows: Rows) -> Rows:
-    """For each problem, path and field, and for all problems at once: the fewest evaluations that suffice."""
-    found = []
-    for (path_name, field), group in _group(rows, "path", "field").items():
-        parts = {name: part for (name,), part in _group(group, "problem").items()}
-        if len(parts) > 1:
-            parts["all of them"] = group
-        for name, part in parts.items():
-            excess = _excess(part)
-            enough = [how for how, value in excess.items() if value <= _AS_GOOD]
-            row = {
-                "problem": name,
-                "path": path_name,
-                "field": field,
-                "evaluations": None,
-                "solver": None,
-            }
-            if enough:
-                fewest = min(evaluations for _, evaluations in enough)
-                solver, _ = min((how for how in enough if how[1] == fewest), key=excess.__getitem__)
-                row |= {
-                    "evaluations": fewest,
-                    "solver": solver,
-                    "its ratio to the best": excess[solver, fewest],
-                }
-            solver, evaluations = default(path_name)
+    """The fewest evaluations that suffice for each field: in each problem, and in all at once."""
+    table, found = pd.DataFrame(rows), []
+    best = table.groupby(["path", "field", "problem"])["ratio to floor"].transform("min")
+    table["excess"] = table["ratio to floor"] / best
+    for (path, field), group in table.groupby(["path", "field"], sort=False):
+        excess = group.pivot_table("excess", ["evaluations", "solver"], "problem", sort=False)
+        if len(excess.columns) > 1:
+            # dopri5's evaluations differ from problem to problem: no setting of it is in all.
+            excess["all of them"] = excess.max(axis=1, skipna=False)
+        solver, evaluations = default(path)
+        for problem, ratios in excess.items():
+            row = {"problem": problem, "path": path, "field": field}
+            row |= {"evaluations": None, "solver": None, "its ratio to the best": None}
+            enough = ratios[ratios <= _AS_GOOD]
+            if len(enough):
+                fewest = enough.index.get_level_values("evaluations").min()
+                least = enough.xs(fewest, level="evaluations")
+                row |= {"evaluations": int(fewest), "solver": least.idxmin()}
+                row["its ratio to the best"] = least.min()
             row["default"] = f"{solver}, {evaluations}"
-            found.append(row | {"default's ratio to the best": excess.get((solver, evaluations))})
+            row["default's ratio to the best"] = ratios.get((evaluations, solver))
+            found.append(row)
     return found
 
 
@@ -330,10 +271,9 @@ def run(quick: bool) -> dict[str, Rows]:
         for kind, params in fields:
             rows += measure(case, kind, params, floor, sizes)
             print(f"sampling: {name}, {kind.path_name}, {kind.name}", file=sys.stderr, flush=True)
+    best = f"Fewest evaluations within {_AS_GOOD:g} of the best ratio that any solver reaches"
     return {
         f"Sampling: distance to exact samples over the noise floor, beta = {BETA:g}; "
         f"ms of {sizes.sample_size:,} samples": rows,
-        f"Fewest evaluations within {_AS_GOOD:g} of the best ratio that any solver reaches": cheapest(
-            rows
-        ),
+        best: cheapest(rows),
     }

@@ -1,215 +1,168 @@
 """How training scales: seeds in one program, and devices.
 
 Seeds: a step of S seeds at once, as a share of S steps of one seed.  Below 1, a seed costs less
-  beside others
-than alone.
+beside others than alone.
 
 Devices: a step on D virtual devices of the processor, each D in a process of its own, against a
-  step on one
-of these devices, timed in turns.  Virtual devices share this machine's cores, so they make nothing
-faster. What can be seen is parity of work: the time of D devices over that of one device that does
-the same work is 1 if splitting costs nothing, and what it is above 1 are splitting and all-reduces.
+step on one of these devices, timed in turns.  Virtual devices share this machine's cores, so they
+make nothing faster.  What can be seen is parity of work: the time of D devices over that of one
+device that does the same work is 1 if splitting costs nothing, and what it is above 1 are splitting
+and all-reduces.  What a step of two devices sends is counted in its program.
 """
 
-import argparse
-import dataclasses
-import functools
 import itertools
 import json
+import math
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.training.parallel import Layout, compile_ahead
-from efm_jax.training.step import make_chunk
-from efm_jax.types import Array
-from experiments.systems.benchmarks.timing import in_turns
-from experiments.systems.scaling import Workload, build
-
-Rows = list[dict[str, Any]]
+from experiments.systems.benchmarks import Rows
+from experiments.systems.benchmarks.timing import in_turns, measured_apart
+from experiments.systems.benchmarks.workload import Workload
 
 # Of one call on several devices: where there are more of them than cores, each of a step's
 # all-reduces waits for the scheduler.
 _MOST_STEPS = 20
-PHASES = {
-    "behavior": "behavior",
-    "policy": "policy full",
-}  # the table's name: that of experiments.systems.scaling
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """How much is computed."""
 
     phases: tuple[str, ...] = ("behavior", "policy")
+    sending: tuple[str, ...] = ("behavior", "critic", "policy")
     seeds: tuple[int, ...] = (1, 2, 4, 8, 16)
     widths: tuple[int, ...] = (64, 256)
     batch: int = 256
     rows: int = 10_000  # of the dataset
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    weak_batch: int = 256  # of each device
-    strong_batch: int = 1024  # of all devices together
-    strong_seeds: int = 8  # of all devices together
-    kinds: tuple[str, ...] = ("weak, data", "strong, data", "strong, seeds")
+    # Name, mode, batch and seeds: in weak scaling of each device, else of all together.
+    cases: tuple[tuple[str, str, int, int], ...] = (
+        ("weak, data", "data", 256, 1),
+        ("strong, data", "data", 1024, 1),
+        ("strong, seeds", "seeds", 256, 8),
+    )
     seconds: float = 0.5  # of the clock, for each alternative
 
 
-QUICK = Sizes(("behavior",), (1, 2), (64,), 64, 1024, (2,), 64, 128, 2, ("weak, data",), 0.1)
+_ONE, _CASE = ("behavior",), ("weak, data", "data", 64, 1)
+QUICK = Sizes(_ONE, _ONE, (1, 2), (64,), 64, 1024, (2,), (_CASE,), seconds=0.1)
 
 
-def workload(width: int, rows: int) -> Workload:
-    """The default configuration with three hidden layers of a width, on data like HalfCheetah's."""
-    return Workload(QIPOConfig(hidden_dims=(width,) * 3), 17, 6, rows)
+def workload(width: int, batch: int, rows: int) -> Workload:
+    """The default configuration with three hidden layers of a width."""
+    return Workload(QIPOConfig(hidden_dims=(width,) * 3, batch_size=batch), rows)
 
 
-def _filled(tree: Any, *leading: int) -> Any:
-    """Arrays of the shapes of a tree, with leading axes."""
-    return jax.tree.map(lambda leaf: jnp.full((*leading, *leaf.shape), 0.01, leaf.dtype), tree)
-
-
-def _chunk_steps(work: Workload, phase: str, batch: int, seeds: int) -> int:
-    """Steps of one call: enough that a call's overhead is small, few enough that a call stays short."""
-    states = batch * (work.config.support_size + 1 if phase == "policy" else 1)
+def chunk_steps(work: Workload, phase: str, seeds: int) -> int:
+    """Steps of a call: so many that its overhead is small, so few that it stays short."""
+    states = work.config.batch_size * (work.agent.actions_per_state if phase == "policy" else 1)
     products = states * seeds * sum(n * n for n in work.config.hidden_dims)
     return max(1, min(100, 2_000_000_000 // products))
 
 
-def seed_call(work: Workload, phase: str, batch: int, seeds: int) -> tuple[Callable[[], Any], int]:
-    """A call that trains ``seeds`` seeds in one program on one device, and the steps that it makes."""
-    step, draw, shapes, tables = build(work, PHASES[phase], batch, work.rows, in_parts=True)
-    count = _chunk_steps(work, phase, batch, seeds)
-    run = jax.jit(jax.vmap(make_chunk(step, draw, count), (0, 0, None)))
-    inputs = (_filled(shapes, seeds), jax.random.split(jax.random.key(0), seeds), _filled(tables))
-    return functools.partial(run.lower(*inputs).compile(), *inputs), count
+def training(work: Workload, phase: str, layout: Layout, steps: int) -> Callable[[], Any]:
+    """A call that goes on training all the layout's seeds, as the trainer does it."""
+    mapped, (state, keys, data) = work.chunk(phase, layout, steps)
+    program = compile_ahead(mapped, state, keys, data)
+
+    def call() -> Any:
+        nonlocal state  # its buffers are reused for the next
+        state, metrics = program(state, keys, data)
+        return metrics
+
+    return call
 
 
 def measure_seeds(sizes: Sizes) -> Rows:
     """What a seed costs as a share of a lone one."""
-    rows = []
+    rows, device = [], jax.devices()[:1]
     for phase, width in itertools.product(sizes.phases, sizes.widths):
-        work = workload(width, sizes.rows)
-        calls = {seeds: seed_call(work, phase, sizes.batch, seeds) for seeds in sizes.seeds}
-        times = in_turns({str(seeds): call for seeds, (call, _) in calls.items()}, sizes.seconds)
-        step = {seeds: times[str(seeds)].best / count for seeds, (_, count) in calls.items()}
-        for seeds, seconds in step.items():
-            share = seconds / (seeds * step[1])
-            rows.append(
-                {
-                    "phase": phase,
-                    "width": width,
-                    "seeds": seeds,
-                    "ms a step": 1e3 * seconds,
-                    "time of a seed / of one alone": share,
-                }
-            )
+        work = workload(width, sizes.batch, sizes.rows)
+        counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
+        calls = {
+            seeds: training(work, phase, Layout.create("data", seeds, device), count)
+            for seeds, count in counts.items()
+        }
+        times = in_turns(calls, sizes.seconds)
+        step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
+        rows += [{
+            "phase": phase, "width": width, "seeds": seeds, "ms a step": 1e3 * seconds,
+            "time of a seed / of one alone": seconds / (seeds * step[1]),
+        } for seeds, seconds in step.items()]  # fmt: skip
     return rows
-
-
-def device_call(
-    work: Workload, phase: str, batch: int, layout: Layout, steps: int
-) -> Callable[[], tuple[Any, Any]]:
-    """A call of ``steps`` steps of all the layout's seeds, mapped over devices as the trainer maps them."""
-    step, draw, shapes, tables = build(
-        work, PHASES[phase], batch, work.rows, layout.num_shards, in_parts=True
-    )
-    run = make_chunk(step, draw, steps)
-
-    def chunk(state: Any, key: Array, tables: Any) -> tuple:
-        return run(state, key, tables)
-
-    inputs = (
-        layout.put_seeds(_filled(shapes, layout.num_seeds)),
-        layout.put_seeds(jax.random.split(jax.random.key(0), layout.num_seeds)),
-        layout.put_rows(_filled(tables)),
-    )
-    return functools.partial(compile_ahead(layout.map(chunk, shared=(2,)), *inputs), *inputs)
-
-
-def _cases(sizes: Sizes, devices: int) -> list[tuple[str, str, int, int, int, int]]:
-    """Kinds of scaling: name, mode, batch and seeds of all devices; batch and seeds of the one
-    device.
-
-    The one device of weak scaling makes a step of its share, which D devices do D times.
-    """
-    weak, strong, seeds = sizes.weak_batch, sizes.strong_batch, sizes.strong_seeds
-    cases = [
-        ("weak, data", "data", weak * devices, 1, weak, 1),
-        ("strong, data", "data", strong, 1, strong, 1),
-        ("strong, seeds", "seeds", weak, seeds, weak, seeds),
-    ]
-    return [case for case in cases if case[0] in sizes.kinds]
 
 
 def measure_devices(sizes: Sizes) -> Rows:
     """The rows of this process's number of devices."""
-    devices, rows, work = jax.device_count(), [], workload(64, sizes.rows)
+    devices, rows = jax.device_count(), []
     phase = sizes.phases[0]  # what is all-reduced is alike in all
-    for case in _cases(sizes, devices):
-        name, mode, batch, seeds, one_batch, one_seeds = case
-        steps = min(_MOST_STEPS, _chunk_steps(work, phase, batch, seeds))
-        together = Layout.create(mode, seeds)
-        alone = Layout.create(mode, one_seeds, jax.devices()[:1])
-        calls = {
-            "together": device_call(work, phase, batch, together, steps),
-            "alone": device_call(work, phase, one_batch, alone, steps),
-        }
-        times = in_turns(calls, sizes.seconds)
-        work_alone = times["alone"].best * batch * seeds / (one_batch * one_seeds)
-        rows.append(
-            {
-                "phase": phase,
-                "scaling": name,
-                "devices": devices,
-                "batch": batch,
-                "seeds": seeds,
-                "ms a step": 1e3 * times["together"].best / steps,
-                "time / of one device for the same work": times["together"].best / work_alone,
-            }
-        )
+    for name, mode, batch, seeds in sizes.cases:
+        shares = devices if name.startswith("weak") else 1
+        together, alone = (workload(64, n * batch, sizes.rows) for n in (shares, 1))
+        steps = min(_MOST_STEPS, chunk_steps(together, phase, seeds))
+        one_device = Layout.create("data", seeds, jax.devices()[:1])
+        times = in_turns({
+            "together": training(together, phase, Layout.create(mode, seeds), steps),
+            "alone": training(alone, phase, one_device, steps),
+        }, sizes.seconds)  # fmt: skip
+        same_work = shares * times["alone"].best
+        rows.append({
+            "phase": phase, "scaling": name, "devices": devices,
+            "batch": together.config.batch_size, "seeds": seeds,
+            "ms a step": 1e3 * times["together"].best / steps,
+            "time / of one device for the same work": times["together"].best / same_work,
+        })  # fmt: skip
     return rows
 
 
-def on_virtual_devices(devices: int, quick: bool) -> Rows:
-    """:func:`measure_devices` in a process with that many devices, after the flags that the user
-    has set.
+def count_sent(work: Workload, phase: str) -> dict[str, Any]:
+    """What one step of all devices reduces, and the all-reduces left once it is compiled."""
+    mapped, inputs = work.chunk(phase, Layout.create("data"), 1)
+    lowered, found = mapped.lower(*inputs), []
+    for result in re.findall(r"= (.*) all-reduce\(", lowered.compiler_ir("hlo").as_hlo_text()):
+        for bits, sizes in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", result):
+            found.append(int(bits) // 8 * math.prod(int(n) for n in sizes.split(",") if n))
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs[0].params)) // len(jax.devices())
+    return {
+        "phase": phase, "gradients, bytes": gradients, "besides, bytes": sum(found) - gradients,
+        "reduced arrays": len(found),
+        "all-reduces": len(re.findall(r" all-reduce(?:-start)?\(", lowered.compile().as_text())),
+    }  # fmt: skip
 
-    Raises:
-      RuntimeError: with the end of the process's messages, if it fails.
-    """
+
+def on_virtual_devices(devices: int, quick: bool) -> tuple[Rows, Rows]:
+    """Both tables of a process with that many devices, after the flags that the user has set."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", __spec__.name, *(["--quick"] if quick else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{devices} virtual devices: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--quick"] if quick else []
+    return measured_apart(__spec__.name, *arguments, XLA_FLAGS=flags.strip(), JAX_PLATFORMS="cpu")
 
 
 def run(quick: bool) -> dict[str, Rows]:
-    """Both tables."""
+    """All tables."""
     sizes = QUICK if quick else Sizes()
-    devices = [row for count in sizes.devices for row in on_virtual_devices(count, quick)]
-    devices.sort(key=lambda row: (row["phase"], row["scaling"]))
+    apart = [on_virtual_devices(count, quick) for count in sizes.devices]
+    devices = sorted((row for rows, _ in apart for row in rows), key=lambda row: row["scaling"])
     cores = len(os.sched_getaffinity(0))
     return {
         f"Seeds in one program, batch {sizes.batch}": measure_seeds(sizes),
-        f"Virtual devices, which share this machine's {cores} cores (1 is parity of work), width 64": devices,
+        f"Virtual devices on {cores} cores (1 is parity of work), width 64": devices,
+        "What a step of two devices reduces, width 64": [row for _, sent in apart for row in sent],
     }
 
 
 def main() -> None:
-    """Of a process with virtual devices: measure, and print JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    print(json.dumps(measure_devices(QUICK if parser.parse_args().quick else Sizes())))
+    """Measure in a process with virtual devices, and print JSON."""
+    sizes = QUICK if "--quick" in sys.argv else Sizes()
+    phases = sizes.sending if jax.device_count() == 2 else ()
+    work = workload(64, sizes.batch, sizes.rows)
+    print(json.dumps([measure_devices(sizes), [count_sent(work, phase) for phase in phases]]))
 
 
 if __name__ == "__main__":

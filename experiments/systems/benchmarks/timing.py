@@ -1,14 +1,19 @@
-"""The clock: alternatives are timed in turns, so that what else the machine does falls on all of them."""
+"""The clock: alternatives are timed in turns, so that what else runs here falls on all of them."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-# A call is repeated until a sample of the clock is at least this long: a scheduler's slice is a few
-# ms.
+Name = TypeVar("Name", bound=Hashable)
+
+# A sample of the clock is at least this long, because a scheduler's slice is a few ms.
 _SAMPLE_SECONDS = 0.02
 
 
@@ -27,7 +32,7 @@ def _sample(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 2.0) -> dict[str, Timing]:
+def in_turns(calls: Mapping[Name, Callable[[], Any]], seconds: float = 2.0) -> dict[Name, Timing]:
     """Time several alternatives, one sample of each in every round.
 
     Args:
@@ -43,9 +48,24 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float = 2.0) -> di
         once = _sample(call, 1)
         counts[name] = max(1, round(_SAMPLE_SECONDS / once))
         rounds = max(rounds, min(50, int(seconds / (once * counts[name]))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             if sum(samples[name]) * counts[name] < seconds or len(samples[name]) < 3:
                 samples[name].append(_sample(call, counts[name]))
     return {name: Timing(min(times), statistics.median(times)) for name, times in samples.items()}
+
+
+def measured_apart(module: str, *arguments: str, **environment: str) -> Any:
+    """The JSON on the last line that a module prints in a process of its own.
+
+    Raises:
+      RuntimeError: with the end of the process's messages, if it fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

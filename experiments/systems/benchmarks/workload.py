@@ -1,0 +1,119 @@
+"""The training steps that are timed: the library's own, on numbers that mean nothing."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efm_jax.rl.agents import Agent, make_agent
+from efm_jax.rl.batch import Batch
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.trainer import Trainer
+from efm_jax.solvers import SOLVERS
+from efm_jax.training.parallel import Layout
+from efm_jax.training.state import TrainState
+from efm_jax.types import Params, Transitions
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A configuration with the sizes of its data."""
+
+    config: QIPOConfig
+    rows: int
+    observation_size: int = 17  # HalfCheetah's
+    action_size: int = 6
+
+    @functools.cached_property
+    def agent(self) -> Agent:
+        """The agent that is trained."""
+        return make_agent(self.config, self.observation_size, self.action_size)
+
+    def transitions(self) -> Transitions:
+        """Normal numbers; terminations do not matter."""
+        random = np.random.default_rng(0)
+        sizes = (self.observation_size,), (self.action_size,), (), (self.observation_size,)
+        s, a, r, t = (random.standard_normal((self.rows, *n), np.float32) for n in sizes)
+        return Transitions(s, np.tanh(a), r, t, np.zeros(self.rows, np.float32))
+
+    def trainer(self, layout: Layout) -> Trainer:
+        """A trainer of as many seeds as the layout has."""
+        return Trainer(self.config, self.transitions(), range(layout.num_seeds), layout)
+
+    def shapes(self, phase: str, rows: int) -> tuple[TrainState, Batch]:
+        """Shapes of a phase's state, and of data with the table that the phase reads."""
+        agent, one = self.agent, jax.ShapeDtypeStruct((rows,), jnp.float32)
+        s, a = (one.update(shape=(rows, n)) for n in (self.observation_size, self.action_size))
+        state, data = jax.eval_shape(agent.init, jax.random.key(0)), Batch(s, a, one, s, one)
+        inputs = state.params(), jax.random.key(0), 0, data, jnp.arange(rows)
+        if phase == "critic" and agent.critic.uses_next_actions:
+            data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
+        elif phase == "policy":
+            support = jax.eval_shape(agent.support_rows, *inputs)
+            weigh = functools.partial(agent.weigh, axis_name=None)
+            data = data._replace(support=jax.eval_shape(weigh, support)[0])
+        return getattr(state, phase), data
+
+    def one_step(self, phase: str, state: TrainState, data: Batch, *, in_parts: bool) -> tuple:
+        """One step of the training scan, with the drawing of its batch."""
+        batch_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(0), state.step))
+        batch = self.agent.draw_batch(phase, batch_key, data)
+        return self.agent.step(phase, in_parts=in_parts)(state, loss_key, batch)
+
+    def chunk(self, phase: str, layout: Layout, steps: int) -> tuple[Callable, tuple]:
+        """What the trainer maps over devices for many steps, and arguments of their sizes."""
+        trainer, seeds = self.trainer(layout), layout.seeds_per_device
+        state, data = self.shapes(phase, self.rows // layout.num_shards)
+        tables = filled((data.next_actions, data.support), seeds)
+        data = filled(data)._replace(next_actions=tables[0], support=tables[1])
+        inputs = layout.replicate((filled(state, seeds), trainer.keys[:seeds], data))
+        return trainer.map_chunk(phase, steps), inputs
+
+
+def filled(tree: Any, *leading: int) -> Any:
+    """Arrays of a tree's shapes, with leading axes; 0.01, because zeros could be faster."""
+    return jax.tree.map(lambda leaf: jnp.full((*leading, *leaf.shape), 0.01, leaf.dtype), tree)
+
+
+def stages(solver: str) -> int:
+    """Evaluations of the field in one step of a solver; DPM-Solver++ makes one."""
+    return len(SOLVERS[solver].nodes) if solver in SOLVERS else 1
+
+
+def dense_flops(work: Workload, params: Params, actions: int = 1, *, train: bool = True) -> float:
+    """Arithmetic of the dense layers for one state, ``2 n in out`` for n rows and a kernel.
+
+    Forward and, to train, the kernel's gradient and the input's where the input is not data.  A
+    state is multiplied once for all its actions.
+    """
+    data = {work.observation_size, work.action_size, work.config.time_features}
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if "kernel" in jax.tree_util.keystr(path):
+            size_in = leaf.shape[-2]
+            rows = 1 if size_in == work.observation_size else actions
+            total += 2 * rows * leaf.size * (1 if not train else 2 if size_in in data else 3)
+    return total
+
+
+def dense_of_step(work: Workload, phase: str) -> float:
+    """:func:`dense_flops` of a step, for one state of the batch."""
+    flops = functools.partial(dense_flops, work, work.shapes(phase, 1)[0].params)
+    if phase != "critic":
+        return flops(work.agent.actions_per_state if phase == "policy" else 1)
+    actions = work.config.support_size if work.agent.critic.uses_next_actions else 1
+    return flops() + flops(actions, train=False)
+
+
+def dense_of_renewal(work: Workload, rows: int) -> float:
+    """:func:`dense_flops` of support sets, and of the values that their weights need."""
+    policy, critic = (work.shapes(phase, 1)[0].params for phase in ("policy", "critic"))
+    model, flops = work.agent.model, functools.partial(dense_flops, work, train=False)
+    drawn = stages(model.solver) * model.sample_steps * flops(policy, work.config.support_size)
+    # The ensemble's bound is of the advantage.
+    values = flops(critic["v"]) if work.config.critic == "ensemble" else 0
+    return rows * (drawn + flops(critic["q"], work.config.support_size + 1) + values)
