@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from efm_jax import checks
-from efm_jax.types import Array, Points, Times
+from efm_jax.types import Array, Params, Points, Times
 
 States = Float[Array, "*#batch S"]
 
@@ -55,6 +55,12 @@ def fourier_features(t: Times, size: int) -> Float[jax.Array, "*batch {size}"]:
         features += [cosine, sine]
         cosine, sine = 2 * cosine**2 - 1, 2 * sine * cosine
     return jnp.stack(features, axis=-1)
+
+
+def apply(network: nn.Module, params: Params, *inputs: Array) -> Any:
+    """Evaluate a network; the type of ``network.apply`` allows for mutable collections too."""
+    variables: Any = params
+    return network.apply(variables, *inputs)
 
 
 def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
