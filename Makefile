@@ -1,4 +1,4 @@
-# make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff.
+# make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff, pyright.
 PYTHON ?= python3
 BIN := .venv/bin
 NEEDS := requirements.lock requirements.txt setup.py
@@ -11,9 +11,11 @@ demo: .venv/.installed
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# pyright[nodejs] brings checker and node in its wheels, so a fresh machine downloads nothing more.
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/.installed: $(NEEDS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e .

@@ -4,18 +4,19 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """``value`` must be one of ``choices``."""
+    """Require ``value`` to be one of ``choices``."""
     if value not in choices:
         expected = ", ".join(str(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {expected}; got {value!r}")
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
-    """``value`` must be a whole number of at least ``minimum``."""
+    """Require ``value`` to be a whole number of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer; got {value!r} ({type(value).__name__})")
     if value < minimum:
@@ -30,7 +31,7 @@ def check_number(
     maximum: float = np.inf,
     open_minimum: bool = False,
 ) -> None:
-    """A concrete scalar must be finite and in range; a traced value cannot be seen and passes."""
+    """Require a scalar to be finite and in range; a traced one cannot be seen and passes."""
     if isinstance(value, jax.core.Tracer):
         return
     if isinstance(value, (str, bytes)) or np.ndim(value) != 0:
@@ -45,19 +46,19 @@ def check_number(
 
 
 def check_rank(name: str, array: Any, minimum: int) -> None:
-    """``array`` must have at least ``minimum`` axes."""
+    """Require ``array`` to have at least ``minimum`` axes."""
     if np.ndim(array) < minimum:
         raise ValueError(f"{name}: expected at least {minimum} axes; got shape {np.shape(array)}")
 
 
 def check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
-    """``array`` must have exactly the shape ``expected``."""
+    """Require ``array`` to have exactly the shape ``expected``."""
     if np.shape(array) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}; got {np.shape(array)}")
 
 
 def check_float(name: str, array: Any) -> None:
-    """``array`` must hold real floating-point numbers."""
+    """Require ``array`` to hold real floating-point numbers."""
     dtype = jax.dtypes.result_type(array)
     if not jax.numpy.issubdtype(dtype, np.floating):
         raise TypeError(f"{name}: expected a floating-point array; got dtype {dtype}")

@@ -6,19 +6,21 @@ apart: compare with that noise floor, at the same sample size.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efm_jax import checks
-from efm_jax.types import Array
+from efm_jax.types import Array, Key
 
 
-def sliced_wasserstein(key: Array, x: Array, y: Array, *, num_projections: int = 128) -> Array:
-    """Sliced 2-Wasserstein distance ``sqrt(E_theta W_2^2(theta . x, theta . y))``.
+def sliced_wasserstein(
+    key: Key, x: Float[Array, "n d"], y: Float[Array, "n d"], *, num_projections: int = 128
+) -> Float[jax.Array, ""]:
+    """Estimate the sliced 2-Wasserstein distance ``sqrt(E_theta W_2^2(theta . x, theta . y))``.
 
     Args:
       key: random key of the directions ``theta``, uniform on the sphere.
       x: ``[n, d]``.
-      y: ``[n, d]``, of the same size: in one dimension the optimal plan then pairs order
-        statistics.
+      y: as many: in one dimension the optimal plan then pairs order statistics.
       num_projections: number of directions.
 
     Returns:
@@ -40,8 +42,10 @@ def sliced_wasserstein(key: Array, x: Array, y: Array, *, num_projections: int =
     return jnp.sqrt(jnp.mean((project(theta, x) - project(theta, y)) ** 2))
 
 
-def mmd(x: Array, y: Array, *, bandwidths: tuple[float, ...] | None = None) -> Array:
-    """Maximum mean discrepancy of the empirical measures (the biased estimate, so at least 0).
+def mmd(
+    x: Float[Array, "n d"], y: Float[Array, "m d"], *, bandwidths: tuple[float, ...] | None = None
+) -> Float[jax.Array, ""]:
+    """Compute the empirical measures' maximum mean discrepancy (biased, so at least 0).
 
     The kernel is the mean of Gaussians ``exp(-||x - y||^2 / (2 h^2))`` over the bandwidths h.
 
@@ -67,15 +71,11 @@ def mmd(x: Array, y: Array, *, bandwidths: tuple[float, ...] | None = None) -> A
     center = jnp.mean(x, axis=0)
     x, y = x - center, y - center
 
-    def mean_kernel(a: Array, b: Array) -> Array:
-        squares = (
-            jnp.sum(a**2, axis=1)[:, None]
-            + jnp.sum(b**2, axis=1)
-            - 2 * jnp.matmul(a, b.T, precision="highest")
-        )
-        return sum(
-            jnp.mean(jnp.exp(-jnp.maximum(squares, 0) / (2 * h**2))) for h in bandwidths
-        ) / len(bandwidths)
+    def mean_kernel(a: Array, b: Array) -> jax.Array:
+        products = jnp.matmul(a, b.T, precision="highest")
+        squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products
+        kernels = [jnp.mean(jnp.exp(-jnp.maximum(squares, 0) / (2 * h**2))) for h in bandwidths]
+        return jnp.mean(jnp.stack(kernels))
 
     return jnp.sqrt(jnp.maximum(mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y), 0))
 

@@ -11,8 +11,6 @@ concentrates on the nearest point and stays finite, also at ``t = 0``.
 On a :class:`GaussianMixture` guided by a :class:`QuadraticEnergy`, methods in closed form.
 Component k of ``p_t`` is ``N(mu m_k, s_k^2 I)``, ``s_k^2 = mu^2 v_k + sigma^2``; all is finite at
 both ends of [0, 1].
-
-Shapes: ``x: [B, d]``, ``t: [B]``, ``data: [n, d]``, ``log_weights, energy, class_prob: [n]``.
 """
 
 import math
@@ -21,23 +19,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Real
 
 from efm_jax import checks
 from efm_jax.paths import GaussianPath
-from efm_jax.types import Array
+from efm_jax.types import Array, Key, Points, Scalar, Times
 from efm_jax.weights import boltzmann_logits
+
+Data = Float[Array, "n d"]
+PerDatum = Real[Array, " n"]
 
 # A block of the data and a batch make an array of about this many elements.
 _BLOCK_ELEMENTS = 1 << 22
-# Keeps squared distances over the variance finite where sigma underflows: the nearest point still
-# wins.
+# Keeps squared distances over the variance finite where sigma underflows: the nearest still wins.
 _LEAST_VARIANCE = 1e-24
 
 
 def posterior(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
-    """Posterior ``p_{0t}(x_i | x)`` over the data, ``[B, n]``, rows summing to 1.
+    path: GaussianPath, x: Points, t: Times, data: Data, log_weights: PerDatum | None = None
+) -> Float[jax.Array, "*batch n"]:
+    """Compute the posterior ``p_{0t}(x_i | x)`` over the data; its rows sum to 1.
 
     Args:
       path: probability path.
@@ -55,18 +56,18 @@ def posterior(
       >>> posterior(paths.conditional_ot(), jnp.zeros((1, 1)), jnp.array([0.5]), data).tolist()
       [[0.5, 0.5]]
     """
-    log_weights, _ = _shift(_check(x, t, data, log_weights))
+    x, t, data, log_weights = _check(x, t, data, log_weights)
+    log_weights, _ = _shift(log_weights)
     nearest = _nearest(path, x, t, data, log_weights)
     return jax.nn.softmax(_logits(path, x, t, data, log_weights, nearest), axis=-1)
 
 
 def x0(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
-    """Posterior mean ``x_hat0 = E[x_0 | x]``, ``[B, d]``; guided with ``log_weights = -beta *
-    energy``.
+    path: GaussianPath, x: Points, t: Times, data: Data, log_weights: PerDatum | None = None
+) -> Float[jax.Array, "*batch d"]:
+    """Compute the posterior mean ``x_hat0 = E[x_0 | x]``.
 
-    Arguments as in :func:`posterior`.
+    Arguments as in :func:`posterior`; guided with ``log_weights = -beta * energy``.
 
     Reference: Zhang et al. 2025, Thm 4.1.
 
@@ -76,17 +77,16 @@ def x0(
       >>> x0(paths.conditional_ot(), jnp.array([[0.5]]), jnp.array([0.5]), data).tolist()
       [[1.0]]
     """
-    log_weights = _check(x, t, data, log_weights)
-    _, mean, _ = _stream(path, x, t, data, log_weights)
+    _, mean, _ = _stream(path, *_check(x, t, data, log_weights))
     return mean
 
 
 def velocity(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
-    """Exact velocity ``u_t(x)``, ``[B, d]``; guided with ``log_weights = -beta * energy``.
+    path: GaussianPath, x: Points, t: Times, data: Data, log_weights: PerDatum | None = None
+) -> Float[jax.Array, "*batch d"]:
+    """Compute the exact velocity ``u_t(x)``; at ``t = 0`` it is finite only on the data.
 
-    Arguments as in :func:`posterior`.  At ``t = 0`` it is finite only on the data, as the field is.
+    Arguments as in :func:`posterior`; guided with ``log_weights = -beta * energy``.
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
@@ -94,9 +94,9 @@ def velocity(
 
 
 def score(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array | None = None
-) -> Array:
-    """Exact score ``grad log q_t(x)``, ``[B, d]``; arguments as in :func:`posterior`.
+    path: GaussianPath, x: Points, t: Times, data: Data, log_weights: PerDatum | None = None
+) -> Float[jax.Array, "*batch d"]:
+    """Compute the exact score ``grad log q_t(x)``; arguments as in :func:`posterior`.
 
     Reference: Zhang et al. 2025, Lemma 4.10.
     """
@@ -104,9 +104,9 @@ def score(
 
 
 def intermediate_energy(
-    path: GaussianPath, x: Array, t: Array, data: Array, energy: Array, beta: Array
-) -> Array:
-    """``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``[B]``.
+    path: GaussianPath, x: Points, t: Times, data: Data, energy: PerDatum, beta: Scalar
+) -> Float[jax.Array, "*batch"]:
+    """Compute ``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``.
 
     Args:
       path: probability path.
@@ -118,7 +118,8 @@ def intermediate_energy(
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    log_weights = _check(x, t, data, boltzmann_logits(jnp.asarray(energy), beta))
+    log_weights = boltzmann_logits(jnp.asarray(energy), beta)
+    x, t, data, log_weights = _check(x, t, data, log_weights)
     log_total, _, nearest = _stream(path, x, t, data, jnp.zeros_like(log_weights))
     log_guided, _, nearest_guided = _stream(path, x, t, data, log_weights)
     # Both sums count distances from their nearest points, which are the same unless a weight is 0.
@@ -126,23 +127,12 @@ def intermediate_energy(
 
 
 def cg_score(
-    path: GaussianPath, x: Array, t: Array, data: Array, class_prob: Array, beta: Array
-) -> Array:
-    """The score classifier guidance samples with: ``grad log p_t + beta grad log
-    E_{p_{0t}}[p(c|x_0)]``.
+    path: GaussianPath, x: Points, t: Times, data: Data, class_prob: PerDatum, beta: Scalar
+) -> Float[jax.Array, "*batch d"]:
+    """Compute classifier guidance's score ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``.
 
-    Equal to the guided score for ``E = -log p(c|x)`` at ``beta`` 0 and 1 only.
-
-    Args:
-      path: probability path.
-      x: points at time t, ``[B, d]``.
-      t: times, ``[B]``.
-      data: ``[n, d]``.
-      class_prob: ``p(c | x_i)`` of the data, ``[n]``.
-      beta: guidance scale.
-
-    Returns:
-      ``[B, d]``.
+    It equals the guided score for ``E = -log p(c|x)`` at ``beta`` 0 and 1 only.  Arguments as in
+    :func:`intermediate_energy`, with the data's class probabilities ``p(c | x_i)``, ``[n]``.
 
     Reference: Zhang et al. 2025, eq. 4.6.
     """
@@ -160,17 +150,16 @@ class QuadraticEnergy(NamedTuple):
       [0.0, 1.0]
     """
 
-    center: Array  # [d]
-    curvature: Array  # [], >= 0
-    offset: Array = 0.0  # []
+    center: Float[Array, " d"]
+    curvature: Scalar  # >= 0
+    offset: Scalar = 0.0
 
-    def __call__(self, x: Array) -> Array:
-        """Energies of ``x: [..., d]``: ``[...]``."""
+    def __call__(self, x: Real[Array, "*batch d"]) -> Float[jax.Array, "*batch"]:
+        """Evaluate the energy of each point."""
         checks.check_rank("x", x, 1)
         self._check(jnp.shape(x)[-1])
-        return self.offset + self.curvature / 2 * jnp.sum(
-            (x - jnp.asarray(self.center)) ** 2, axis=-1
-        )
+        squares = jnp.sum((x - jnp.asarray(self.center)) ** 2, axis=-1)
+        return jnp.asarray(self.offset + self.curvature / 2 * squares)
 
     def _check(self, d: int) -> None:
         checks.check_shape("center", self.center, (d,))
@@ -192,16 +181,17 @@ class GaussianMixture(NamedTuple):
       >>> guided = mixture.guided(energy, beta=1.0)
       >>> [round(float(w), 3) for w in jnp.exp(guided.log_weights)]
       [0.002, 0.998]
-      >>> guided.velocity(paths.conditional_ot(), jnp.zeros((3, 1)), jnp.array([0.0, 0.5, 1.0])).shape
+      >>> x, t = jnp.zeros((3, 1)), jnp.array([0.0, 0.5, 1.0])
+      >>> guided.velocity(paths.conditional_ot(), x, t).shape
       (3, 1)
     """
 
-    log_weights: Array  # [K], unnormalized
-    means: Array  # [K, d]
-    variances: Array  # [K], >= 0
+    log_weights: Float[Array, " K"]  # unnormalized
+    means: Float[Array, "K d"]
+    variances: Float[Array, " K"]  # >= 0
 
-    def sample(self, key: Array, num: int) -> Array:
-        """``num >= 1`` independent samples, ``[num, d]``."""
+    def sample(self, key: Key, num: int) -> Float[jax.Array, "num d"]:
+        """Draw ``num >= 1`` independent samples."""
         checks.check_integer("num", num, 1)
         log_weights, means, variances = self._parts()
         component_key, noise_key = jax.random.split(key)
@@ -209,24 +199,20 @@ class GaussianMixture(NamedTuple):
         noise = jax.random.normal(noise_key, (num, means.shape[1]), means.dtype)
         return means[component] + jnp.sqrt(variances)[component, None] * noise
 
-    def log_density(self, x: Array) -> Array:
-        """``log p_0(x)`` of ``x: [..., d]``: ``[...]``, in nats."""
+    def log_density(self, x: Real[Array, "*batch d"]) -> Float[jax.Array, "*batch"]:
+        """Evaluate ``log p_0(x)``, in nats."""
         log_weights, means, variances = self._parts()
         checks.check_rank("x", x, 1)
         checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
         residual = jnp.asarray(x)[..., None, :] - means
         return jax.nn.logsumexp(log_weights + _log_normal(residual, variances), axis=-1)
 
-    def guided(self, energy: QuadraticEnergy, beta: Array) -> "GaussianMixture":
-        """The mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalized.
+    def guided(self, energy: QuadraticEnergy, beta: Scalar) -> "GaussianMixture":
+        """Return the mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalized.
 
         With curvature a and center c, ``v' = v / (1 + beta a v)``, ``m' = (m + beta a v c) / (1 +
         beta a v)`` and ``w' ∝ w (1 + beta a v)^(-d/2) exp(-beta a ||m - c||^2 / (2 (1 + beta a
         v)))``.  Its :meth:`velocity` is the guided field, its :meth:`score` the guided score.
-
-        Args:
-          energy: energy of the data.
-          beta: guidance scale >= 0, ``[]``.
 
         Raises:
           ValueError: if ``energy`` is of another event size, or ``beta`` is concrete and negative.
@@ -242,34 +228,28 @@ class GaussianMixture(NamedTuple):
             variances / (1 + scale),
         )
 
-    def log_normalizer(self, energy: QuadraticEnergy, beta: Array) -> Array:
-        """``log Z = log E_{p_0}[exp(-beta E)]``, a scalar; arguments as in :meth:`guided`."""
+    def log_normalizer(self, energy: QuadraticEnergy, beta: Scalar) -> Float[jax.Array, ""]:
+        """Compute ``log Z = log E_{p_0}[exp(-beta E)]``; arguments as in :meth:`guided`."""
         log_weights, means, variances = self._parts()
         log_tilt = _log_tilt(means, variances, energy, beta)
         return jax.nn.logsumexp(log_weights + log_tilt) - beta * energy.offset
 
-    def marginal_log_density(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """``log p_t(x)``, ``[...]``, in nats.
+    def marginal_log_density(
+        self, path: GaussianPath, x: Points, t: Times
+    ) -> Float[jax.Array, "*batch"]:
+        """Evaluate ``log p_t(x)``, in nats, of points ``[..., d]`` at times ``[...]``."""
+        return jax.nn.logsumexp(self._at(path, x, t)[0], axis=-1)
 
-        Args:
-          path: probability path.
-          x: points at time t, ``[..., d]``.
-          t: times, ``[...]``.
-        """
-        log_joint, _, _, _ = self._at(path, x, t)
-        return jax.nn.logsumexp(log_joint, axis=-1)
-
-    def x0(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """Posterior mean ``E[x_0 | x]``, ``[..., d]``; arguments as in
-        :meth:`marginal_log_density`.
+    def x0(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
+        """Compute the posterior mean ``E[x_0 | x]``.
 
         Each component's is ``m_k + mu v_k (x - mu m_k) / s_k^2``.
         """
         log_joint, residual, variance, t = self._at(path, x, t)
         return _mean(log_joint, self._posterior_means(path, residual, variance, t))
 
-    def velocity(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """Exact velocity ``u_t(x)``, ``[..., d]``; arguments as in :meth:`marginal_log_density`.
+    def velocity(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
+        """Compute the exact velocity ``u_t(x)``.
 
         Each component's is ``mu' m_k + (mu mu' v_k + sigma sigma') (x - mu m_k) / s_k^2``.
 
@@ -277,16 +257,14 @@ class GaussianMixture(NamedTuple):
         """
         log_joint, residual, variance, t = self._at(path, x, t)
         mean_dot = path.mean_coef_dot(t)[..., None]
-        # sigma sigma' = (sigma D) (sigma' / D): finite also where sigma' is not (linear VP at t =
-        # 0).
+        # sigma sigma' = (sigma D) (sigma' / D): finite where sigma' is not (linear VP at t = 0).
         std_product = (path._std_det(t) * path._std_dot_over_det(t))[..., None]
         slope = path.mean_coef(t)[..., None] * mean_dot * self.variances + std_product
         drift = mean_dot[..., None] * jnp.asarray(self.means)
         return _mean(log_joint, drift + (slope / variance)[..., None] * residual)
 
-    def score(self, path: GaussianPath, x: Array, t: Array) -> Array:
-        """Exact score ``grad log p_t(x)``, ``[..., d]``; arguments as in
-        :meth:`marginal_log_density`.
+    def score(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
+        """Compute the exact score ``grad log p_t(x)``.
 
         Each component's is ``-(x - mu m_k) / s_k^2``.
 
@@ -296,39 +274,29 @@ class GaussianMixture(NamedTuple):
         return _mean(log_joint, -residual / variance[..., None])
 
     def intermediate_energy(
-        self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array
-    ) -> Array:
-        """``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``[...]``; at ``t = 0``, ``beta
-        E(x)``.
+        self, path: GaussianPath, x: Points, t: Times, energy: QuadraticEnergy, beta: Scalar
+    ) -> Float[jax.Array, "*batch"]:
+        """Compute ``E_t(x) = -log E_{p_{0t}(x_0 | x)}[exp(-beta E(x_0))]``, ``beta E(x)`` at 0.
 
-        Arguments as in :meth:`marginal_log_density` and :meth:`guided`.  It equals
-        ``log p_t(x) - log q_t(x) - log Z``, but no logarithms are taken from each other.
+        It equals ``log p_t(x) - log q_t(x) - log Z``, but subtracts no logarithms.
 
         Reference: Zhang et al. 2025, Thm 4.1.
         """
         log_joint, residual, variance, t = self._at(path, x, t)
-        posterior_means = self._posterior_means(path, residual, variance, t)
-        posterior_variances = self.variances * path.std(t)[..., None] ** 2 / variance
-        log_tilt = _log_tilt(posterior_means, posterior_variances, energy, beta)
-        return beta * energy.offset - jax.nn.logsumexp(
-            jax.nn.log_softmax(log_joint) + log_tilt, axis=-1
-        )
+        means = self._posterior_means(path, residual, variance, t)
+        variances = path.std(t)[..., None] ** 2 * self.variances / variance
+        log_tilted = jax.nn.log_softmax(log_joint) + _log_tilt(means, variances, energy, beta)
+        return -jax.nn.logsumexp(log_tilted, axis=-1) + beta * energy.offset
 
     def cg_score(
-        self, path: GaussianPath, x: Array, t: Array, energy: QuadraticEnergy, beta: Array
-    ) -> Array:
-        """The score classifier guidance samples with, for ``p(c|x) = exp(-E(x))``: ``[..., d]``.
-
-        ``grad log p_t + beta grad log E_{p_{0t}}[p(c|x_0)]``, equal to the guided score at ``beta``
-        0 and 1 only.  Arguments as in :meth:`marginal_log_density` and :meth:`guided`.
-
-        Reference: Zhang et al. 2025, eq. 4.6.
-        """
+        self, path: GaussianPath, x: Points, t: Times, energy: QuadraticEnergy, beta: Scalar
+    ) -> Float[jax.Array, "*batch d"]:
+        """Compute classifier guidance's score for ``p(c|x) = exp(-E(x))``, as :func:`cg_score`."""
         plain = self.score(path, x, t)
         return plain + beta * (self.guided(energy, 1.0).score(path, x, t) - plain)
 
-    def _parts(self) -> tuple[Array, Array, Array]:
-        """Checked: normalized log-weights, means, variances."""
+    def _parts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the normalized log-weights, means and variances, checked."""
         if jnp.ndim(self.means) != 2:
             raise ValueError(f"means: expected shape [K, d]; got {jnp.shape(self.means)}")
         for name in ("log_weights", "variances"):
@@ -338,12 +306,10 @@ class GaussianMixture(NamedTuple):
         log_weights, means, variances = map(jnp.asarray, self)
         return jax.nn.log_softmax(log_weights), means, variances
 
-    def _at(self, path: GaussianPath, x: Array, t: Array) -> tuple[Array, Array, Array, Array]:
-        """At points and times: ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k``, ``s_k^2`` and
-        ``t``.
-
-        Shapes ``[..., K]``, ``[..., K, d]``, ``[..., K]``, ``[...]``.
-        """
+    def _at(
+        self, path: GaussianPath, x: Array, t: Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Compute ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k`` and ``s_k^2``; return t too."""
         log_weights, means, variances = self._parts()
         checks.check_rank("x", x, 1)
         checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
@@ -356,21 +322,23 @@ class GaussianMixture(NamedTuple):
         return log_weights + _log_normal(residual, variance), residual, variance, t
 
     def _posterior_means(
-        self, path: GaussianPath, residual: Array, variance: Array, t: Array
-    ) -> Array:
-        """``E[x_0 | x, k]``: ``[..., K, d]``."""
+        self, path: GaussianPath, residual: jax.Array, variance: jax.Array, t: jax.Array
+    ) -> jax.Array:
+        """Compute ``E[x_0 | x, k]``, ``[..., K, d]``."""
         gain = path.mean_coef(t)[..., None] * self.variances / variance
         return jnp.asarray(self.means) + gain[..., None] * residual
 
 
-def _log_normal(residual: Array, variance: Array) -> Array:
-    """``log N(residual; 0, variance I)``, ``[..., K]``, of ``[..., K, d]`` and ``[..., K]``."""
+def _log_normal(residual: jax.Array, variance: jax.Array) -> jax.Array:
+    """Compute ``log N(residual; 0, variance I)``, ``[..., K, d], [..., K] -> [..., K]``."""
     d = residual.shape[-1]
     return -jnp.sum(residual**2, axis=-1) / (2 * variance) - d / 2 * jnp.log(2 * math.pi * variance)
 
 
-def _log_tilt(means: Array, variances: Array, energy: QuadraticEnergy, beta: Array) -> Array:
-    """``log E_{N(m_k, v_k I)}[exp(-beta (E - offset))]``, ``[..., K]``.
+def _log_tilt(
+    means: jax.Array, variances: jax.Array, energy: QuadraticEnergy, beta: Scalar
+) -> jax.Array:
+    """Compute ``log E_{N(m_k, v_k I)}[exp(-beta (E - offset))]``, ``[..., K]``.
 
     The offset is the same for all: adding it here would take digits from what differs.
     """
@@ -383,44 +351,46 @@ def _log_tilt(means: Array, variances: Array, energy: QuadraticEnergy, beta: Arr
     return -d / 2 * jnp.log1p(rate * variances) - rate / 2 * distance / (1 + rate * variances)
 
 
-def _mean(log_joint: Array, values: Array) -> Array:
-    """Mean over components of ``values: [..., K, d]``: ``[..., d]``."""
+def _mean(log_joint: jax.Array, values: jax.Array) -> jax.Array:
+    """Average ``values: [..., K, d]`` over the components: ``[..., d]``."""
     # A sum of products: a matrix product has fewer digits on accelerators.
     return jnp.sum(jax.nn.softmax(log_joint, axis=-1)[..., None] * values, axis=-2)
 
 
-def _check(x: Array, t: Array, data: Array, log_weights: Array | None) -> Array:
+def _check(
+    x: Array, t: Array, data: Array, log_weights: Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Check the shapes; return the arguments as JAX arrays, log-weights of 0 for None."""
     checks.check_rank("data", data, 2)
     checks.check_shape("x", x, (jnp.shape(x)[0] if jnp.ndim(x) else 0, data.shape[1]))
     checks.check_shape("t", t, (x.shape[0],))
     if log_weights is None:
-        return jnp.zeros(data.shape[0], data.dtype)
+        log_weights = jnp.zeros(data.shape[0], jnp.result_type(data))
     checks.check_shape("log_weights", log_weights, (data.shape[0],))
-    return jnp.asarray(log_weights)
+    return jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
 
 
-def _blocks(x: Array, data: Array, *columns: Array) -> tuple[Array, ...]:
-    """The data and columns ``[n]`` beside it as ``[blocks, block, ...]``, columns padded with -inf."""
+def _blocks(x: jax.Array, data: jax.Array, log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cut data and log-weights into ``[blocks, block, ...]``; the last block is padded."""
     n, d = data.shape
     block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
     padding = -n % block
     # Repeating a point changes no minimum, and -inf leaves it out of every sum.
-    data = jnp.concatenate([data, jnp.broadcast_to(data[:1], (padding, d))]).reshape(-1, block, d)
-    padded = (jnp.pad(column, (0, padding), constant_values=-jnp.inf) for column in columns)
-    return data, *(column.reshape(-1, block) for column in padded)
+    padded = jnp.concatenate([data, jnp.broadcast_to(data[:1], (padding, d))])
+    log_weights = jnp.pad(log_weights, (0, padding), constant_values=-jnp.inf)
+    return padded.reshape(-1, block, d), log_weights.reshape(-1, block)
 
 
-def _squared_distance(path: GaussianPath, x: Array, t: Array, data: Array) -> Array:
-    """``||x - mu_t x_i||^2``: ``[B, n]``."""
-    # Differences, not the expanded square: at small sigma the expansion cancels.  A sum along an
-    # axis, not of components one by one: those the compiler computes anew for each use, and rounds
-    # each differently, and a last digit divided by a small sigma^2 decides which point is the
-    # nearest.
+def _squared_distance(path: GaussianPath, x: jax.Array, t: jax.Array, data: jax.Array) -> jax.Array:
+    """Compute ``||x - mu_t x_i||^2``, ``[B, n]``."""
+    # Differences, because the expanded square cancels at small sigma.  A sum along an axis, because
+    # the compiler computes components one by one anew for each use and rounds each differently, and
+    # a last digit divided by a small sigma^2 decides which point is the nearest.
     return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
 
 
-def _shift(log_weights: Array) -> tuple[Array, Array]:
-    """Log-weights counted from the largest, and the largest: a common offset must not cost digits.
+def _shift(log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Count log-weights from the largest, so that a common offset costs no digits; and return it.
 
     Weights of ``+inf`` share all the weight.
     """
@@ -430,32 +400,33 @@ def _shift(log_weights: Array) -> tuple[Array, Array]:
     return jnp.where(top == jnp.inf, shared, log_weights - jnp.where(finite, top, 0)), top
 
 
-def _variance(path: GaussianPath, t: Array) -> Array:
+def _variance(path: GaussianPath, t: jax.Array) -> jax.Array:
     return jnp.maximum(path.std(t) ** 2, _LEAST_VARIANCE)
 
 
-def _nearest(path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array) -> Array:
-    """The least squared distance to a point that is not left out, ``[B]``.
+def _nearest(
+    path: GaussianPath, x: jax.Array, t: jax.Array, data: jax.Array, log_weights: jax.Array
+) -> jax.Array:
+    """Find the least squared distance to a point that is not left out, ``[B]``.
 
     Distances are counted from it: at small sigma ``d_i`` is of size ``1 / sigma^2``, and adding a
     log-weight to it, or taking the difference of two sums of them, would lose every digit.
     """
 
-    def least(carry: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-        distance = jnp.where(
-            jnp.isneginf(block[1]), jnp.inf, _squared_distance(path, x, t, block[0])
-        )
-        return jnp.minimum(carry, distance.min(-1)), None
+    def least(carry: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        distance = _squared_distance(path, x, t, block[0])
+        return jnp.minimum(
+            carry, jnp.where(jnp.isneginf(block[1]), jnp.inf, distance).min(-1)
+        ), None
 
     start = jnp.full_like(_varying(x, t, data, log_weights), jnp.inf)
     found = lax.scan(least, start, _blocks(x, data, log_weights))[0]
-    return lax.stop_gradient(
-        jnp.where(jnp.isinf(found), 0, found)
-    )  # infinite: every point is left out
+    # It is infinite where every point is left out.
+    return lax.stop_gradient(jnp.where(jnp.isinf(found), 0, found))
 
 
-def _varying(x: Array, t: Array, data: Array, log_weights: Array) -> Array:
-    """``[B]``: under ``shard_map``, of the type of a scan's state that all the arguments enter.
+def _varying(x: jax.Array, t: jax.Array, data: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """Return ``[B]`` of the type that ``shard_map`` gives a scan's state all the arguments enter.
 
     Its value is not used, so that compiled code does not compute it.
     """
@@ -463,23 +434,28 @@ def _varying(x: Array, t: Array, data: Array, log_weights: Array) -> Array:
 
 
 def _logits(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array, nearest: Array
-) -> Array:
-    """``l_i - (d_i - d_nearest)``: ``[B, n]``."""
+    path: GaussianPath,
+    x: jax.Array,
+    t: jax.Array,
+    data: jax.Array,
+    log_weights: jax.Array,
+    nearest: jax.Array,
+) -> jax.Array:
+    """Compute ``l_i - (d_i - d_nearest)``, ``[B, n]``."""
     further = _squared_distance(path, x, t, data) - nearest[:, None]
     return log_weights - further / (2 * _variance(path, t)[:, None])
 
 
 def _stream(
-    path: GaussianPath, x: Array, t: Array, data: Array, log_weights: Array
-) -> tuple[Array, Array, Array]:
-    """``logsumexp_i(l_i - d_i) + d_nearest``, ``x_hat0`` ``[B, d]``, and the nearest squared distance."""
+    path: GaussianPath, x: jax.Array, t: jax.Array, data: jax.Array, log_weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute ``logsumexp_i(l_i - d_i) + d_nearest``, ``x_hat0`` and the least squared distance."""
     log_weights, top = _shift(log_weights)
     nearest = _nearest(path, x, t, data, log_weights)
 
     def accumulate(
-        carry: tuple[Array, Array, Array], block: tuple[Array, Array]
-    ) -> tuple[tuple, None]:
+        carry: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], None]:
         peak, total, weighted = carry
         data_block, weight_block = block
         logits = _logits(path, x, t, data_block, weight_block, nearest)
@@ -494,8 +470,7 @@ def _stream(
 
     zero = jnp.zeros_like(_varying(x, t, data, log_weights))
     start = (zero - jnp.inf, zero, zero[:, None] + jnp.zeros_like(data[0]))
-    # Recomputed in the backward pass: kept, the terms of all blocks would be the array that
-    # streaming avoids.
+    # The backward pass recomputes: the kept terms of all blocks would be the array to avoid.
     step = jax.checkpoint(accumulate, prevent_cse=False)
     (peak, total, weighted), _ = lax.scan(step, start, _blocks(x, data, log_weights))
     return peak + jnp.log(total) + top, weighted / total[:, None], nearest

@@ -21,19 +21,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int, Real
 
 from efm_jax import checks
 from efm_jax.losses import Aux
 from efm_jax.paths import GaussianPath
-from efm_jax.types import Array, Field
+from efm_jax.types import Array, Field, Key, Scalar
 
-LogitFn = Callable[[Array, Array], Array]
+# (x: [..., d], t: [...]) -> [...], each point on its own.
+PointFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def classifier_loss(
-    logit_fn: LogitFn, path: GaussianPath, key: Array, x0: Array, class_prob: Array
-) -> tuple[Array, Aux]:
-    """Cross-entropy of a time-dependent binary classifier with the data's class probabilities.
+    logit_fn: PointFn,
+    path: GaussianPath,
+    key: Key,
+    x0: Float[Array, "B d"],
+    class_prob: Real[Array, " B"],
+) -> tuple[Float[jax.Array, ""], Aux]:
+    """Compute a binary classifier's cross-entropy with the class probabilities of noised data.
 
     Its minimizer has ``sigmoid(logit(x, t)) = E_{p_{0t}(x_0 | x)}[p(c | x_0)]``.
 
@@ -57,8 +63,8 @@ def classifier_loss(
     Example:
       >>> from efm_jax import paths
       >>> x0 = jax.random.normal(jax.random.key(1), (8, 2))
-      >>> prob = jnp.exp(-0.5 * x0[:, 0] ** 2)
-      >>> loss, _ = classifier_loss(lambda x, t: x[:, 0], paths.vp_linear(), jax.random.key(0), x0, prob)
+      >>> prob, path = jnp.exp(-0.5 * x0[:, 0] ** 2), paths.vp_linear()
+      >>> loss, _ = classifier_loss(lambda x, t: x[:, 0], path, jax.random.key(0), x0, prob)
       >>> loss.shape
       ()
     """
@@ -75,8 +81,8 @@ def classifier_loss(
     return loss, {"accuracy": jnp.mean((logit > 0) == (class_prob > 0.5), dtype=x0.dtype)}
 
 
-def classifier_guided(score_field: Field, logit_fn: LogitFn, beta: Array) -> Field:
-    """``grad log p_t(x) + beta grad log p(c | x, t)``.
+def classifier_guided(score_field: Field, logit_fn: PointFn, beta: Scalar) -> Field:
+    """Return the score field ``grad log p_t(x) + beta grad log p(c | x, t)``.
 
     Args:
       score_field: unguided score, ``(x: [B, d], t: [B]) -> [B, d]``.
@@ -97,9 +103,10 @@ def classifier_guided(score_field: Field, logit_fn: LogitFn, beta: Array) -> Fie
     return _add_gradient(score_field, lambda x, t: jax.nn.log_sigmoid(logit_fn(x, t)), beta)
 
 
-def drop_labels(key: Array, labels: Array, rate: float, null_label: int) -> Array:
-    """Replace each label by ``null_label`` with probability ``rate``, so that one network learns
-    both fields.
+def drop_labels(
+    key: Key, labels: Int[Array, "*batch"], rate: Scalar, null_label: int
+) -> Int[jax.Array, "*batch"]:
+    """Replace labels by ``null_label`` with probability ``rate``: one network learns both fields.
 
     Args:
       key: random key.
@@ -124,12 +131,11 @@ def drop_labels(key: Array, labels: Array, rate: float, null_label: int) -> Arra
     return jnp.where(dropped, jnp.asarray(null_label, labels.dtype), labels)
 
 
-def classifier_free_guided(field: Field, conditional_field: Field, beta: Array) -> Field:
-    """``(1 - beta) u(x, t) + beta u(x, t | c)``.
+def classifier_free_guided(field: Field, conditional_field: Field, beta: Scalar) -> Field:
+    """Return the field ``(1 - beta) u(x, t) + beta u(x, t | c)``.
 
     Args:
-      field: score, velocity or noise prediction without the label, ``(x: [B, d], t: [B]) -> [B,
-        d]``.
+      field: score, velocity or noise without the label, ``(x: [B, d], t: [B]) -> [B, d]``.
       conditional_field: the same prediction with the label.
       beta: guidance scale.
 
@@ -145,14 +151,16 @@ def classifier_free_guided(field: Field, conditional_field: Field, beta: Array) 
       [[3.0, 3.0]]
     """
 
-    def guided(x: Array, t: Array) -> Array:
-        return (1 - beta) * field(x, t) + beta * conditional_field(x, t)
+    def guided(
+        x: Float[jax.Array, "*batch d"], t: Float[jax.Array, "*batch"]
+    ) -> Float[jax.Array, "*batch d"]:
+        return field(x, t) * (1 - beta) + conditional_field(x, t) * beta
 
     return guided
 
 
-def contrastive_guided(score_field: Field, log_ratio_fn: Callable[[Array, Array], Array]) -> Field:
-    """``grad log p_t(x) + grad f(x, t)`` with ``f = -E_t``, up to a function of t.
+def contrastive_guided(score_field: Field, log_ratio_fn: PointFn) -> Field:
+    """Return ``grad log p_t(x) + grad f(x, t)`` with ``f = -E_t``, up to a function of t.
 
     Args:
       score_field: unguided score, ``(x: [B, d], t: [B]) -> [B, d]``.
@@ -165,29 +173,20 @@ def contrastive_guided(score_field: Field, log_ratio_fn: Callable[[Array, Array]
     Reference: Lu et al. 2023, eq. 8; Zhang et al. 2025, eq. 4.7.
 
     Example:
-          >>> guided = contrastive_guided(lambda x, t: -x, lambda x, t: 2 * x.sum(-1))
+      >>> guided = contrastive_guided(lambda x, t: -x, lambda x, t: 2 * x.sum(-1))
       >>> guided(jnp.zeros((1, 2)), jnp.ones(1)).tolist()
       [[2.0, 2.0]]
     """
     return _add_gradient(score_field, log_ratio_fn, 1.0)
 
 
-def _add_gradient(
-    score_field: Field, log_factor: Callable[[Array, Array], Array], scale: Array
-) -> Field:
-    """``score + scale * grad_x log_factor``: the score of ``p_t(x) exp(scale * log_factor(x, t))``.
+def _add_gradient(score_field: Field, log_factor: PointFn, scale: Scalar) -> Field:
+    """Return ``score + scale * grad_x log_factor``, of ``p_t(x) exp(scale * log_factor(x, t))``."""
 
-    Args:
-      score_field: ``(x: [..., d], t: [...]) -> [..., d]``.
-      log_factor: ``(x: [..., d], t: [...]) -> [...]``, each point on its own.
-      scale: multiplies the gradient.
-
-    Returns:
-      A score field.
-    """
-
-    def guided(x: Array, t: Array) -> Array:
-        def total(x: Array) -> Array:
+    def guided(
+        x: Float[jax.Array, "*batch d"], t: Float[jax.Array, "*batch"]
+    ) -> Float[jax.Array, "*batch d"]:
+        def total(x: jax.Array) -> jax.Array:
             value = log_factor(x, t)
             checks.check_shape("log_factor(x, t)", value, x.shape[:-1])
             return value.sum()

@@ -1,5 +1,4 @@
-"""Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.  No
-losses.
+"""Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.
 
 All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer
 kernels of their own, whose products are added; a state that is shared by M support actions is given
@@ -13,19 +12,23 @@ resolves at the level of Q.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from efm_jax import checks
-from efm_jax.types import Array
+from efm_jax.types import Array, Params, Points, Times
+
+States = Float[Array, "*#batch S"]
 
 
-def silu(x: Array) -> Array:
-    """``x sigmoid(x)`` by the hyperbolic tangent, which on a CPU takes half the time of an exponential."""
+def silu(x: jax.Array) -> jax.Array:
+    """Compute ``x sigmoid(x)`` by tanh, which on a CPU takes half the time of an exponential."""
     return 0.5 * x * (1 + jnp.tanh(0.5 * x))
 
 
@@ -38,8 +41,8 @@ ACTIVATIONS = {
 }
 
 
-def fourier_features(t: Array, size: int) -> Array:
-    """``[...] -> [..., size]``: cosines and sines of ``pi t / 2``, and of its octaves above.
+def fourier_features(t: Times, size: int) -> Float[jax.Array, "*batch {size}"]:
+    """Compute cosines and sines of ``pi t / 2`` and of its octaves above.
 
     The lowest frequency alone separates all of [0, 1].  Octaves follow by the double-angle
     formulas: on a CPU a sine costs as much as a row of a small layer.
@@ -54,6 +57,12 @@ def fourier_features(t: Array, size: int) -> Array:
     return jnp.stack(features, axis=-1)
 
 
+def apply(network: nn.Module, params: Params, *inputs: Array) -> Any:
+    """Evaluate a network; the type of ``network.apply`` allows for mutable collections too."""
+    variables: Any = params
+    return network.apply(variables, *inputs)
+
+
 def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
     checks.check_choice("activation", activation, ACTIVATIONS)
     if not hidden_dims:
@@ -61,13 +70,13 @@ def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
 
 
 class JointDense(nn.Module):
-    """A dense layer on the concatenation of its inputs, without broadcasting their leading axes."""
+    """Dense layer on the concatenation of its inputs, without broadcasting their leading axes."""
 
     features: int
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, *inputs: Array) -> Array:
+    def __call__(self, *inputs: Array) -> jax.Array:
         # LeCun initialization for the joint fan-in.
         fan_in = sum(x.shape[-1] for x in inputs)
         init = nn.initializers.normal(fan_in**-0.5)
@@ -76,17 +85,11 @@ class JointDense(nn.Module):
             self.param(f"kernel_{i}", init, (x.shape[-1], self.features))
             for i, x in enumerate(inputs)
         ]
-        bias, *rest = promote_dtype(bias, *inputs, *kernels, dtype=self.dtype)
-        inputs, kernels = rest[: len(inputs)], rest[len(inputs) :]
-        total = bias
-        # One product for all inputs with the same leading axes: few columns leave a processor
-        # waiting.
+        total, *rest = promote_dtype(bias, *inputs, *kernels, dtype=self.dtype)
+        pairs = list(zip(rest[: len(inputs)], rest[len(inputs) :], strict=True))
+        # One product for all inputs with the same leading axes, as few columns leave a core idle.
         for lead in dict.fromkeys(x.shape[:-1] for x in inputs):
-            same = [
-                (x, kernel)
-                for x, kernel in zip(inputs, kernels, strict=True)
-                if x.shape[:-1] == lead
-            ]
+            same = [(x, kernel) for x, kernel in pairs if x.shape[:-1] == lead]
             x = jnp.concatenate([x for x, _ in same], axis=-1)
             kernel = jnp.concatenate([kernel for _, kernel in same])
             total = total + (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*lead, self.features)
@@ -94,7 +97,7 @@ class JointDense(nn.Module):
 
 
 class MLP(nn.Module):
-    """Hidden layers ``hidden_dims`` and a linear output; several inputs are joined in the first layer."""
+    """Hidden layers ``hidden_dims`` and a linear output; the first layer joins the inputs."""
 
     hidden_dims: Sequence[int]
     out_dim: int
@@ -103,7 +106,7 @@ class MLP(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, *inputs: Array) -> Array:
+    def __call__(self, *inputs: Array) -> jax.Array:
         _check_options(self.hidden_dims, self.activation)
         x = JointDense(self.hidden_dims[0], self.dtype)(*inputs)
         lead = x.shape[:-1]
@@ -111,15 +114,13 @@ class MLP(nn.Module):
         x = x.reshape(-1, x.shape[-1])
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
             x = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
-            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(
-                ACTIVATIONS[self.activation](x)
-            )
+            x = ACTIVATIONS[self.activation](x)
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x)
         return x.reshape(*lead, self.out_dim)
 
 
 class MLPField(nn.Module):
-    """A conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``: a plain
-    MLP.
+    """Conditional field ``(x: [..., A], t: [...], condition: [..., S]) -> [..., A]``, a plain MLP.
 
     With ``input_skip`` the output is ``MLP(x, t) + gate(t) * x``.  The fields of a Gaussian are
     linear in x with a factor that depends on t, which narrow hidden layers pass on badly when x has
@@ -134,17 +135,17 @@ class MLPField(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+    def __call__(
+        self, x: Points, t: Times, condition: States | None = None
+    ) -> Float[jax.Array, "*batch d"]:
         features = fourier_features(t, self.time_features)
         inputs = [x, features] + ([] if condition is None else [condition])
-        mlp = MLP(
-            self.hidden_dims, x.shape[-1], self.activation, self.layer_norm, self.dtype, name="mlp"
-        )
+        shape = self.hidden_dims, x.shape[-1]
+        mlp = MLP(*shape, self.activation, self.layer_norm, self.dtype, name="mlp")
         out = mlp(*inputs).astype(x.dtype)
         if self.input_skip:
-            out += x * nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")(
-                features
-            )
+            gate = nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros_init(), name="gate")
+            out += x * gate(features)
         return out
 
 
@@ -152,12 +153,12 @@ class _ResidualBlock(nn.Module):
     """Two dense layers around an added embedding, with a skip connection."""
 
     features: int
-    activation: Callable[[Array], Array]
+    activation: Callable[[jax.Array], jax.Array]
     layer_norm: bool
     dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x: Array, embedding: Array) -> Array:
+    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         dense = functools.partial(nn.Dense, self.features, dtype=self.dtype)
         h = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
         h = self.activation(dense()(h) + dense()(embedding))
@@ -167,9 +168,9 @@ class _ResidualBlock(nn.Module):
 
 
 class UNetField(nn.Module):
-    """A conditional field: residual U-shaped MLP, ``hidden_dims`` down and up again with skips.
+    """Conditional field: residual U-shaped MLP, ``hidden_dims`` down and up again with skips.
 
-    Of the kind that QGPO uses (Lu et al. 2023, arXiv 2304.12824), with 512, 256, 128 there.
+    QGPO (Lu et al. 2023, arXiv 2304.12824) uses such networks, of widths 512, 256, 128.
     """
 
     hidden_dims: Sequence[int] = (512, 256, 128)
@@ -179,16 +180,16 @@ class UNetField(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+    def __call__(
+        self, x: Points, t: Times, condition: States | None = None
+    ) -> Float[jax.Array, "*batch d"]:
         _check_options(self.hidden_dims, self.activation)
         activation = ACTIVATIONS[self.activation]
-        inputs = [fourier_features(t, self.time_features)] + (
-            [] if condition is None else [condition]
-        )
-        embedding = activation(
-            JointDense(self.hidden_dims[-1], self.dtype, name="embedding")(*inputs)
-        )
-        h, skips = x, []
+        features = fourier_features(t, self.time_features)
+        inputs = [features] + ([] if condition is None else [condition])
+        joint = JointDense(self.hidden_dims[-1], self.dtype, name="embedding")
+        embedding = activation(joint(*inputs))
+        h, skips = jnp.asarray(x), []
         for width in self.hidden_dims:
             h = _ResidualBlock(width, activation, self.layer_norm, self.dtype)(h, embedding)
             skips.append(h)
@@ -199,7 +200,7 @@ class UNetField(nn.Module):
 
 
 class QEnsemble(nn.Module):
-    """``(observation: [..., S], action: [..., A]) -> [num, ...]``: ``num`` independent Q-networks."""
+    """``num`` independent Q-networks, ``(observation, action: [..., A]) -> [num, ...]``."""
 
     hidden_dims: Sequence[int]
     num: int = 2
@@ -207,30 +208,29 @@ class QEnsemble(nn.Module):
     layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, observation: Array, action: Array) -> Array:
+    def __call__(
+        self, observation: States, action: Float[Array, "*#batch A"]
+    ) -> Float[jax.Array, " num *batch"]:
         ensemble = _independent(MLP, self.num)
-        q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")(
-            observation, action
-        )
-        return q[..., 0]
+        q = ensemble(self.hidden_dims, 1, self.activation, self.layer_norm, name="q")
+        return q(observation, action)[..., 0]
 
 
 class Value(nn.Module):
-    """``observation: [..., S] -> [...]``."""
+    """State-value network, ``observation: [..., S] -> [...]``."""
 
     hidden_dims: Sequence[int]
     activation: str = "relu"
     layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, observation: Array) -> Array:
-        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")(observation)[
-            ..., 0
-        ]
+    def __call__(self, observation: Float[Array, "*batch S"]) -> Float[jax.Array, "*batch"]:
+        value = MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="v")
+        return value(observation)[..., 0]
 
 
 class ValueEnsemble(nn.Module):
-    """``observation: [..., S] -> [num, ...]``: ``num`` independent value networks."""
+    """``num`` independent value networks, ``observation: [..., S] -> [num, ...]``."""
 
     hidden_dims: Sequence[int]
     num: int = 2
@@ -238,50 +238,44 @@ class ValueEnsemble(nn.Module):
     layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, observation: Array) -> Array:
+    def __call__(self, observation: Float[Array, "*batch S"]) -> Float[jax.Array, " num *batch"]:
         ensemble = _independent(Value, self.num)
-        return ensemble(self.hidden_dims, self.activation, self.layer_norm, name="ensemble")(
-            observation
-        )
+        value = ensemble(self.hidden_dims, self.activation, self.layer_norm, name="ensemble")
+        return value(observation)
 
 
-def _independent(module: type[nn.Module], num: int) -> Callable[..., nn.Module]:
-    """``num`` copies with parameters of their own, on the same inputs, in one product of matrices."""
-    return nn.vmap(
-        module,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=None,
-        axis_size=num,
-    )
+def _independent(module: type[nn.Module], num: int) -> Callable[..., Any]:
+    """Make ``num`` copies with parameters of their own, on the same inputs, in one product."""
+    axes: Any = None  # flax lets the inputs be the same for all, though its type does not say so
+    params = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    return nn.vmap(module, **params, in_axes=axes, axis_size=num)
 
 
 class GaussianActor(nn.Module):
-    """``[..., S] -> (mean [..., A], std [A])``: a mean in [-1, 1], and a deviation that all states share."""
+    """Gaussian policy: a mean in [-1, 1], and a deviation that all states share."""
 
     hidden_dims: Sequence[int]
     action_size: int
     activation: str = "relu"
     layer_norm: bool = False
 
-    # Bounds of log std: actions are in [-1, 1], and a density without a lower one can grow without
-    # limit.
+    # Bounds of log std: without a lower one a density of actions in [-1, 1] can grow without limit.
     log_std_min = -5.0
     log_std_max = 2.0
 
     @nn.compact
-    def __call__(self, observation: Array) -> tuple[Array, Array]:
-        mean = MLP(
-            self.hidden_dims, self.action_size, self.activation, self.layer_norm, name="mean"
-        )
+    def __call__(
+        self, observation: Float[Array, "*batch S"]
+    ) -> tuple[Float[jax.Array, "*batch A"], Float[jax.Array, " A"]]:
+        shape = self.hidden_dims, self.action_size
+        mean = MLP(*shape, self.activation, self.layer_norm, name="mean")
         log_std = self.param("log_std", nn.initializers.zeros_init(), (self.action_size,))
-        return jnp.tanh(mean(observation)), jnp.exp(
-            jnp.clip(log_std, self.log_std_min, self.log_std_max)
-        )
+        std = jnp.exp(jnp.clip(log_std, self.log_std_min, self.log_std_max))
+        return jnp.tanh(mean(observation)), std
 
 
 class LogRatio(nn.Module):
-    """``(x: [..., A], t: [...], condition: [..., S]) -> [...]``, for contrastive energy prediction."""
+    """Log-ratio ``(x: [..., A], t: [...], condition: [..., S]) -> [...]`` for CEP."""
 
     hidden_dims: Sequence[int]
     activation: str = "silu"
@@ -289,13 +283,13 @@ class LogRatio(nn.Module):
     time_features: int = 12
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Array | None = None) -> Array:
-        inputs = [x, fourier_features(t, self.time_features)] + (
-            [] if condition is None else [condition]
-        )
-        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="mlp")(*inputs)[
-            ..., 0
-        ]
+    def __call__(
+        self, x: Points, t: Times, condition: States | None = None
+    ) -> Float[jax.Array, "*batch"]:
+        inputs = [x, fourier_features(t, self.time_features)]
+        inputs += [] if condition is None else [condition]
+        mlp = MLP(self.hidden_dims, 1, self.activation, self.layer_norm, name="mlp")
+        return mlp(*inputs)[..., 0]
 
 
 # The names of the configuration field `network`.

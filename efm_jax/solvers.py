@@ -8,24 +8,29 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from efm_jax import checks
-from efm_jax.types import Array
+from efm_jax.types import Scalar
 
 State = TypeVar("State")
+Slope = Callable[[Float[jax.Array, ""], State], State]
 
 
 @dataclasses.dataclass(frozen=True)
 class RungeKutta:
-    """An explicit Runge-Kutta method as its Butcher tableau."""
+    """Explicit Runge-Kutta method as its Butcher tableau."""
 
     nodes: tuple[float, ...]
     stages: tuple[tuple[float, ...], ...]  # row i weighs the slopes of stages before i
     weights: tuple[float, ...]
 
-    def step(self, f: Callable[[Array, State], State], t: Array, y: State, dt: Array) -> State:
+    def step(
+        self, f: Slope[State], t: Float[jax.Array, ""], y: State, dt: Float[jax.Array, ""]
+    ) -> State:
         """Advance ``y`` from ``t`` to ``t + dt`` (``dt`` may be negative)."""
         slopes: list[State] = []
         for node, row in zip(self.nodes, self.stages, strict=True):
@@ -33,11 +38,11 @@ class RungeKutta:
         return _advance(y, slopes, self.weights, dt)
 
 
-def _advance(y: State, slopes: list[State], weights: tuple[float, ...], dt: Array) -> State:
+def _advance(y: State, slopes: list[State], weights: tuple[float, ...], dt: jax.Array) -> State:
     used = [(w, slope) for w, slope in zip(weights, slopes, strict=True) if w != 0]
     coefficients = [w for w, _ in used]
 
-    def combine(leaf: Array, *slope_leaves: Array) -> Array:
+    def combine(leaf: jax.Array, *slope_leaves: jax.Array) -> jax.Array:
         total = sum(c * slope for c, slope in zip(coefficients, slope_leaves, strict=True))
         return leaf + (dt * total).astype(leaf.dtype)
 
@@ -57,7 +62,7 @@ SOLVERS = {
 
 
 def vary_like(state: State, slope: Callable[[], State]) -> State:
-    """``state`` with the type that a scan over ``state + slope`` gives it under ``shard_map``.
+    """Give ``state`` the type that a scan over ``state + slope`` gives it under ``shard_map``.
 
     There a value's type says over which mapped axes it varies, and a scan's state must keep its
     type.  The slope's value is not used, so that compiled code does not compute it.
@@ -74,10 +79,10 @@ def vary_like(state: State, slope: Callable[[], State]) -> State:
 
 
 def integrate(
-    f: Callable[[Array, State], State],
+    f: Slope[State],
     y0: State,
-    t_start: float,
-    t_end: float,
+    t_start: Scalar,
+    t_end: Scalar,
     *,
     solver: str,
     num_steps: int,
@@ -104,7 +109,7 @@ def integrate(
     times = jnp.linspace(t_start, t_end, num_steps + 1, dtype=dtype)
     y0 = vary_like(y0, lambda: f(times[0], y0))
 
-    def step(y: State, interval: tuple[Array, Array]) -> tuple[State, None]:
+    def step(y: State, interval: tuple[jax.Array, jax.Array]) -> tuple[State, None]:
         t, t_next = interval
         return SOLVERS[solver].step(f, t, y, t_next - t), None
 

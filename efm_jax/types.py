@@ -10,14 +10,23 @@ transitions, ``M`` support actions of a state, ``S`` observation size, ``A`` act
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
+from jaxtyping import Float, Real
 
+# Functions take either and return jax.Array.  A single axis is written with a leading space,
+# Float[Array, " B"], because linters read a bare word as a forward reference.
 Array = jax.Array | np.ndarray
-Field = Callable[[Array, Array], Array]
-Params = Any
+Points = Float[Array, "*batch d"]
+Times = Float[Array, "*batch"]
+# A number that may be traced, so it may be an array without axes.
+Scalar = Real[chex.Numeric, ""]
+Key = chex.PRNGKey
+Params = chex.ArrayTree
+Field = Callable[[jax.Array, jax.Array], jax.Array]
 # Every host's array, in the order of hosts; see efm_jax.training.hosts.gather.
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 # Which of a source's rows to read, given their number.
@@ -25,12 +34,12 @@ Rows = Callable[[int], slice]
 
 
 def one_host(array: np.ndarray) -> list[np.ndarray]:
-    """The :data:`Gather` of a host that is alone."""
+    """Gather the arrays of all hosts where there is one: a :data:`Gather`."""
     return [array]
 
 
 def all_rows(count: int) -> slice:
-    """The :data:`Rows` of a host that reads everything."""
+    """Choose every row of a source: a :data:`Rows`."""
     return slice(0, count)
 
 
@@ -49,7 +58,7 @@ class Transitions(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of transitions (``len`` of a named tuple is its number of fields)."""
+        """Count the transitions (``len`` of a named tuple is its number of fields)."""
         return self.rewards.shape[0]
 
 
@@ -67,9 +76,7 @@ class Dataset(NamedTuple):
     action_low: np.ndarray  # [A] float32
     action_high: np.ndarray  # [A] float32
     env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
-    reference_scores: (
-        tuple[float, float] | None
-    )  # mean return of (random, expert) = scores (0, 100)
+    reference_scores: tuple[float, float] | None  # mean returns at the scores 0 and 100
     first_row: int = 0
 
     @property
@@ -81,11 +88,10 @@ class Dataset(NamedTuple):
         return self.transitions.actions.shape[1]
 
     def fingerprint(self, gather: Gather = one_host) -> str:
-        """64 hex digits of every transition and its place: with the same ones, the same policy is
-        trained.
+        """Return 64 hex digits of every transition and its place: the same ones, the same policy.
 
-        It does not depend on how the rows are split over hosts: it is made of a 64-bit sum of a
-        hash of every row.  It tells datasets apart that differ by accident, not by intent.
+        The digits do not depend on how the rows are split over hosts, being made of a 64-bit sum of
+        a hash of every row.  They tell datasets apart that differ by accident, not by intent.
         """
         columns = np.concatenate(
             [np.asarray(a, np.float32).reshape(len(a), -1) for a in self.transitions], axis=1
@@ -95,18 +101,12 @@ class Dataset(NamedTuple):
             rows = _mix(rows ^ column)
         total = sum(int(part) for part in gather(rows.sum(dtype=np.uint64)))
         sizes = [int(part) for part in gather(np.asarray(len(columns)))]
-        summary = (
-            sum(sizes),
-            columns.shape[1],
-            self.observation_size,
-            self.action_size,
-            total % 2**64,
-        )
-        return hashlib.sha256(repr(summary).encode()).hexdigest()
+        widths = (columns.shape[1], self.observation_size, self.action_size)
+        return hashlib.sha256(repr((sum(sizes), *widths, total % 2**64)).encode()).hexdigest()
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014): every bit of a uint64 spreads over all."""
+    """Spread every bit of a uint64 over all: SplitMix64's finalizer (Steele, Lea, Flood 2014)."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -122,13 +122,13 @@ class Normalizer(NamedTuple):
     action_high: Array  # [A]
 
     def normalize_observations(self, observations: Array) -> Array:
-        """Environment units to zero mean and unit variance, ``[..., S]``."""
+        """Map observations ``[..., S]`` from their own units to zero mean and unit variance."""
         return (observations - self.observation_mean) / self.observation_std
 
     def scale_actions(self, actions: Array) -> Array:
-        """The environment's bounds to [-1, 1], ``[..., A]``."""
+        """Map actions ``[..., A]`` from the environment's bounds to [-1, 1]."""
         return 2.0 * (actions - self.action_low) / (self.action_high - self.action_low) - 1.0
 
     def unscale_actions(self, actions: Array) -> Array:
-        """[-1, 1] back to the environment's bounds, ``[..., A]``; the inverse of :meth:`scale_actions`."""
+        """Map actions ``[..., A]`` from [-1, 1] back to the environment's bounds."""
         return self.action_low + 0.5 * (actions + 1.0) * (self.action_high - self.action_low)

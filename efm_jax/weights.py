@@ -7,32 +7,36 @@ takes it.
 """
 
 from collections.abc import Callable, Hashable
+from typing import TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Bool, Float, Real
 
 from efm_jax import checks
-from efm_jax.types import Array
+from efm_jax.types import Array, Scalar
 
 AxisName = Hashable | tuple[Hashable, ...] | None
+Tree = TypeVar("Tree")
 
 
-def psum_if(value: Array, axis_name: AxisName) -> Array:
-    """``lax.psum`` over ``axis_name``, or the value itself when it is None."""
+def psum_if(value: Tree, axis_name: AxisName) -> Tree:
+    """Sum over ``axis_name`` by ``lax.psum``; return the value itself when it is None."""
     return value if axis_name is None else lax.psum(value, axis_name)
 
 
 def energy_weights(
-    energy: Array,
-    beta: Array,
+    energy: Real[Array, "*#shape"],
+    beta: Real[chex.Numeric, "*#shape"],
     *,
     axis: int = -1,
     axis_name: AxisName = None,
-    log_normalizer: Array | None = None,
-) -> Array:
-    """Weights ``softmax(-beta * energy)`` along ``axis``, summing to 1.
+    log_normalizer: Real[chex.Numeric, "..."] | None = None,
+) -> Float[jax.Array, "*shape"]:
+    """Compute the weights ``softmax(-beta * energy)`` along ``axis``, which sum to 1.
 
     The least energy is taken off before anything is scaled, so no energy overflows.  An energy of
     ``+inf`` gets weight 0; energies of ``-inf`` share all the weight; where all are ``+inf``, or
@@ -86,36 +90,29 @@ def energy_weights(
 
 
 def log_normalizer(
-    energy: Array, beta: Array, *, axis: int = -1, axis_name: AxisName = None
-) -> Array:
-    """``log Z = log mean exp(-beta * energy)`` along ``axis``; no energy overflows.
+    energy: Real[Array, "*#shape"],
+    beta: Real[chex.Numeric, "*#shape"],
+    *,
+    axis: int = -1,
+    axis_name: AxisName = None,
+) -> Float[jax.Array, "..."]:
+    """Compute ``log Z = log mean exp(-beta * energy)`` along ``axis``; no energy overflows.
 
-    Computed once over a dataset, it makes the weights of every batch those of Thm 4.3: see
+    A whole dataset's makes the weights of every batch those of Thm 4.3: see
     :func:`energy_weights`.  Energies of ``+inf`` count as 0 in the mean; one of ``-inf`` gives
     ``+inf``, all ``+inf`` give ``-inf``, ``beta = 0`` gives 0 whatever the energies, a NaN gives
     NaN.
 
-    Args:
-      energy: ``[...]``, low is good.
-      beta: as in :func:`energy_weights`.
-      axis: the axis of the mean, removed from the result.
-      axis_name: if given, the mean is also over this mapped axis.
-
-    Returns:
-      Of the shape of ``energy`` without ``axis``.
-
-    Raises:
-      ValueError: as :func:`energy_weights`.
+    Arguments and errors as in :func:`energy_weights`; the result has no ``axis``.
 
     Reference: Zhang et al. 2025, Thm 4.3.
 
     Example:
-      >>> energy = jnp.array([0.0, 1.0, 2.0, 3.0])  # the dataset's
+      >>> energy = jnp.array([0.0, 1.0, 2.0, 3.0])  # the dataset's; then a lucky batch of it
       >>> log_z = log_normalizer(energy, beta=1.0)
-      >>> round(float(energy_weights(energy, 1.0, log_normalizer=log_z).sum()), 3)
-      1.0
-      >>> round(float(energy_weights(energy[:2], 1.0, log_normalizer=log_z).sum()), 3)  # a lucky batch
-      1.762
+      >>> batches = energy, energy[:2]
+      >>> [round(float(energy_weights(e, 1.0, log_normalizer=log_z).sum()), 3) for e in batches]
+      [1.0, 1.762]
     """
     energy, axis = _check(energy, beta, axis)
     least = _least(energy, axis, axis_name)
@@ -126,8 +123,8 @@ def log_normalizer(
     return (log_mean + boltzmann_logits(least, beta)).squeeze(axis).astype(energy.dtype)
 
 
-def _check(energy: Array, beta: Array, axis: int) -> tuple[Array, int]:
-    """Checks the arguments; floating-point energies of the shape of the result, and the axis from its end."""
+def _check(energy: Array, beta: chex.Numeric, axis: int) -> tuple[jax.Array, int]:
+    """Return checked energies, of the result's shape, and the axis counted from its end."""
     checks.check_rank("energy", energy, 1)
     energy = jnp.asarray(energy)
     axis = np.lib.array_utils.normalize_axis_index(axis, energy.ndim) - energy.ndim
@@ -151,34 +148,36 @@ def _check(energy: Array, beta: Array, axis: int) -> tuple[Array, int]:
     return _as_float(energy), axis
 
 
-def _as_float(energy: Array) -> Array:
-    """At least 32 bits: weights of half precision would not sum to 1."""
+def _as_float(energy: jax.Array) -> jax.Array:
+    """Give energies 32 bits at least: weights of half precision would not sum to 1."""
     wide = jnp.issubdtype(energy.dtype, jnp.floating) and energy.dtype.itemsize >= 4
     return energy if wide else energy.astype(jnp.float32)
 
 
-def _global_size(energy: Array, axis: int, axis_name: AxisName) -> int:
+def _global_size(energy: jax.Array, axis: int, axis_name: AxisName) -> int:
     return energy.shape[axis] * (1 if axis_name is None else lax.axis_size(axis_name))
 
 
-def _least(energy: Array, axis: int, axis_name: AxisName) -> Array:
-    """The least energy along ``axis``, which is kept; a constant to gradients, as no result depends on it."""
+def _least(energy: jax.Array, axis: int, axis_name: AxisName) -> jax.Array:
+    """Find the least energy along ``axis``, which is kept; no result, so no gradient, needs it."""
     least = lax.stop_gradient(energy.min(axis, keepdims=True))
     return least if axis_name is None else lax.pmin(least, axis_name)
 
 
-def boltzmann_logits(energy: Array, beta: Array) -> Array:
-    """``-beta * energy``, 0 at ``beta = 0`` whatever the energy: no weighting then.
+def boltzmann_logits(
+    energy: Float[Array, "*#shape"], beta: Real[chex.Numeric, "*#shape"]
+) -> Float[jax.Array, "*shape"]:
+    """Compute ``-beta * energy``, 0 at ``beta = 0`` whatever the energy: no weighting then.
 
     An infinite energy, whose product with 0 is undefined, has no gradient.
     """
     infinite = jnp.isinf(energy)
-    product = -beta * jnp.where(infinite, 0, energy)
+    product = -(beta * jnp.where(infinite, 0, energy))
     return jnp.where(infinite & (jnp.asarray(beta) > 0), -energy, product).astype(energy.dtype)
 
 
-def _shifted_logits(energy: Array, least: Array, beta: Array) -> Array:
-    """``-beta (energy - least)``: at most 0, and 0 for the least energy."""
+def _shifted_logits(energy: jax.Array, least: jax.Array, beta: chex.Numeric) -> jax.Array:
+    """Compute ``-beta (energy - least)``: at most 0, and 0 for the least energy."""
     # inf - inf is undefined, but equal infinities are equally good.
     unbounded = jnp.isinf(least)
     gap = jnp.where(
@@ -189,16 +188,15 @@ def _shifted_logits(energy: Array, least: Array, beta: Array) -> Array:
     return boltzmann_logits(gap, beta)
 
 
-def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName = None) -> Array:
-    """Kish's effective sample size ``(sum w)^2 / sum w^2`` along ``axis``.
+def effective_sample_size(
+    weights: Real[Array, "..."], *, axis: int = -1, axis_name: AxisName = None
+) -> Float[jax.Array, "..."]:
+    """Compute Kish's effective sample size ``(sum w)^2 / sum w^2`` along ``axis``.
 
     Args:
       weights: ``[...]``, non-negative; they need not sum to 1.
-      axis: the axis that is summed, removed from the result.
+      axis: the axis that is summed, removed from the result, which is between 1 and its length.
       axis_name: if given, the sums are also over this mapped axis.
-
-    Returns:
-      Between 1 and the number of weights.
 
     Example:
       >>> float(effective_sample_size(jnp.array([0.5, 0.5, 0.0])))
@@ -210,8 +208,39 @@ def effective_sample_size(weights: Array, *, axis: int = -1, axis_name: AxisName
     return total**2 / psum_if((weights**2).sum(axis), axis_name)
 
 
-def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
-    """The ``beta >= 0`` whose weights have an effective sample size of ``fraction * n``.
+def bisect(
+    above: Callable[[jax.Array], Bool[jax.Array, "..."]],
+    low: Float[jax.Array, "*shape"],
+    high: Float[jax.Array, "*shape"],
+    steps: int,
+) -> tuple[Float[jax.Array, "*shape"], Float[jax.Array, "*shape"]]:
+    """Halve brackets of the points where falling functions cross their targets; jit-able.
+
+    Args:
+      above: whether the functions are still above their targets, called at the middles ``[...]``.
+      low: low ends of the brackets, ``[...]``; the last brackets' ends are returned.
+      high: high ends.
+      steps: number of halvings.
+
+    Example:
+      >>> low, high = bisect(lambda x: x**2 < 2, jnp.array(0.0), jnp.array(2.0), 20)
+      >>> round(float(low), 4), round(float(high), 4)
+      (1.4142, 1.4142)
+    """
+
+    def halve(_: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        right = above(middle)
+        return jnp.where(right, middle, low), jnp.where(right, high, middle)
+
+    return lax.fori_loop(0, steps, halve, (low, high))
+
+
+def beta_for_ess(
+    energy: Real[Array, "..."], fraction: Scalar, *, axis: int = -1
+) -> Float[jax.Array, "..."]:
+    """Find the ``beta >= 0`` whose weights have an effective sample size of ``fraction * n``.
 
     The effective sample size falls from n at ``beta = 0`` to the number of energies that tie for
     the least; its logarithm is bisected in ``log beta``.
@@ -237,8 +266,7 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     """
     checks.check_number("fraction", fraction, minimum=0.0, maximum=1.0, open_minimum=True)
     checks.check_rank("energy", energy, 1)
-    energy = jnp.moveaxis(jnp.asarray(energy), axis, -1)
-    energy = _as_float(energy)
+    energy = _as_float(jnp.moveaxis(jnp.asarray(energy), axis, -1))
     gap = -_shifted_logits(energy, _least(energy, -1, None), 1.0)
     target = fraction * energy.shape[-1]
     finite = jnp.isfinite(gap)
@@ -251,15 +279,14 @@ def beta_for_ess(energy: Array, fraction: float, *, axis: int = -1) -> Array:
     low = jnp.log(epsilon) - jnp.log(jnp.where(spread, largest, 1))
     high = jnp.log(-2 * jnp.log(epsilon)) - jnp.log(jnp.where(spread, smallest, 1))
 
-    def above(log_beta: Array) -> Array:
+    def above(log_beta: jax.Array) -> jax.Array:
         return effective_sample_size(energy_weights(energy, jnp.exp(log_beta)[..., None])) > target
 
     # The bracket of log beta is under 1000 wide; it is halved to one rounding error.
-    steps = int(np.ceil(np.log2(1000 / float(epsilon))))
-    low, high = _bisect(above, low, high, steps)
+    _, high = bisect(above, low, high, steps=int(np.ceil(np.log2(1000 / float(epsilon)))))
     beta = lax.stop_gradient(jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0))
 
-    def log_ess(beta: Array, energy: Array) -> Array:
+    def log_ess(beta: jax.Array, energy: jax.Array) -> jax.Array:
         return jnp.log(effective_sample_size(energy_weights(energy, beta[..., None])))
 
     # Bisection has no gradient.  One Newton step does not move a root, and has the root's gradient
@@ -288,19 +315,5 @@ def beta_for_mean_ess(mean_ess: Callable[[Array], Array], target: float, spread:
     unit = 1 / jnp.maximum(spread, jnp.finfo(spread.dtype).tiny ** 0.5)
     low, high = jnp.full((), -20.0, spread.dtype), jnp.full((), 20.0, spread.dtype)
     # 32 halvings of a bracket 40 wide: to a rounding error of float32.
-    low, high = _bisect(lambda log: mean_ess(unit * jnp.exp(log)) > target, low, high, 32)
+    low, high = bisect(lambda log: mean_ess(unit * jnp.exp(log)) > target, low, high, steps=32)
     return unit * jnp.exp((low + high) / 2)
-
-
-def _bisect(
-    above: Callable[[Array], Array], low: Array, high: Array, steps: int
-) -> tuple[Array, Array]:
-    """Halve brackets at whose low ends ``above`` holds and at whose high ends it does not."""
-
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        is_above = above(middle)
-        return jnp.where(is_above, middle, low), jnp.where(is_above, high, middle)
-
-    return jax.lax.fori_loop(0, steps, halve, (low, high))

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for the whole test run, and 64-bit numbers for the tests that ask for them."""
+"""Eight virtual CPU devices for the whole test run, 64-bit numbers on demand, shapes checked."""
 
 import os
 import shutil
@@ -6,26 +6,26 @@ import tempfile
 from pathlib import Path
 
 from tests.programs import QUICK_TO_COMPILE, share, write_whole_entries
+from tests.shapes import SHAPED
 
 _COUNT = "--xla_force_host_platform_device_count"
-if _COUNT not in os.environ.get(
-    "XLA_FLAGS", ""
-):  # the user's own flags stay in front, his own count wins
+if _COUNT not in os.environ.get("XLA_FLAGS", ""):  # the user's flags stay in front, his count wins
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
 os.environ["XLA_FLAGS"] += f" {QUICK_TO_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 _OWN_PROGRAMS = None
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # workers have that of the process that started them
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have that of their starting process
     _OWN_PROGRAMS = tempfile.mkdtemp(prefix="efm_jax-programs-")
     os.environ.update(share(_OWN_PROGRAMS))
 
 import jax  # noqa: E402  the environment above comes first
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 write_whole_entries()
+# Before the first import of these modules, whose functions it wraps.
+jaxtyping.install_import_hook(SHAPED, "tests.shapes.checked_with_the_result")
 
 
 def pytest_unconfigure():
@@ -41,7 +41,7 @@ def memory_maps():
 
 @pytest.fixture(autouse=True, scope="module")
 def fewer_programs():
-    """Forget compiled programs: each keeps memory maps, and the system allows a process 65,530 of them."""
+    """Forget compiled programs: each keeps memory maps, of which a process may have 65,530."""
     yield
     if memory_maps() > 15_000:  # no module adds half of what is then left
         jax.clear_caches()

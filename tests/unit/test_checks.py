@@ -1,11 +1,16 @@
 """Argument checks: the message names the argument, what was expected and what came."""
 
+import importlib
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Float, TypeCheckError, jaxtyped
 
 from efm_jax import checks
+from tests.shapes import SHAPED, checked_with_the_result
 
 
 def test_choice():
@@ -84,3 +89,29 @@ def test_float_accepts(value):
 def test_float_refuses(value):
     with pytest.raises(TypeError, match=r"x: expected a floating-point array; got dtype"):
         checks.check_float("x", value)
+
+
+# --- annotations, which the tests alone check ---
+
+
+@jaxtyped(typechecker=checked_with_the_result)
+def widened(x: Float[np.ndarray, "n d"], by: int) -> Float[np.ndarray, "n d+1"]:
+    checks.check_rank("x", x, 2)
+    return np.concatenate([x] + by * [x[:, :1]], axis=-1)
+
+
+def test_annotations_are_checked_after_our_own_checks():
+    assert widened(np.ones((3, 2)), 1).shape == (3, 3)
+    with pytest.raises(ValueError, match="x: expected at least 2 axes"):
+        widened(np.ones(3), 1)
+    for x, by in ((np.ones((3, 2), int), 1), (np.ones((3, 2)), 2)):
+        with pytest.raises(TypeCheckError):
+            widened(x, by)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_the_functions_of_these_modules_are_checked(name):
+    functions = inspect.getmembers(importlib.import_module(name), inspect.isfunction)
+    own = [function for _, function in functions if function.__module__ == name]
+    assert own
+    assert all(inspect.unwrap(function) is not function for function in own)

@@ -1,5 +1,6 @@
 """Exact posteriors, fields and energies against the plain NumPy way."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,10 +184,10 @@ def test_float32_near_zero(name):
     data = (1.5 * normal(1, 7, D)).astype(np.float32)
     t = np.full(B, 1e-5, np.float32)
     x = normal(0, B, D).astype(np.float32)  # far from every data point: distances / sigma^2 of 1e10
-    for function in (exact.posterior, exact.velocity, exact.score):
-        got = function(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
-        assert got.dtype == jnp.float32
-        assert np.isfinite(got).all()
+    functions = exact.posterior, exact.velocity, exact.score
+    got = [f(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)) for f in functions]
+    chex.assert_type(got, jnp.float32)
+    chex.assert_tree_all_finite(got)
     near = np.argmin(((x[:, None] - data) ** 2).sum(-1), -1)
     np.testing.assert_allclose(exact.posterior(path, x, t, data), np.eye(7)[near], atol=1e-6)
 
@@ -216,7 +217,7 @@ def test_float32_towards_time_zero(name, time):
 
 @each_path
 def test_posterior_mean_at_both_ends(x64, name):
-    """At ``t = 0`` the nearest datum; in pure noise (``mu = 0``) the weighted mean, whatever x is."""
+    """At ``t = 0`` it is the nearest datum; in pure noise (``mu = 0``) the weighted mean."""
     path, _ = PATHS[name]
     x, _, data, log_weights = problem(7)
     nearest = ((x[:, None] - data) ** 2).sum(-1).argmin(-1)
@@ -272,7 +273,7 @@ def test_at_time_zero_on_a_data_point(x64, name):
 
 @pytest.mark.parametrize("block_elements", [1, 4 * 37, 4 * 5003])
 def test_streaming_in_several_blocks(x64, monkeypatch, block_elements):
-    """Whatever the block size; here whole blocks carry no weight, the first and the last among them."""
+    """Whole blocks carry no weight, the first and the last among them."""
     monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", block_elements)
     path, ref = PATHS["ot"]
     n = 40 if block_elements == 1 else 5003
@@ -302,13 +303,13 @@ def test_two_hundred_thousand_points():
     expected = reference.velocity(
         ref, *(a.astype(np.float64) for a in (x, t, data[:some], -energy[:some]))
     )
-    assert velocity.shape == (B, 4)
+    chex.assert_shape(velocity, (B, 4))
     np.testing.assert_allclose(velocity[1:], expected[1:], atol=0.15)
     assert np.isfinite(exact.intermediate_energy(path, x, t, data, energy, 1.0)).all()
 
 
 def test_memory_does_not_hold_every_pair():
-    """Compiled for n = 1e6, d = 16: work space against one ``[B, n, d]`` array, also when differentiated."""
+    """Compiled for n = 1e6, d = 16: work space against one ``[B, n, d]`` array."""
     path, batch, n, d = PATHS["ot"][0], 64, 1_000_000, 16
 
     def work_space(function):

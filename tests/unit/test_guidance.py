@@ -30,7 +30,7 @@ def problem(x64):
 
 
 def exact_logit(path, data, energy):
-    """The classifier's minimizer: log p / (1 - p) with p = E[exp(-E(x0)) | x] = exp(-E_t) at beta = 1."""
+    """The classifier's minimizer log p / (1 - p), p = E[exp(-E(x0)) | x] = exp(-E_t) at beta 1."""
 
     def logit(x, t):
         log_prob = -exact.intermediate_energy(path, x, t, data, energy, 1.0)

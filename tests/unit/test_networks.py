@@ -1,8 +1,10 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efm_jax import networks
 from efm_jax.networks import (
     ACTIVATIONS,
     FIELDS,
@@ -27,8 +29,7 @@ def init(network, *inputs):
     return jax.jit(network.init)(jax.random.key(3), *inputs)
 
 
-def apply(network, params, *inputs):
-    return jax.jit(network.apply)(params, *inputs)
+apply = jax.jit(networks.apply, static_argnums=0)
 
 
 def randomized(params):
@@ -46,7 +47,7 @@ def test_fourier_features_are_octaves_of_a_quarter_turn():
     expected = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(101, 12)
     assert features.dtype == jnp.float32
     np.testing.assert_allclose(features, expected, atol=1e-4)
-    assert fourier_features(jnp.ones((3, 4)), 6).shape == (3, 4, 6)
+    chex.assert_shape(fourier_features(jnp.ones((3, 4)), 6), (3, 4, 6))
 
 
 def test_fourier_features_of_odd_size_are_refused():
@@ -160,7 +161,7 @@ def test_ensemble_members_are_separate_networks(layer_norm):
     network = QEnsemble((8, 8), num=3, layer_norm=layer_norm)
     params = init(network, s, a)
     q = apply(network, params, s, a)
-    assert q.shape == (3, 3)
+    chex.assert_shape(q, (3, 3))
     member = MLP((8, 8), 1, "relu", layer_norm)
     for k in range(3):
         own = {"params": jax.tree.map(lambda leaf, k=k: leaf[k], params["params"]["q"])}
@@ -174,7 +175,7 @@ def test_ensemble_broadcasts_a_state_over_its_actions():
     network = QEnsemble((8, 8))
     params = init(network, s, a)
     q = apply(network, params, s, a)
-    assert q.shape == (2, 3, 4)
+    chex.assert_shape(q, (2, 3, 4))
     repeated = apply(network, params, np.broadcast_to(s, (3, 4, S)), a)
     np.testing.assert_allclose(q, repeated, rtol=1e-5, atol=1e-6)
 
@@ -182,10 +183,10 @@ def test_ensemble_broadcasts_a_state_over_its_actions():
 def test_value_and_log_ratio_are_scalars_per_sample():
     s, x, t = normal(0, 3, 4, S), normal(1, 3, 4, A), np.full((3, 4), 0.5, np.float32)
     value = Value((8,))
-    assert apply(value, init(value, s), s).shape == (3, 4)
+    chex.assert_shape(apply(value, init(value, s), s), (3, 4))
     ratio = LogRatio((8,))
-    assert apply(ratio, init(ratio, x, t, s), x, t, s).shape == (3, 4)
-    assert apply(ratio, init(ratio, x, t), x, t).shape == (3, 4)
+    for inputs in ((x, t, s), (x, t)):
+        chex.assert_shape(apply(ratio, init(ratio, *inputs), *inputs), (3, 4))
 
 
 @pytest.mark.parametrize(

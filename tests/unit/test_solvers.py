@@ -1,4 +1,4 @@
-"""ODE solvers through `sampling.sample`: against NumPy steps, closed forms and their fitted order."""
+"""ODE solvers through `sampling.sample`: against NumPy steps, closed forms and their order."""
 
 import functools
 

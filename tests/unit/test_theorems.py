@@ -4,6 +4,7 @@ One-dimensional problems with a few data points, where every expectation is a su
 integral over the noise.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,7 @@ ENERGY = np.array([0.5, -1.0, 0.8, 0.1, -0.4])
 BETA = 1.3
 
 
-# --- Thm 4.3 and Cor. 4.8: the weighted conditional loss has the gradient of the marginal one ---------
+# --- Thm 4.3 and Cor. 4.8: the weighted conditional loss has the gradient of the marginal one ---
 
 
 def network(theta, x, t):
@@ -78,7 +79,7 @@ def conditional_gradient(error, path, time_weight, beta):
 
 
 def marginal_gradient(field, path, time_weight, beta):
-    """Of EFM or ED as the paper writes them: ``x ~ p_t`` on a grid, weights ``exp(-E_t(x)) / Z``."""
+    """Of EFM or ED as the paper has them: ``x ~ p_t`` on a grid, weights ``exp(-E_t(x)) / Z``."""
     times, time_weights = over_time()
     grid, step = np.linspace(-14.0, 14.0, 6001, retstep=True)
     z = np.exp(-beta * ENERGY).mean()
@@ -150,7 +151,7 @@ def log_guided_density(path, x, t, data, log_weights):
 
 
 def continuity(log_density, field, x, t):
-    """``d/dt log q + u . grad log q + div u``, which is 0, over the size of its terms; ``x: [B, d]``."""
+    """``d/dt log q + u . grad log q + div u``, which is 0, over the size of its terms."""
 
     def one(x, t):
         rate = jax.grad(log_density, argnums=1)(x, t)
@@ -218,7 +219,7 @@ def test_continuity_equation_on_a_mixture(x64, name):
 
 @each_path
 def test_the_guided_flow_reaches_the_weighted_data(x64, name):
-    """Noise at equal quantiles: in one dimension the flow keeps their order, so no sampling error is left."""
+    """Noise at equal quantiles, whose order the flow keeps: no sampling error is left."""
     path, number = PATHS[name], 800
     noise = jnp.asarray(norm.ppf((np.arange(number) + 0.5) / number)[:, None])
     data, energy = jnp.asarray(DATA), jnp.asarray(ENERGY)
@@ -304,12 +305,12 @@ def test_classifier_guidance_on_a_mixture(x64, name):
 # --- CEP (Lu et al. 2023): the minimizer is -E_t up to a function of t ---
 
 
-class QuadraturePath:
-    """A path for :func:`losses.cep`, at one time, on pairs (data point, noise): nothing is drawn."""
+@dataclasses.dataclass(frozen=True)
+class QuadraturePath(type(paths.vp_cosine())):  # any path: the loss only samples from it
+    """A path for :func:`losses.cep`, at one time, on pairs (data point, noise)."""
 
-    def __init__(self, path, time):
-        self.path = path
-        self.time = time
+    path: paths.GaussianPath
+    time: float
 
     def sample(self, x0, noise, t):
         del noise
@@ -319,7 +320,7 @@ class QuadraturePath:
 @each_path
 @pytest.mark.parametrize("time", [0.15, 0.3, 0.6])
 def test_minus_the_intermediate_energy_minimizes_cep(x64, name, time):
-    """The library's loss on its own population: quadrature weights go into both softmaxes as logarithms."""
+    """The library's loss on its population: log quadrature weights go into both softmaxes."""
     path, data, energy = PATHS[name], jnp.asarray(DATA), jnp.asarray(ENERGY)
     nodes = np.linspace(-9.0, 9.0, 400)
     log_weight = jnp.tile(jnp.asarray(-(nodes**2) / 2), 5)

@@ -1,5 +1,6 @@
 """Energy weights, effective sample size and the choice of beta."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from scipy.special import logsumexp
 
-from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
+from efm_jax.weights import (
+    beta_for_ess,
+    bisect,
+    effective_sample_size,
+    energy_weights,
+    log_normalizer,
+)
 from tests.reference import weights as reference
 
 quick = settings(
@@ -208,10 +215,21 @@ def test_axis_name_with_an_axis_of_its_own(devices, how):
         devices,
         jnp.asarray(expected, jnp.float32),
     )
-    assert sizes.shape == (4, 2)
+    chex.assert_shape(sizes, (4, 2))
     np.testing.assert_allclose(
         sizes[0], reference.effective_sample_size(expected.reshape(12, 2), 0), rtol=1e-5
     )
+
+
+def test_bisection_halves_every_bracket_on_its_own(x64):
+    """Falling functions ``-x^3``, with roots inside, at neither end reached, and beyond an end."""
+    targets = jnp.array([[-8.0, -2.0], [-0.027, 5.0]])
+    low, high = jnp.zeros((2, 2)), jnp.full((2, 2), 4.0)
+    low, high = jax.jit(lambda low, high: bisect(lambda x: -(x**3) > targets, low, high, 40))(
+        low, high
+    )
+    np.testing.assert_allclose(high - low, 4.0 * 0.5**40, rtol=1e-3)
+    np.testing.assert_allclose((low + high) / 2, [[2, 2 ** (1 / 3)], [0.3, 0]], atol=1e-11)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9, 0.999])
@@ -403,7 +421,7 @@ def test_a_normalizer_of_another_shape_is_refused(shape):
 
 
 def test_beta_per_slice_but_not_per_sample(x64):
-    """Softmax of ``-beta_i E_i`` with a beta of each sample's own would change with the energies' origin."""
+    """With a beta of each sample's own, weights would change with the energies' origin."""
     energy, beta = normal(11, 3, 5), np.array([[0.5], [1.0], [4.0]])
     rows = [reference.energy_weights(row, b) for row, b in zip(energy, beta[:, 0], strict=True)]
     np.testing.assert_allclose(energy_weights(jnp.asarray(energy), beta), rows, rtol=1e-10)
