@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from efm_jax import checks
@@ -31,7 +32,7 @@ from efm_jax.types import Array
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
 
-def _column(coefficient: Array, x: Array) -> Array:
+def _column(coefficient: Array, x: Array) -> jax.Array:
     """``[...]`` to ``[..., 1]`` against ``x: [..., d]``; only a scalar may have fewer axes."""
     if coefficient.ndim and coefficient.shape != jnp.shape(x)[:-1]:
         raise ValueError(
@@ -42,7 +43,7 @@ def _column(coefficient: Array, x: Array) -> Array:
     return coefficient[..., None]
 
 
-def _constant(value: float, t: Array) -> Array:
+def _constant(value: float, t: Array) -> jax.Array:
     """``value`` in the shape of ``t`` and its type, but never an integer type."""
     t = jnp.asarray(t)
     return jnp.full_like(t, value, dtype=t.dtype if jnp.issubdtype(t.dtype, jnp.inexact) else float)
@@ -65,75 +66,75 @@ class GaussianPath(abc.ABC):
     """
 
     @abc.abstractmethod
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Array) -> jax.Array:
         """``mu_t``."""
 
     @abc.abstractmethod
-    def std(self, t: Array) -> Array:
+    def std(self, t: Array) -> jax.Array:
         """``sigma_t``."""
 
     @abc.abstractmethod
-    def mean_coef_dot(self, t: Array) -> Array:
+    def mean_coef_dot(self, t: Array) -> jax.Array:
         """``d mu_t / dt``."""
 
     @abc.abstractmethod
-    def std_dot(self, t: Array) -> Array:
+    def std_dot(self, t: Array) -> jax.Array:
         """``d sigma_t / dt``."""
 
     # A path overrides these where the quotients are not finite at an end of [0, 1].
 
-    def _inverse_det(self, t: Array) -> Array:
+    def _inverse_det(self, t: Array) -> jax.Array:
         """``1 / D``."""
         return 1 / (self.mean_coef(t) * self.std_dot(t) - self.mean_coef_dot(t) * self.std(t))
 
-    def _std_det(self, t: Array) -> Array:
+    def _std_det(self, t: Array) -> jax.Array:
         """``sigma D``."""
         return self.std(t) / self._inverse_det(t)
 
-    def _std_dot_over_det(self, t: Array) -> Array:
+    def _std_dot_over_det(self, t: Array) -> jax.Array:
         """``sigma' / D``."""
         return self.std_dot(t) * self._inverse_det(t)
 
-    def sample(self, x0: Array, noise: Array, t: Array) -> Array:
+    def sample(self, x0: Array, noise: Array, t: Array) -> jax.Array:
         """``x_t = mu_t x_0 + sigma_t eps``: ``[..., d]``."""
         t = jnp.asarray(t)
         return _column(self.mean_coef(t), x0) * x0 + _column(self.std(t), noise) * noise
 
-    def velocity(self, x0: Array, noise: Array, t: Array) -> Array:
+    def velocity(self, x0: Array, noise: Array, t: Array) -> jax.Array:
         """Conditional velocity ``u_{t0}(x_t | x_0) = mu'_t x_0 + sigma'_t eps``: ``[..., d]``."""
         t = jnp.asarray(t)
         return _column(self.mean_coef_dot(t), x0) * x0 + _column(self.std_dot(t), noise) * noise
 
-    def score(self, noise: Array, t: Array) -> Array:
+    def score(self, noise: Array, t: Array) -> jax.Array:
         """Conditional score ``-eps / sigma_t``: ``[..., d]``; infinite where ``sigma_t = 0``."""
         t = jnp.asarray(t)
         return -noise / _column(self.std(t), noise)
 
-    def velocity_from_score(self, score: Array, x: Array, t: Array) -> Array:
+    def velocity_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
         """``u = (mu' x - sigma D s) / mu``."""
         t = jnp.asarray(t)
         numerator = _column(self.mean_coef_dot(t), x) * x - _column(self._std_det(t), x) * score
         return numerator / _column(self.mean_coef(t), x)
 
-    def score_from_velocity(self, velocity: Array, x: Array, t: Array) -> Array:
+    def score_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
         """``s = (mu' x - mu u) / (sigma D)``."""
         t = jnp.asarray(t)
         numerator = _column(self.mean_coef_dot(t), x) * x - _column(self.mean_coef(t), x) * velocity
         return numerator / _column(self._std_det(t), x)
 
-    def velocity_from_noise(self, noise: Array, x: Array, t: Array) -> Array:
+    def velocity_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
         """``u = (mu' x + D eps) / mu``."""
         t = jnp.asarray(t)
         numerator = _column(self.mean_coef_dot(t), x) * x + noise / _column(self._inverse_det(t), x)
         return numerator / _column(self.mean_coef(t), x)
 
-    def noise_from_velocity(self, velocity: Array, x: Array, t: Array) -> Array:
+    def noise_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
         """``eps = (mu u - mu' x) / D``."""
         t = jnp.asarray(t)
         numerator = _column(self.mean_coef(t), x) * velocity - _column(self.mean_coef_dot(t), x) * x
         return numerator * _column(self._inverse_det(t), x)
 
-    def velocity_from_x0(self, x0: Array, x: Array, t: Array) -> Array:
+    def velocity_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
         """``u = mu' x_0 + sigma' (x - mu x_0) / sigma``."""
         t = jnp.asarray(t)
         std, std_dot = self.std(t), self.std_dot(t)
@@ -145,7 +146,7 @@ class GaussianPath(abc.ABC):
         noise_part = jnp.where(on_data, 0, jnp.where(on_data, 0, rate) * residual)
         return _column(self.mean_coef_dot(t), x) * x0 + noise_part
 
-    def x0_from_velocity(self, velocity: Array, x: Array, t: Array) -> Array:
+    def x0_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
         """``x_0 = (sigma' x - sigma u) / D``."""
         t = jnp.asarray(t)
         return (
@@ -153,35 +154,35 @@ class GaussianPath(abc.ABC):
             - _column(self.std(t) * self._inverse_det(t), x) * velocity
         )
 
-    def score_from_noise(self, noise: Array, x: Array, t: Array) -> Array:
+    def score_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
         """``s = -eps / sigma``."""
         return self.score(noise, t)
 
-    def noise_from_score(self, score: Array, x: Array, t: Array) -> Array:
+    def noise_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
         """``eps = -sigma s``."""
         return -_column(self.std(jnp.asarray(t)), x) * score
 
-    def noise_from_x0(self, x0: Array, x: Array, t: Array) -> Array:
+    def noise_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
         """``eps = (x - mu x_0) / sigma``."""
         t = jnp.asarray(t)
         return (x - _column(self.mean_coef(t), x) * x0) / _column(self.std(t), x)
 
-    def x0_from_noise(self, noise: Array, x: Array, t: Array) -> Array:
+    def x0_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
         """``x_0 = (x - sigma eps) / mu``."""
         t = jnp.asarray(t)
         return (x - _column(self.std(t), x) * noise) / _column(self.mean_coef(t), x)
 
-    def x0_from_score(self, score: Array, x: Array, t: Array) -> Array:
+    def x0_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
         """``x_0 = (x + sigma^2 s) / mu``."""
         t = jnp.asarray(t)
         return (x + _column(self.std(t), x) ** 2 * score) / _column(self.mean_coef(t), x)
 
-    def score_from_x0(self, x0: Array, x: Array, t: Array) -> Array:
+    def score_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
         """``s = (mu x_0 - x) / sigma^2``."""
         t = jnp.asarray(t)
         return (_column(self.mean_coef(t), x) * x0 - x) / _column(self.std(t), x) ** 2
 
-    def target(self, prediction: str, x0: Array, noise: Array, t: Array) -> Array:
+    def target(self, prediction: str, x0: Array, noise: Array, t: Array) -> jax.Array:
         """The value that a network of a kind of ``PREDICTIONS`` learns at ``x_t``: ``[..., d]``."""
         checks.check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "velocity":
@@ -190,7 +191,7 @@ class GaussianPath(abc.ABC):
             return self.score(noise, t)
         return noise if prediction == "noise" else x0
 
-    def convert(self, value: Array, x: Array, t: Array, source: str, target: str) -> Array:
+    def convert(self, value: Array, x: Array, t: Array, source: str, target: str) -> jax.Array:
         """A prediction of the kind ``source`` at ``x`` as one of the kind ``target``: ``[..., d]``.
 
         Example:
@@ -213,19 +214,19 @@ class _ConditionalOT(GaussianPath):
 
     sigma_min: float
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Array) -> jax.Array:
         return 1 - jnp.asarray(t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Array) -> jax.Array:
         return self.sigma_min + (1 - self.sigma_min) * jnp.asarray(t)
 
-    def mean_coef_dot(self, t: Array) -> Array:
+    def mean_coef_dot(self, t: Array) -> jax.Array:
         return _constant(-1, t)
 
-    def std_dot(self, t: Array) -> Array:
+    def std_dot(self, t: Array) -> jax.Array:
         return _constant(1 - self.sigma_min, t)
 
-    def _inverse_det(self, t: Array) -> Array:
+    def _inverse_det(self, t: Array) -> jax.Array:
         return _constant(1, t)
 
 
@@ -233,10 +234,10 @@ class _ConditionalOT(GaussianPath):
 class _VariancePreserving(GaussianPath):
     """``mu^2 + sigma^2 = 1``, so ``mu mu' = -sigma sigma'`` and ``D = -mu' / sigma``."""
 
-    def _std_det(self, t: Array) -> Array:
+    def _std_det(self, t: Array) -> jax.Array:
         return -self.mean_coef_dot(t)
 
-    def _std_dot_over_det(self, t: Array) -> Array:
+    def _std_dot_over_det(self, t: Array) -> jax.Array:
         return self.mean_coef(t)
 
 
@@ -247,25 +248,25 @@ class _LinearVP(_VariancePreserving):
     beta_min: float
     beta_max: float
 
-    def _log_mean(self, t: Array) -> Array:
+    def _log_mean(self, t: Array) -> jax.Array:
         t = jnp.asarray(t)
         return -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Array) -> jax.Array:
         return jnp.exp(self._log_mean(t))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Array) -> jax.Array:
         # expm1 keeps full precision where sigma is small.
         return jnp.sqrt(-jnp.expm1(2 * self._log_mean(t)))
 
-    def mean_coef_dot(self, t: Array) -> Array:
+    def mean_coef_dot(self, t: Array) -> jax.Array:
         t = jnp.asarray(t)
         return -self.mean_coef(t) * ((self.beta_max - self.beta_min) * t + self.beta_min) / 2
 
-    def std_dot(self, t: Array) -> Array:
+    def std_dot(self, t: Array) -> jax.Array:
         return -self.mean_coef(t) * self.mean_coef_dot(t) / self.std(t)
 
-    def _inverse_det(self, t: Array) -> Array:
+    def _inverse_det(self, t: Array) -> jax.Array:
         return -self.std(t) / self.mean_coef_dot(t)
 
 
@@ -273,20 +274,20 @@ class _LinearVP(_VariancePreserving):
 class _CosineVP(_VariancePreserving):
     """``mu = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``, so ``D = pi / 2``."""
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Array) -> jax.Array:
         # The sine of the complement is exactly 0 at t = 1, where the cosine rounds to -4e-8.
         return jnp.sin(jnp.pi / 2 * (1 - jnp.asarray(t)))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Array) -> jax.Array:
         return jnp.sin(jnp.pi / 2 * jnp.asarray(t))
 
-    def mean_coef_dot(self, t: Array) -> Array:
+    def mean_coef_dot(self, t: Array) -> jax.Array:
         return -jnp.pi / 2 * self.std(t)
 
-    def std_dot(self, t: Array) -> Array:
+    def std_dot(self, t: Array) -> jax.Array:
         return jnp.pi / 2 * self.mean_coef(t)
 
-    def _inverse_det(self, t: Array) -> Array:
+    def _inverse_det(self, t: Array) -> jax.Array:
         return _constant(2 / jnp.pi, t)
 
 

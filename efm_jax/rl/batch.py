@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax.training.parallel import Layout
-from efm_jax.types import Array
 
 
 class Batch(NamedTuple):
@@ -32,7 +31,7 @@ class Batch(NamedTuple):
 
 
 # All seeds share the dataset; what was computed by a seed's own parameters has a seed axis.
-SEED_AXES = Batch(None, None, None, None, None, next_actions=0, support=0)
+SEED_AXES = Batch._make((None, None, None, None, None, 0, 0))
 
 
 def gather(rows: Any, indices: Array) -> Any:

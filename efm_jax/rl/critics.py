@@ -5,14 +5,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax import checks
 from efm_jax.losses import Aux
-from efm_jax.networks import QEnsemble, Value, ValueEnsemble
+from efm_jax.networks import QEnsemble, Value, ValueEnsemble, apply
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName
 
 
@@ -76,7 +76,7 @@ class SoftmaxQ(Critic):
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """``min_k Q_k(s, a)``."""
-        return self.q_network.apply(params["q"], observations, actions).min(0)
+        return apply(self.q_network, params["q"], observations, actions).min(0)
 
     def loss(
         self, params: Params, target: Params, key: Array, batch: Batch, axis_name: AxisName = None
@@ -109,10 +109,10 @@ class IQL(Critic):
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """``min_k Q_k(s, a)``."""
-        return self.q_network.apply(params["q"], observations, actions).min(0)
+        return apply(self.q_network, params["q"], observations, actions).min(0)
 
     def values(self, params: Params, observations: Array) -> Array:
-        return self.v_network.apply(params["v"], observations)
+        return apply(self.v_network, params["v"], observations)
 
     def loss(
         self, params: Params, target: Params, key: Array, batch: Batch, axis_name: AxisName = None
@@ -154,19 +154,19 @@ class EnsembleLCB(Critic):
 
     def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """The lower confidence bound of ``Q(s, a)``."""
-        values = self.v_network.apply(params["v"], observations)
-        advantages = self.q_network.apply(params["q"], observations, actions) - values
+        values = apply(self.v_network, params["v"], observations)
+        advantages = apply(self.q_network, params["q"], observations, actions) - values
         return values.mean(0) + advantages.mean(0) - self.pessimism * advantages.std(0)
 
     def values(self, params: Params, observations: Array) -> Array:
-        return self.v_network.apply(params["v"], observations).mean(0)
+        return apply(self.v_network, params["v"], observations).mean(0)
 
     def loss(
         self, params: Params, target: Params, key: Array, batch: Batch, axis_name: AxisName = None
     ) -> tuple[Array, Aux]:
-        value = self.v_network.apply(params["v"], batch.observations)
-        target_q = self.q_network.apply(target["q"], batch.observations, batch.actions)
-        next_value = self.v_network.apply(params["v"], batch.next_observations)
+        value = apply(self.v_network, params["v"], batch.observations)
+        target_q = apply(self.q_network, target["q"], batch.observations, batch.actions)
+        next_value = apply(self.v_network, params["v"], batch.next_observations)
         errors, q = _temporal_difference(self.q_network, params, batch, next_value)
         v_errors = _expectile_loss(target_q - value, self.expectile).sum(0)
         aux = {
@@ -225,7 +225,7 @@ def _temporal_difference(
     ``next_value`` is ``[B]``, or ``[num, B]`` where every member has a target of its own.
     """
     target = batch.rewards + batch.discounts * next_value
-    q = network.apply(params["q"], batch.observations, batch.actions)
+    q = apply(network, params["q"], batch.observations, batch.actions)
     return jnp.sum((q - lax.stop_gradient(target)) ** 2, axis=0), q
 
 

@@ -41,7 +41,8 @@ def predict(
     agent = make_agent(config, observation_size, action_size)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     sizes = (observation_size, action_size, None, observation_size, None)  # None: a number
-    row = Batch(*(jax.ShapeDtypeStruct((1,) if n is None else (1, n), "float32") for n in sizes))
+    shapes = [(1,) if size is None else (1, size) for size in sizes]
+    row = Batch._make([*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes), None, None])
     inputs = jax.random.key(0), 0, row, np.zeros(1, np.int32)
     table = jax.eval_shape(agent.support_rows, state.params(), *inputs)
     table_size = sum(math.prod(x.shape) for x in jax.tree.leaves(table))

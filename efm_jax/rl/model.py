@@ -9,13 +9,14 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from efm_jax import checks, sampling
 from efm_jax.losses import LOSSES, Aux, LossEntry
-from efm_jax.networks import FIELDS
+from efm_jax.networks import FIELDS, apply
 from efm_jax.paths import PATHS, PREDICTIONS, GaussianPath
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.types import Array, Field, Params
+from efm_jax.types import Field, Params
 from efm_jax.weights import AxisName
 
 SOLVERS = ("auto", *sampling.SAMPLE_SOLVERS, "dpmpp")
@@ -85,7 +86,7 @@ class GenerativeModel:
         """The network at states ``[..., S]``, its output converted to one of ``PREDICTIONS``."""
 
         def field(x: Array, t: Array) -> Array:
-            value = self.network.apply(params, x, t, observations)
+            value = apply(self.network, params, x, t, observations)
             return self.path.convert(value, x, t, self.prediction, prediction or self.prediction)
 
         return field

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from efm_jax.data.preprocess import n_step
 from efm_jax.rl.agents import Agent, AgentParams, State, make_agent
@@ -22,7 +23,7 @@ from efm_jax.training.loop import MetricsPipe, segments
 from efm_jax.training.parallel import Layout, check_divides, compile_ahead
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk
-from efm_jax.types import Array, Transitions
+from efm_jax.types import Transitions
 
 # Support actions that one device samples at once: they bound its memory, whatever M is.
 _TABLE_ACTIONS = 65_536

@@ -1,1 +1,1 @@
-"""The work directory of a run: configuration, metrics, returns, checkpoints, learning curve, loading, export."""
+"""The work directory of a run: its record, metrics, returns, checkpoints, loading."""

@@ -57,7 +57,7 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     bounds = (jax.ShapeDtypeStruct((size,), np.float32) for size in np.repeat(sizes, 2))
     template = {
         "state": jax.eval_shape(jax.vmap(agent.init), keys),
-        "normalizer": Normalizer(*bounds),
+        "normalizer": Normalizer._make(bounds),
     }
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
     found = None

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from efm_jax.types import Array
-
 
 class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite; the message names phase, step and seed."""
@@ -36,7 +34,7 @@ class _Chunk:
     phase: str
     start: int
     stop: int
-    metrics: dict[str, Array]
+    metrics: dict[str, jax.Array]
     dispatched: float
     finished: float | None = None
 
@@ -52,14 +50,14 @@ class MetricsPipe:
     def __init__(
         self,
         emit: Callable[[str, int, dict[str, np.ndarray]], None],
-        get: Callable[[dict[str, Array]], dict[str, Array]],
+        get: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     ):
         self._emit = emit
         self._get = get
         self._pending: _Chunk | None = None
 
     def run(
-        self, phase: str, start: int, stop: int, chunk: Callable[[], tuple[Any, dict[str, Array]]]
+        self, phase: str, start: int, stop: int, chunk: Callable[[], tuple[Any, dict[str, jax.Array]]]
     ) -> Any:
         """Dispatch ``chunk() -> (state, metrics)``, return its state, emit the chunk before it."""
         # Waiting first costs one dispatch a chunk and makes every chunk's time its own.

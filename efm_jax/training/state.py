@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import Array
 
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 
 
 class TrainState(struct.PyTreeNode):

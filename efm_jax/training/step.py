@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import Array, lax
 
 from efm_jax import checks
 from efm_jax.losses import sample_keys
 from efm_jax.training.state import TrainState
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName, psum_if
 
 Batch = Any

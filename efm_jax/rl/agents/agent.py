@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax import Array
 
 from efm_jax import checks
 from efm_jax.losses import Aux, sample_keys
@@ -29,7 +30,7 @@ from efm_jax.rl.critics import make_critic
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import StepFn, cached_samples, make_step, sample_rows
-from efm_jax.types import Array, Normalizer, Params
+from efm_jax.types import Normalizer, Params
 from efm_jax.weights import AxisName
 
 POLICIES = ("behavior", "policy")  # of every agent, each may act

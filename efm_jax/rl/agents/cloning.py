@@ -2,9 +2,10 @@
 
 from typing import final
 
+from jax import Array
+
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.model import GenerativeModel
-from efm_jax.types import Array
 
 
 @final

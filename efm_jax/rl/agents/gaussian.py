@@ -3,16 +3,17 @@
 from typing import final
 
 import jax.numpy as jnp
+from jax import Array
 
 from efm_jax.losses import Aux
-from efm_jax.networks import GaussianActor
+from efm_jax.networks import GaussianActor, apply
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import global_mean, share_of_mean
 from efm_jax.rl.model import GenerativeModel
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName
 
 
@@ -49,7 +50,7 @@ class Gaussian(Agent):
     def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName
     ) -> tuple[Array, Aux]:
-        mean, std = self.actor.apply(params, batch.observations)
+        mean, std = apply(self.actor, params, batch.observations)
         z = (batch.actions - mean) / std
         log_prob = -0.5 * jnp.sum(z**2 + 2 * jnp.log(std) + jnp.log(2 * jnp.pi), axis=-1)
         aux = {"std": global_mean(std, axis_name)}
@@ -58,10 +59,10 @@ class Gaussian(Agent):
     def sample(
         self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
     ) -> Array:
-        mean, std = self.actor.apply(params.policy, observations)
+        mean, std = apply(self.actor, params.policy, observations)
         return jnp.clip(mean + std * noise, -1, 1)
 
     def mean(
         self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
     ) -> Array:
-        return self.actor.apply(params.policy, observations[:, 0])[0]
+        return apply(self.actor, params.policy, observations[:, 0])[0]

@@ -4,17 +4,18 @@ from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from efm_jax import losses
 from efm_jax.guidance import contrastive_guided
 from efm_jax.losses import Aux
-from efm_jax.networks import LogRatio
+from efm_jax.networks import LogRatio, apply
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.agents.qipo import Support, WeightedSupport, draw_support, weigh_support
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName
 
 
@@ -69,7 +70,7 @@ class QGPO(Agent):
         actions, weights = batch.support
 
         def log_ratio(x: Array, t: Array) -> Array:
-            return self.log_ratio.apply(params, x, t, batch.observations[:, None])
+            return apply(self.log_ratio, params, x, t, batch.observations[:, None])
 
         return losses.contrastive(
             log_ratio, self.model.path, key, actions, weights, axis_name=axis_name
@@ -79,7 +80,7 @@ class QGPO(Agent):
         self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
     ) -> Array:
         def log_ratio(x: Array, t: Array) -> Array:
-            return self.log_ratio.apply(params.policy, x, t, observations)
+            return apply(self.log_ratio, params.policy, x, t, observations)
 
         score = model.field(params.behavior, observations, "score")
         return model.integrate(contrastive_guided(score, log_ratio), noise, "score")

@@ -14,14 +14,14 @@ from typing import NamedTuple, final
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax.losses import Aux, sample_keys
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.batch import Batch, draw_noise, gather
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName, beta_for_mean_ess, boltzmann_logits
 
 

@@ -4,13 +4,13 @@ import math
 from typing import final
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax.losses import Aux
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.batch import Batch, draw_noise
 from efm_jax.rl.model import GenerativeModel
-from efm_jax.types import Array, Params
+from efm_jax.types import Params
 from efm_jax.weights import AxisName, effective_sample_size, log_normalizer
 
 # Of an advantage, as in the authors' code of IQL (ikostrikov/implicit_q_learning).
