@@ -23,6 +23,19 @@ def test_a_figure_is_saved_whole_in_the_style_which_ends_with_it(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_thin_line_keeps_its_color_beside_many_others(tmp_path):
+    path = tmp_path / "figure.png"
+    with figures.drawn(path, 6, 4) as figure:
+        axes = figure.subplots()
+        axes.imshow(np.linspace(0, 1, 250_000).reshape(500, 500), extent=(0, 1, 0, 1))
+        for i, color in enumerate(figures.COLORS.values()):
+            figures.banded(axes, [1.1, 2], [i / 9, i / 9], [0, 0], [1, 1], color=color, marker="")
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
+    for color in figures.COLORS.values():
+        wanted = 255 * np.array(matplotlib.colors.to_rgb(color))
+        assert np.abs(pixels - wanted).max(-1).min() < 8
+
+
 def test_a_figure_that_fails_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "figure.png"
     path.write_bytes(b"old")
