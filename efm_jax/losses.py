@@ -18,18 +18,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax import checks
 from efm_jax.paths import GaussianPath
-from efm_jax.types import Array, Field
+from efm_jax.types import Field
 from efm_jax.weights import AxisName, effective_sample_size, energy_weights, psum_if
 
-Aux = dict[str, jax.Array]
-TimeWeight = Callable[[jax.Array], jax.Array]
+Aux = dict[str, Array]
+TimeWeight = Callable[[Array], Array]
 
 
-def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array) -> jax.Array:
+def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array) -> Array:
     """Conditional flow-matching error ``||v(x_t, t) - u_{t0}(x_t | x_0)||^2`` of one sample.
 
     Made to be ``vmap``-ed: here the field sees ``x: [d]``, ``t: []``.
@@ -55,9 +55,7 @@ def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Arra
     return _squared_distance(field(path.sample(x0, noise, t), t), path.velocity(x0, noise, t))
 
 
-def dsm_error(
-    score_field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array
-) -> jax.Array:
+def dsm_error(score_field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array) -> Array:
     """Denoising score-matching error ``||s(x_t, t) + eps / sigma_t||^2`` of one sample.
 
     Arguments and result as in :func:`cfm_error`; the field predicts the score.
@@ -75,7 +73,7 @@ def matching(
     weights: Array | None = None,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Regression on any prediction: ``mean(weights lambda(t) ||f(x_t, t) - target||^2)``.
 
     Args:
@@ -103,7 +101,7 @@ def matching(
     checks.check_rank("x0", x0, 2)
     checks.check_float("x0", x0)
 
-    def draw(key: Array) -> tuple[jax.Array, jax.Array]:
+    def draw(key: Array) -> tuple[Array, Array]:
         time_key, noise_key = jax.random.split(key)
         t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
         return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
@@ -112,7 +110,7 @@ def matching(
     predicted = field(path.sample(x0, noise, t), t)
     checks.check_shape("field(x, t)", predicted, x0.shape)
 
-    def error(predicted: Array, x0: Array, noise: Array, t: Array) -> jax.Array:
+    def error(predicted: Array, x0: Array, noise: Array, t: Array) -> Array:
         return _squared_distance(predicted, path.target(prediction, x0, noise, t))
 
     for _ in range(t.ndim):
@@ -137,7 +135,7 @@ def cfm(
     weights: Array | None = None,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Conditional flow matching: the mean of ``weights *`` :func:`cfm_error` over the batch.
 
     Arguments and results as in :func:`matching`, with a velocity field.
@@ -166,7 +164,7 @@ def dsm(
     weights: Array | None = None,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Denoising score matching: the mean of ``weights lambda(t)`` :func:`dsm_error`.
 
     Arguments and results as in :func:`matching`, with a score field; ``time_weight`` is by default
@@ -199,7 +197,7 @@ def cefm(
     time_weight: TimeWeight | None = None,
     log_normalizer: Array | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Conditional energy-weighted flow matching: ``sum_i g_i ||v - u_{t0}||^2``.
 
     ``g = softmax(-beta E)`` over the global batch, or with ``log_normalizer`` Thm 4.3's own
@@ -257,7 +255,7 @@ def ced(
     time_weight: TimeWeight | None = None,
     log_normalizer: Array | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Conditional energy-weighted diffusion: ``sum_i lambda(t_i) g_i ||s + eps_i / sigma||^2``.
 
     ``time_weight`` as in :func:`dsm`, other arguments and results as in :func:`cefm`, with a score
@@ -279,7 +277,7 @@ def contrastive(
     weights: Array,
     *,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Weighted contrast ``-mean_i w_i log softmax(f(x_t, t))_i``; one time for all of a group.
 
     Args:
@@ -304,7 +302,7 @@ def contrastive(
     checks.check_rank("x0", x0, 2 if axis_name is None else 3)
     checks.check_shape("weights", weights, x0.shape[:-1])
 
-    def draw(key: Array, x0: Array) -> tuple[jax.Array, jax.Array]:
+    def draw(key: Array, x0: Array) -> tuple[Array, Array]:
         time_key, noise_key = jax.random.split(key)
         t = jnp.broadcast_to(_draw_time(time_key, (*x0.shape[:-2], 1), x0.dtype), x0.shape[:-1])
         return t, jax.random.normal(noise_key, x0.shape, x0.dtype)
@@ -334,7 +332,7 @@ def cep(
     beta: Array,
     *,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
     With large groups the minimizer is ``f = -E_t`` up to a function of t; in small ones the
@@ -363,7 +361,7 @@ def support_cefm(
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """QIPO-OT's policy loss: ``mean_i sum_j g_ij ||v(a_ij) - u_{t0}||^2`` over support action sets.
 
     ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized in every state, so devices share nothing
@@ -401,7 +399,7 @@ def support_ced(
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """QIPO-Diff's policy loss: :func:`support_cefm` with a score field and :func:`ced`'s error."""
     weights = _support_importance(actions, q_values, beta)
     return dsm(
@@ -422,7 +420,7 @@ class LossEntry(NamedTuple):
     over samples that takes a key for each of them.
     """
 
-    loss: Callable[..., tuple[jax.Array, Aux]]
+    loss: Callable[..., tuple[Array, Aux]]
     prediction: str
 
 
@@ -435,17 +433,17 @@ LOSSES = {
 }
 
 
-def _squared_distance(prediction: Array, target: Array) -> jax.Array:
+def _squared_distance(prediction: Array, target: Array) -> Array:
     checks.check_shape("field(x, t)", prediction, target.shape)
     return jnp.sum((prediction - target) ** 2)
 
 
-def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Uniform on (0, 1]: 0 is left out because scores and some velocities are infinite there."""
     return 1 - jax.random.uniform(key, shape, dtype)
 
 
-def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> jax.Array:
+def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
     """Keys ``[size]`` of this device's samples, folded from their places in the global batch.
 
     Args:
@@ -475,7 +473,7 @@ def _num_devices(axis_name: AxisName) -> int:
 
 def _importance(
     x0: Array, energy: Array, beta: Array, log_normalizer: Array | None, axis_name: AxisName
-) -> tuple[jax.Array, Aux]:
+) -> tuple[Array, Aux]:
     """Importance weights ``[B]``, of mean one over the global batch (or the dataset)."""
     checks.check_shape("energy", energy, x0.shape[:-1])
     size = energy.size * _num_devices(axis_name)
@@ -488,7 +486,7 @@ def _importance(
     return size * weights, aux
 
 
-def _support_importance(actions: Array, q_values: Array, beta: Array) -> jax.Array:
+def _support_importance(actions: Array, q_values: Array, beta: Array) -> Array:
     """Importance weights ``[B, M]``, of mean one over the support actions of every state."""
     checks.check_shape("q_values", q_values, actions.shape[:-1])
     return q_values.shape[-1] * energy_weights(-q_values, beta)

@@ -32,7 +32,7 @@ from efm_jax.types import Array
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
 
-def _column(coefficient: Array, x: Array) -> jax.Array:
+def _column(coefficient: jax.Array, x: Array) -> jax.Array:
     """``[...]`` to ``[..., 1]`` against ``x: [..., d]``; only a scalar may have fewer axes."""
     if coefficient.ndim and coefficient.shape != jnp.shape(x)[:-1]:
         raise ValueError(
@@ -108,7 +108,7 @@ class GaussianPath(abc.ABC):
     def score(self, noise: Array, t: Array) -> jax.Array:
         """Conditional score ``-eps / sigma_t``: ``[..., d]``; infinite where ``sigma_t = 0``."""
         t = jnp.asarray(t)
-        return -noise / _column(self.std(t), noise)
+        return -jnp.asarray(noise) / _column(self.std(t), noise)
 
     def velocity_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
         """``u = (mu' x - sigma D s) / mu``."""
@@ -165,17 +165,17 @@ class GaussianPath(abc.ABC):
     def noise_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
         """``eps = (x - mu x_0) / sigma``."""
         t = jnp.asarray(t)
-        return (x - _column(self.mean_coef(t), x) * x0) / _column(self.std(t), x)
+        return (-_column(self.mean_coef(t), x) * x0 + x) / _column(self.std(t), x)
 
     def x0_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
         """``x_0 = (x - sigma eps) / mu``."""
         t = jnp.asarray(t)
-        return (x - _column(self.std(t), x) * noise) / _column(self.mean_coef(t), x)
+        return (-_column(self.std(t), x) * noise + x) / _column(self.mean_coef(t), x)
 
     def x0_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
         """``x_0 = (x + sigma^2 s) / mu``."""
         t = jnp.asarray(t)
-        return (x + _column(self.std(t), x) ** 2 * score) / _column(self.mean_coef(t), x)
+        return (_column(self.std(t), x) ** 2 * score + x) / _column(self.mean_coef(t), x)
 
     def score_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
         """``s = (mu x_0 - x) / sigma^2``."""
@@ -189,7 +189,7 @@ class GaussianPath(abc.ABC):
             return self.velocity(x0, noise, t)
         if prediction == "score":
             return self.score(noise, t)
-        return noise if prediction == "noise" else x0
+        return jnp.asarray(noise if prediction == "noise" else x0)
 
     def convert(self, value: Array, x: Array, t: Array, source: str, target: str) -> jax.Array:
         """A prediction of the kind ``source`` at ``x`` as one of the kind ``target``: ``[..., d]``.
@@ -203,7 +203,7 @@ class GaussianPath(abc.ABC):
         for name, kind in (("source", source), ("target", target)):
             checks.check_choice(name, kind, PREDICTIONS)
         if source == target:
-            return value
+            return jnp.asarray(value)
         source, target = ("x0" if kind == "data" else kind for kind in (source, target))
         return getattr(self, f"{target}_from_{source}")(value, x, t)
 

@@ -9,12 +9,12 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from efm_jax import checks
 from efm_jax.paths import GaussianPath
 from efm_jax.solvers import SOLVERS, integrate, vary_like
-from efm_jax.types import Array, Field
+from efm_jax.types import Field
 
 SAMPLE_SOLVERS = (*SOLVERS, "dopri5")
 
@@ -33,7 +33,7 @@ def sample(
     t_end: float = 0.0,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-) -> jax.Array:
+) -> Array:
     """Integrate a velocity field from noise to data.
 
     Args:
@@ -65,14 +65,14 @@ def sample(
     checks.check_float("noise", noise)
     noise = jnp.asarray(noise)
 
-    def slope(t: Array, x: Array) -> jax.Array:
+    def slope(t: Array, x: Array) -> Array:
         return field(x, jnp.full(x.shape[:-1], t, x.dtype))
 
     return _solve(slope, noise, t_start, t_end, solver, num_steps, rtol, atol)
 
 
 def _solve(
-    f: Callable[[Array, Any], Any],
+    f: Callable[[Any, Any], Any],
     y0: Any,
     t_start: float,
     t_end: float,
@@ -97,7 +97,7 @@ def _solve(
     return jax.tree.map(lambda leaf: leaf[-1], solution.ys)
 
 
-def _largest(error: Any) -> jax.Array:
+def _largest(error: Any) -> Array:
     """The worst sample decides the step; a root mean square would let a few samples go wrong."""
     return jnp.max(
         jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(error)])
@@ -114,7 +114,7 @@ def sample_dpmpp(
     prediction: str = "score",
     t_start: float | None = None,
     t_end: float = 0.0,
-) -> jax.Array:
+) -> Array:
     """DPM-Solver++ (multistep, data prediction) for any Gaussian path.
 
     Args:
@@ -209,7 +209,7 @@ def log_likelihood(
     t_end: float = 1.0,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-) -> jax.Array:
+) -> Array:
     """Log-density of data under a flow, by the instantaneous change of variables.
 
     ``log p_0(x_0) = log N(x_1; 0, I) + int_0^1 div u_t(x_t) dt`` along the flow from data to noise.
@@ -247,10 +247,10 @@ def log_likelihood(
     else:
         directions = jax.random.rademacher(key, (1, *x0.shape), x0.dtype)
 
-    def slope(t: Array, state: tuple[Array, Array]) -> tuple[jax.Array, jax.Array]:
+    def slope(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         x, _ = state
 
-        def velocity(x: Array) -> jax.Array:
+        def velocity(x: Array) -> Array:
             return field(x, jnp.full(x.shape[:-1], t, x.dtype))
 
         value, push = jax.linearize(velocity, x)

@@ -27,7 +27,7 @@ Scalar = Real[chex.Numeric, ""]
 Key = chex.PRNGKey
 # A pytree of arrays; Any, because a checker knows of no keys in a chex.ArrayTree.
 Params = Any
-Field = Callable[[jax.Array, jax.Array], jax.Array]
+Field = Callable[[Any, Any], jax.Array]
 # Every host's array, in the order of hosts; see efm_jax.training.hosts.gather.
 Gather = Callable[[np.ndarray], list[np.ndarray]]
 # Which of a source's rows to read, given their number.

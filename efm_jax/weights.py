@@ -300,7 +300,9 @@ def beta_for_ess(
     return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)
 
 
-def beta_for_mean_ess(mean_ess: Callable[[Array], Array], target: float, spread: Array) -> Array:
+def beta_for_mean_ess(
+    mean_ess: Callable[[jax.Array], jax.Array], target: float, spread: jax.Array
+) -> jax.Array:
     """The one beta at which many sets of weights have a mean effective sample size.
 
     Args:

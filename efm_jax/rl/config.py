@@ -215,8 +215,8 @@ def _check_known(values: dict, names: set[str], prefix: str) -> None:
 
 def _check_types(record: typing.Any, prefix: str) -> None:
     for field in dataclasses.fields(record):
-        value, expected = getattr(record, field.name), field.type
-        kind = typing.get_origin(expected) or expected
+        value = getattr(record, field.name)
+        kind: typing.Any = typing.get_origin(field.type) or field.type
         if kind is float:
             matches = isinstance(value, (int, float)) and not isinstance(value, bool)
         elif kind is int:

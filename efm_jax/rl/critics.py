@@ -81,6 +81,8 @@ class SoftmaxQ(Critic):
     def loss(
         self, params: Params, target: Params, key: Array, batch: Batch, axis_name: AxisName = None
     ) -> tuple[Array, Aux]:
+        if batch.next_actions is None:
+            raise ValueError("batch.next_actions: expected behavior actions [B, M, A]; got None")
         next_q = self.q_values(target, batch.next_observations[:, None], batch.next_actions)
         next_value = jnp.sum(jax.nn.softmax(self.beta_q * next_q, axis=-1) * next_q, axis=-1)
         errors, q = _temporal_difference(self.q_network, params, batch, next_value)

@@ -154,10 +154,9 @@ class Trainer:
         self.agent = make_agent(config, data.observations.shape[1], data.actions.shape[1])
         self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self.keys)
-        batch = Batch(
-            data.observations, data.actions, *n_step(data, config.n_step, config.discount)
-        )
-        self.data = self.layout.put_rows(batch)
+        targets = n_step(data, config.n_step, config.discount)
+        rows = Batch._make((data.observations, data.actions, *targets, None, None))
+        self.data = self.layout.put_rows(rows)
         # Programs are traced and compiled once a run, at their first use.
         block = table_block(config, self.layout, num_rows)
         self._next_actions = Table(self.layout, self.agent.next_actions, num_rows, block)

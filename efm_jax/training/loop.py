@@ -36,7 +36,7 @@ class _Chunk:
     stop: int
     metrics: dict[str, jax.Array]
     dispatched: float
-    finished: float | None = None
+    finished: float = 0.0  # set when its metrics have come
 
 
 class MetricsPipe:
@@ -57,7 +57,11 @@ class MetricsPipe:
         self._pending: _Chunk | None = None
 
     def run(
-        self, phase: str, start: int, stop: int, chunk: Callable[[], tuple[Any, dict[str, jax.Array]]]
+        self,
+        phase: str,
+        start: int,
+        stop: int,
+        chunk: Callable[[], tuple[Any, dict[str, jax.Array]]],
     ) -> Any:
         """Dispatch ``chunk() -> (state, metrics)``, return its state, emit the chunk before it."""
         # Waiting first costs one dispatch a chunk and makes every chunk's time its own.

@@ -21,6 +21,7 @@ from efm_jax.training import hosts
 # The mapped axis over which a global batch is split.
 DEVICE_AXIS = "devices"
 MODES = ("data", "seeds")
+Device = Any  # jax.Device, which a checker takes for a variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Layout:
 
     mode: str
     num_seeds: int
-    devices: tuple[jax.Device, ...]  # of all hosts
+    devices: tuple[Device, ...]  # of all hosts
 
     @classmethod
     def create(
-        cls, mode: str = "data", num_seeds: int = 1, devices: Sequence[jax.Device] | None = None
+        cls, mode: str = "data", num_seeds: int = 1, devices: Sequence[Device] | None = None
     ) -> "Layout":
         """A layout over the given devices, by default all there are.
 
@@ -67,7 +68,7 @@ class Layout:
         return self.num_seeds if self.mode == "data" else self.num_seeds // len(self.devices)
 
     @property
-    def local_devices(self) -> tuple[jax.Device, ...]:
+    def local_devices(self) -> tuple[Device, ...]:
         """This host's devices."""
         return tuple(device for device in self.devices if device.process_index == hosts.index())
 
@@ -159,7 +160,7 @@ def _without_device_axis(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def compile_ahead(mapped: Callable, *inputs: Any) -> Callable:
+def compile_ahead(mapped: Any, *inputs: Any) -> Callable:
     """Compile what :meth:`Layout.map` returned before its first call, so that a call's time is its
     own.
 

@@ -284,7 +284,7 @@ class Agent(abc.ABC):
             2023, IDQL, arXiv 2304.10573, Algorithm 2) or their mean, as ``action_selection`` says;
             "behavior" plays a sample of the behavior model.
         """
-        states = normalizer.normalize_observations(observations)[:, None]
+        states = jnp.asarray(normalizer.normalize_observations(observations))[:, None]
         rule = self.config.action_selection if policy == "policy" else "sample"
         shape = (1 if rule == "sample" else self.config.num_candidates, self.action_size)
         keys = sample_keys(key, observations.shape[0])
@@ -300,7 +300,7 @@ class Agent(abc.ABC):
             if rule == "best":
                 best = self.critic.q_values(params.critic, states, sampled).argmax(-1)
                 scaled = jnp.take_along_axis(sampled, best[:, None, None], axis=1)[:, 0]
-        return normalizer.unscale_actions(scaled)
+        return jnp.asarray(normalizer.unscale_actions(scaled))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -130,7 +130,7 @@ def weigh_support(
     }
 
 
-def support_weights(q_values: Array, beta: Array, data_copies: float = 1.0) -> Array:
+def support_weights(q_values: Array, beta: Array | float, data_copies: float = 1.0) -> Array:
     """``(M + 1) g_ij`` with ``g_ij ∝ c_j exp(beta Q_ij)``, ``[..., M + 1]``; of mean one over j.
 
     Args:

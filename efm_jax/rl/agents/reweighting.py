@@ -69,7 +69,7 @@ def advantages(agent: Agent, params: AgentParams, key: Array, batch: Batch, inde
 
 
 def weigh_advantages(
-    advantages: Array, beta: Array, axis_name: AxisName = None
+    advantages: Array, beta: float, axis_name: AxisName = None
 ) -> tuple[Array, dict[str, Array]]:
     """``min(exp(beta A), 100)`` over its mean in the dataset, ``[n] -> [n]``, and a summary.
 
