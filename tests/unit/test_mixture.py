@@ -448,7 +448,7 @@ def test_a_float32_offset_costs_no_digits():
 # --- transformations and bad input ---
 
 
-def test_any_leading_axes_jit_and_vmap(x64):
+def test_any_leading_axes_compiled_and_mapped(x64):
     path, _ = PATHS["vp_cosine"]
     mixture, energy, _, _ = problem()
     x, t = jnp.asarray(normal(0, B, D)), jnp.asarray(INNER)
