@@ -55,8 +55,8 @@ def measure(
     for phase in ("behavior", "critic"):
         seconds = rows.loc[phase, "seen"][steps] - rows.loc[phase, "seen"][half]
         between += seconds
-        outside += seconds - rows.loc[phase, "seconds"][half + every :].sum()
-    first = rows.loc["behavior"][:half]
+        outside += seconds - rows.loc[phase, "seconds"].loc[half + every :].sum()
+    first = rows.loc["behavior"].loc[:half]
     return {
         "compilation cache": name, "steps": 3 * steps, "wall, s": wall,
         "start to first step, s": first["seen"].iloc[-1] - first["seconds"].sum(),
