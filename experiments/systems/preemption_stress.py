@@ -75,8 +75,8 @@ class Run(NamedTuple):
             "batch_size": 64, "renew_every": renewal, "log_every": 10, "eval_every": renewal,
             "checkpoint_every": CHECKPOINT_EVERY, "eval_episodes": 2, "max_transitions": rows,
         } | {f"{phase}_steps": steps for phase in PHASES}  # fmt: skip
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
-        flags += ["--config=experiments/configs/quick.py", f"--workdir={self.workdir}"]
+        flags = [f"--workdir={self.workdir}", "--config=experiments/configs/quick.py"]
+        flags += [f"--config.{name}={value}" for name, value in fields.items()]
         self.workdir.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
             print(MARK, file=log, flush=True)

@@ -44,7 +44,7 @@ class Watch(Hooks):
     """Looks at the device's live arrays; keeps the most bytes of each part.
 
     Args:
-      rows: of the dataset on a device; arrays with such an axis after those of devices and seeds
+      rows: of the dataset; arrays with such an axis after those of devices and seeds
         are tables, after that of devices the dataset, and everything else is the state.
     """
 
@@ -87,18 +87,15 @@ def _row(run: str, part: str, predicted: float | None, measured: float | None) -
 
 def measure_parts(work: Workload, seeds: int) -> Rows:
     """A run's arrays on one device, at their most, and the temporaries of its programs."""
-    layout = Layout.create(num_seeds=seeds)
+    layout = Layout.create("data", seeds, jax.devices()[:1])
     name = f"{work.rows:,} rows, width {work.config.hidden_dims[0]}, seeds {seeds}"
-    watch = Watch(work.rows // layout.num_shards)
+    watch = Watch(work.rows)
     trainer = work.trainer(layout)
     trainer.run(trainer.init_state(), watch)
     predicted = _predict(work, layout)
     expected = predicted | dict.fromkeys(_COPIES, predicted["state"])
     expected["all at once"] = sum(predicted.values())
-    rows = [
-        _row(name, part, size, watch.most[part] / layout.num_shards)
-        for part, size in expected.items()
-    ]
+    rows = [_row(name, part, size, watch.most[part]) for part, size in expected.items()]
     for program, used in temporaries(work, layout).items():
         rows.append(_row(name, f"temporaries, {program}", None, used))
     return rows
@@ -138,7 +135,7 @@ def _resident(field: str) -> int:
 def measure_peak(work: Workload, first: Workload) -> dict[str, float]:
     """Growth of this process's peak in a run, after a ``first`` one that loads everything."""
     # On the host the data are there before: what grows is the trainer's.
-    layout, data = Layout.create(), work.transitions()
+    layout, data = Layout.create(devices=jax.devices()[:1]), work.transitions()
     trainer = first.trainer(layout)
     trainer.run(trainer.init_state(), Hooks())
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -122,14 +122,14 @@ def measure_devices(sizes: Sizes) -> Rows:
     return rows
 
 
-def count_sent(work: Workload, phase: str) -> dict[str, Any]:
-    """What one step of all devices reduces, and the all-reduces left once it is compiled."""
-    mapped, inputs = work.chunk(phase, Layout.create("data"), 1)
+def count_sent(work: Workload, phase: str, layout: Layout) -> dict[str, Any]:
+    """What one step reduces over devices, and the all-reduces left once it is compiled."""
+    mapped, inputs = work.chunk(phase, layout, 1)
     lowered, found = mapped.lower(*inputs), []
     for result in re.findall(r"= (.*) all-reduce\(", lowered.compiler_ir("hlo").as_hlo_text()):
         for bits, sizes in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", result):
             found.append(int(bits) // 8 * math.prod(int(n) for n in sizes.split(",") if n))
-    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs[0].params)) // len(jax.devices())
+    gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs[0].params)) // layout.num_shards
     return {
         "phase": phase, "gradients, bytes": gradients, "besides, bytes": sum(found) - gradients,
         "reduced arrays": len(found),
@@ -160,9 +160,10 @@ def run(quick: bool) -> dict[str, Rows]:
 def main() -> None:
     """Measure in a process with virtual devices, and print JSON."""
     sizes = QUICK if "--quick" in sys.argv else Sizes()
-    phases = sizes.sending if jax.device_count() == 2 else ()
-    work = workload(64, sizes.batch, sizes.rows)
-    print(json.dumps([measure_devices(sizes), [count_sent(work, phase) for phase in phases]]))
+    sent, work = [], workload(64, sizes.batch, sizes.rows)
+    if jax.device_count() == 2:
+        sent = [count_sent(work, phase, Layout.create()) for phase in sizes.sending]
+    print(json.dumps([measure_devices(sizes), sent]))
 
 
 if __name__ == "__main__":
