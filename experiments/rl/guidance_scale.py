@@ -167,10 +167,7 @@ def make_measure(agent: Agent, settings: Settings) -> Callable[..., tuple[Array,
 
 
 def log_density(agent: Agent, params: Params, states: Array, actions: Array, steps: int) -> Array:
-    """Compute ``log p(a|s)`` of actions ``[n, m, A]`` at states ``[n, 1, S]``.
-
-    By rk4 and the exact divergence.
-    """
+    """Compute ``log p(a|s)`` of actions ``[n, m, A]`` at states ``[n, 1, S]``: rk4, no estimate."""
     flat = actions.reshape(-1, actions.shape[-1])
     states = jnp.repeat(states[:, 0], actions.shape[1], axis=0)
     field = agent.model.field(params, states)
@@ -246,9 +243,8 @@ def run(
 ) -> None:
     """Run every arm of one problem that is not in the table yet."""
     for arm in arms:
-        if len(
-            read_rows(table, ["problem", "arm"]).query("problem == @problem.name and arm == @arm")
-        ):
+        rows = read_rows(table, ["problem", "arm"])
+        if ((rows["problem"] == problem.name) & (rows["arm"] == arm)).any():
             continue
         started = time.perf_counter()
         config = dataclasses.replace(problem.config, **ARMS[arm](problem.config)).validate()
@@ -256,9 +252,8 @@ def run(
         stages = study.trained(problem, problem.config, hooks)
         hooks.on_evaluate(config.policy_steps, study.improve(trainer, stages, hooks))
         rows, points = slopes_of(problem, trainer, hooks, settings)
-        np.savez_compressed(
-            guidance_scale_report.points_file(study.out, problem.name, arm), **points
-        )
+        file = guidance_scale_report.points_file(study.out, problem.name, arm)
+        np.savez_compressed(file, **points)
         rows.insert(0, "problem", problem.name)
         rows.insert(1, "arm", arm)
         append_rows(table, rows)
