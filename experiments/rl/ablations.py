@@ -27,15 +27,13 @@ folder.
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from efm_jax.data import fit_normalizer, preprocess
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.types import Dataset
 from experiments.rl import ablations_normalizers, ablations_report
 from experiments.rl.ablations_report import BASE
 from experiments.rl.study import (
+    Problem,
     Progress,
     Study,
     make_parser,
@@ -48,76 +46,52 @@ CRITIC_FRACTIONS = (0.01, 0.1, 0.3)
 Arms = dict[str, dict[str, Any]]
 
 
-def _sizes(c: QIPOConfig) -> Arms:
-    return {f"{m}": {"support_size": m} for m in (1, 4, 16, 64)}
-
-
-def _renewals(c: QIPOConfig) -> Arms:
-    arms: Arms = {}
+def all_arms(c: QIPOConfig) -> dict[str, Arms]:
+    """Make the arms of every ablation, in the order of tables and figures."""
+    renewals: Arms = {}
     for periods in (1, 2, 4, 8):
         period = {"renew_every": -(-c.policy_steps // periods)}
-        arms[f"{periods}"] = period
+        renewals[f"{periods}"] = period
         # A beta that follows the effective sample size has no total to keep.
         if not c.target_ess:
-            arms[f"{periods}, same total"] = {**period, "beta": total_beta(c) / periods}
-    return arms
-
-
-def _betas(c: QIPOConfig) -> Arms:
+            renewals[f"{periods}, same total"] = {**period, "beta": total_beta(c) / periods}
     if c.target_ess:
-        return {f"ESS {share:g}": {"target_ess": share} for share in (0.9, 0.7, 0.5, 0.3)}
-    betas = [c.beta * factor for factor in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)]
-    return {f"{beta:g}": {"beta": beta} for beta in betas}
-
-
-def _estimators(c: QIPOConfig) -> Arms:
-    return {name: {"estimator": name} for name in ("full", "resample")}
-
-
-def _samplers(c: QIPOConfig) -> Arms:
-    # How a policy acts is not what is compared.
-    acting = {
-        "eval_solver": c.solver if c.eval_solver == "same" else c.eval_solver,
-        "eval_sample_steps": c.eval_sample_steps or c.sample_steps,
+        betas = {f"ESS {share:g}": {"target_ess": share} for share in (0.9, 0.7, 0.5, 0.3)}
+    else:
+        scales = [c.beta * factor for factor in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)]
+        betas = {f"{beta:g}": {"beta": beta} for beta in scales}
+    # How a policy acts is not what samplers are compared by.
+    acting = {"eval_solver": c.solver if c.eval_solver == "same" else c.eval_solver}
+    acting |= {"eval_sample_steps": c.eval_sample_steps or c.sample_steps}
+    samplers = {
+        f"{solver} {steps}": {"solver": solver, "sample_steps": steps, **acting}
+        for solver, steps in (("euler", 5), ("euler", 10), ("euler", 40), ("midpoint", 5))
     }
-    arms: Arms = {f"preset: {c.solver} {c.sample_steps}": {}}
-    for solver, steps in (("euler", 5), ("euler", 10), ("euler", 40), ("midpoint", 5)):
-        arms[f"{solver} {steps}"] = {"solver": solver, "sample_steps": steps, **acting}
-    return arms
-
-
-def _critics(c: QIPOConfig) -> Arms:
-    steps = {share: max(round(share * c.critic_steps), 1) for share in CRITIC_FRACTIONS}
-    return {f"{share:.0%}": {"critic_steps": steps[share]} for share in steps} | {"100%": {}}
-
-
-def _copies(c: QIPOConfig) -> Arms:
-    return {f"{copies:g}": {"data_copies": float(copies)} for copies in (0.01, 1, 4, 16)}
-
-
-def _normalizers(c: QIPOConfig) -> Arms:
+    early = {
+        f"{share:.0%}": {"critic_steps": max(round(share * c.critic_steps), 1)}
+        for share in CRITIC_FRACTIONS
+    }
     # Sums over states need every action; in expectation the drawn one has the same gradient.
     full, once = {"estimator": "full"}, {"beta": total_beta(c)}
     return {
-        "state": full,
-        "batch": {"policy": ablations_normalizers.QIPO_BATCH, **full},
-        "dataset": {"policy": ablations_normalizers.QIPO_DATASET, **full},
-        "reweight, batch": {"policy": ablations_normalizers.REWEIGHT_BATCH, **once},
-        "reweight, dataset": {"policy": "reweight", **once},
+        "m": {f"{m}": {"support_size": m} for m in (1, 4, 16, 64)},
+        "renewals": renewals,
+        "beta": betas,
+        "estimator": {name: {"estimator": name} for name in ("full", "resample")},
+        "sampler": {f"preset: {c.solver} {c.sample_steps}": {}, **samplers},
+        "critic": {**early, "100%": {}},
+        "copies": {f"{copies:g}": {"data_copies": float(copies)} for copies in (0.01, 1, 4, 16)},
+        "normalizer": {
+            "state": full,
+            "batch": {"policy": ablations_normalizers.QIPO_BATCH, **full},
+            "dataset": {"policy": ablations_normalizers.QIPO_DATASET, **full},
+            "reweight, batch": {"policy": ablations_normalizers.REWEIGHT_BATCH, **once},
+            "reweight, dataset": {"policy": "reweight", **once},
+        },
     }
 
 
-# Name -> arms, in the order of tables and figures.
-ABLATIONS: dict[str, Callable[[QIPOConfig], Arms]] = {
-    "m": _sizes,
-    "renewals": _renewals,
-    "beta": _betas,
-    "estimator": _estimators,
-    "sampler": _samplers,
-    "critic": _critics,
-    "copies": _copies,
-    "normalizer": _normalizers,
-}
+ABLATIONS = tuple(all_arms(QIPOConfig()))
 
 
 def plan(
@@ -133,9 +107,9 @@ def plan(
     Returns:
       ``{method: configuration}``, the preset first, and ``(ablation, arm, method)`` of every arm.
     """
-    configs, labels = {BASE: base.validate()}, []
+    configs, labels, arms = {BASE: base.validate()}, [], all_arms(base)
     for name in names:
-        for arm, changed in itertools.islice(ABLATIONS[name](base).items(), limit):
+        for arm, changed in itertools.islice(arms[name].items(), limit):
             config = dataclasses.replace(base, **changed).validate()
             same = (known for known, other in configs.items() if other == config)
             method = next(same, f"{name}={arm}")
@@ -144,18 +118,17 @@ def plan(
     return configs, labels
 
 
-def run(study: Study, name: str, dataset: Dataset, configs: dict[str, QIPOConfig]) -> None:
+def run(study: Study, problem: Problem, configs: dict[str, QIPOConfig]) -> None:
     """Run every configuration on the base's behavior model, and its critic or an early one."""
-    base, previous, progress = configs[BASE], None, Progress(name, "stages")
-    data = preprocess(dataset, fit_normalizer(dataset), base.reward_transform)
-    study.trained(name, base, data, progress)
+    base, previous, progress = configs[BASE], None, Progress(problem.name, "stages")
+    study.trained(problem, base, progress)
     for method, config in configs.items():
         stages, part = dataclasses.replace(base, critic_steps=config.critic_steps), ""
         if config.critic_steps != base.critic_steps:
             part = f"-{config.critic_steps}"
-            study.trained(name, stages, data, progress, part, after=previous)
+            study.trained(problem, stages, progress, part, after=previous)
             previous = part
-        study.run(name, dataset, method, config, stages, part)
+        study.run(problem, method, config, stages, part)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,12 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     ((name, source),) = datasets.items()
     study = Study.from_args(args)
     try:
-        dataset, base = study.load(source)
-        configs, labels = plan(base, names, 2 if args.smoke else None)
+        problem = study.load(name, source)
+        configs, labels = plan(problem.config, names, 2 if args.smoke else None)
     except ValueError as error:
         parser.error(f"--dataset: {error}")
     if not args.report:
-        run(study, name, dataset, configs)
+        run(study, problem, configs)
     ablations_report.write(study.rows(), name, labels, args.out)
     return 0
 

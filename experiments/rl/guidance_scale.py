@@ -33,7 +33,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ import numpy as np
 import pandas as pd
 
 from efm_jax import sampling
-from efm_jax.data import fit_normalizer, preprocess
 from efm_jax.losses import Aux
 from efm_jax.rl.agents import Agent, AgentParams
 from efm_jax.rl.batch import Batch
@@ -53,6 +52,7 @@ from efm_jax.weights import AxisName
 from experiments.rl import guidance_scale_report
 from experiments.rl.guidance_scale_regression import reference_log_ratios, within_regression
 from experiments.rl.study import (
+    Problem,
     Progress,
     Study,
     append_rows,
@@ -87,14 +87,6 @@ class Settings:
     actions: int = 16  # from each of the two policies
     steps: int = 40  # of rk4
     draws: int = 2000  # support sets of the reference
-
-
-class Problem(NamedTuple):
-    """Data, and the configuration that all arms change."""
-
-    name: str
-    config: QIPOConfig
-    data: Transitions
 
 
 @final
@@ -134,13 +126,6 @@ def bandit(changes: dict[str, Any]) -> Problem:
     return Problem("bandit", config, Transitions(states, actions, zeros, states, zeros))
 
 
-def from_dataset(name: str, source: str, study: Study) -> Problem:
-    """Read a dataset with its family's preset."""
-    dataset, config = study.load(source)
-    data = preprocess(dataset, fit_normalizer(dataset), config.reward_transform)
-    return Problem(name, config, data)
-
-
 class Capture(Progress):
     """The betas of all renewals and the parameters at the end of every period."""
 
@@ -156,42 +141,33 @@ class Capture(Progress):
         self.params.append(jax.tree.map(np.asarray, params))
 
 
-class Measured(NamedTuple):
-    """Values at m actions of mu, then m of pi, in n states; without clipping."""
+def make_measure(agent: Agent, settings: Settings) -> Callable[..., tuple[Array, Array, Array]]:
+    """Compile ``(params, observations [n, S], noise [n, 2m, A]) -> ...`` of one seed.
 
-    actions: np.ndarray  # [n, 2m, A]
-    q_values: np.ndarray  # [n, 2m]
-    log_ratios: np.ndarray  # [n, 2m], log pi - log mu
+    It returns m actions of mu, then m of pi, in each state, without clipping, ``[n, 2m, A]``; their
+    Q-values; and ``log pi - log mu``.
+    """
 
-
-def make_measure(agent: Agent, settings: Settings) -> Callable[..., Measured]:
-    """Compile ``(params, observations [n, S], noise [n, 2m, A]) -> Measured`` of one seed."""
-
-    def measure(params: AgentParams, observations: Array, noise: Array) -> Measured:
+    def measure(params: AgentParams, observations: Array, noise: Array) -> tuple:
         states = observations[:, None]
-
-        def draw(params: Params, noise: Array) -> Array:
-            field = agent.model.field(params, states)
-            return sampling.sample(field, noise, solver="rk4", num_steps=settings.steps)
-
         of_mu, of_pi = jnp.split(noise, 2, axis=1)
-        actions = [draw(params.behavior, of_mu), draw(params.policy, of_pi)]
-        actions = jnp.concatenate(actions, axis=1)
+        drawn = []
+        for model, start in ((params.behavior, of_mu), (params.policy, of_pi)):
+            field = agent.model.field(model, states)
+            drawn.append(sampling.sample(field, start, solver="rk4", num_steps=settings.steps))
+        actions = jnp.concatenate(drawn, axis=1)
         log_pi, log_mu = (
             log_density(agent, model, states, actions, settings.steps)
             for model in (params.policy, params.behavior)
         )
         q_values = agent.critic.q_values(params.critic, states, actions)
-        return Measured(actions, q_values, log_pi - log_mu)
+        return actions, q_values, log_pi - log_mu
 
     return jax.jit(measure)
 
 
 def log_density(agent: Agent, params: Params, states: Array, actions: Array, steps: int) -> Array:
-    """Compute ``log p(a|s)`` of actions ``[n, m, A]`` at states ``[n, 1, S]``.
-
-    By rk4 and the exact divergence.
-    """
+    """Compute ``log p(a|s)`` of actions ``[n, m, A]`` at states ``[n, 1, S]``: rk4, no estimate."""
     flat = actions.reshape(-1, actions.shape[-1])
     states = jnp.repeat(states[:, 0], actions.shape[1], axis=0)
     field = agent.model.field(params, states)
@@ -217,15 +193,6 @@ def make_grid(agent: Agent, settings: Settings) -> Callable[..., tuple[Array, Ar
         return masses / masses.sum(1, keepdims=True), q_values
 
     return jax.jit(on_grid)
-
-
-def train(problem: Problem, config: QIPOConfig, study: Study, arm: str) -> tuple[Trainer, Capture]:
-    """Train the policy on the problem's shared behavior model and critic."""
-    trainer, hooks = study.trainer(config, problem.data), Capture(problem.name, arm)
-    stages = study.trained(problem.name, problem.config, problem.data, hooks)
-    state = trainer.run(study.start(trainer, stages), hooks)
-    hooks.on_evaluate(config.policy_steps, state.params())
-    return trainer, hooks
 
 
 def slopes_of(
@@ -276,17 +243,17 @@ def run(
 ) -> None:
     """Run every arm of one problem that is not in the table yet."""
     for arm in arms:
-        if len(
-            read_rows(table, ["problem", "arm"]).query("problem == @problem.name and arm == @arm")
-        ):
+        rows = read_rows(table, ["problem", "arm"])
+        if ((rows["problem"] == problem.name) & (rows["arm"] == arm)).any():
             continue
         started = time.perf_counter()
         config = dataclasses.replace(problem.config, **ARMS[arm](problem.config)).validate()
-        trainer, hooks = train(problem, config, study, arm)
+        trainer, hooks = study.trainer(config, problem), Capture(problem.name, arm)
+        stages = study.trained(problem, problem.config, hooks)
+        hooks.on_evaluate(config.policy_steps, study.improve(trainer, stages, hooks))
         rows, points = slopes_of(problem, trainer, hooks, settings)
-        np.savez_compressed(
-            guidance_scale_report.points_file(study.out, problem.name, arm), **points
-        )
+        file = guidance_scale_report.points_file(study.out, problem.name, arm)
+        np.savez_compressed(file, **points)
         rows.insert(0, "problem", problem.name)
         rows.insert(1, "arm", arm)
         append_rows(table, rows)
@@ -315,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, source in problems.items():
         try:
             known = name == "bandit"
-            problem = bandit(study.changes) if known else from_dataset(name, source, study)
+            problem = bandit(study.changes) if known else study.load(name, source)
         except ValueError as error:
             parser.error(f"--problems: {error}")
         config = problem.config

@@ -54,9 +54,8 @@ def within_regression(
 
     def centered(values: np.ndarray) -> np.ndarray:
         values = np.where(used, np.asarray(values, np.float64), 0.0)
-        return (
-            values - values.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)
-        ) * used
+        means = values.sum(1, keepdims=True) / np.maximum(used.sum(1, keepdims=True), 1)
+        return (values - means) * used
 
     x, y = centered(q_values), centered(log_ratios)
     # All that a state's own and the pooled regression need of it, so resampling states is cheap.
@@ -72,9 +71,8 @@ def within_regression(
         return [np.median(xy / xx, axis=-1), np.median(r2, axis=-1), pooled, pooled_r2]
 
     count = sums.shape[1]
-    drawn = estimates(
-        *sums[:, np.random.default_rng(seed).integers(count, size=(resamples, count))]
-    )
+    states = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    drawn = estimates(*sums[:, states])
     (low, high), (pooled_low, pooled_high) = (np.quantile(drawn[i], [0.025, 0.975]) for i in (0, 2))
     slope, r2, pooled, pooled_r2 = estimates(*sums)
     numbers = slope, low, high, r2, pooled, pooled_low, pooled_high, pooled_r2, keep.mean()
@@ -90,7 +88,7 @@ def reference_log_ratios(
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
-    """``log pi_l - log mu`` of QIPO with perfect models, on distributions over K actions.
+    """Compute ``log pi_l - log mu`` of QIPO with perfect models, on distributions over K actions.
 
     A period replaces the policy by the actions of its support sets, each drawn with its weight
     ``g_j ∝ c_j exp(beta Q_j)``: one data action ``a_0 ~ mu`` that counts c times, and M of the
@@ -130,8 +128,7 @@ def reference_log_ratios(
 
 
 def _draw(rng: np.random.Generator, masses: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Places drawn with these masses."""
+    """Draw places with these masses."""
     total = np.cumsum(masses)
-    return np.minimum(
-        np.searchsorted(total, total[-1] * rng.random(shape), side="right"), len(masses) - 1
-    )
+    places = np.searchsorted(total, total[-1] * rng.random(shape), side="right")
+    return np.minimum(places, len(masses) - 1)

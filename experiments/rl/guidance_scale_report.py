@@ -109,8 +109,11 @@ def write(rows: pd.DataFrame, out: pathlib.Path) -> None:
             here, arm = found.loc[[problem]], seed0["arm"].iloc[0]
             _plot_slopes(left, here)
             _plot_r2(middle, here)
-            last = seed0[seed0["arm"] == arm].iloc[-1]
-            _plot_points(right, last, points_file(out, problem, arm))
+            file = points_file(out, problem, arm)
+            if file.exists():
+                _plot_points(right, seed0[seed0["arm"] == arm].iloc[-1], file)
+            else:  # slopes.csv was copied alone
+                right.set_axis_off()
             left.set_title(problem)
             middle.set_title(f"{problem}: fit")
             right.set_title(f"{problem}: {arm}, seed 0, at the end")

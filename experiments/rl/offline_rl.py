@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [] if args.report else list(parse_datasets(args.datasets).items())[index::count]
     for name, source in datasets:
         try:
-            dataset, base = study.load(source)
+            problem = study.load(name, source)
         except ValueError as error:
             parser.error(f"--datasets: {error}")
         for method in methods:
-            config = dataclasses.replace(base, **METHODS[method](base)).validate()
-            study.run(name, dataset, method, config)
+            changed = METHODS[method](problem.config)
+            study.run(problem, method, dataclasses.replace(problem.config, **changed).validate())
     offline_rl_report.write(study.rows(), args.out)
     return 0
 

@@ -14,7 +14,7 @@ import pathlib
 import pickle
 import time
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -102,56 +102,60 @@ def append_rows(path: pathlib.Path, rows: pd.DataFrame) -> None:
         rows.to_csv(file, header=path.stat().st_size == 0, index=False)
 
 
+class Problem(NamedTuple):
+    """Data to train on, and the configuration that methods change."""
+
+    name: str  # in results and files
+    config: QIPOConfig
+    data: Transitions  # preprocessed
+    # What policies are played with; None where they are not.
+    dataset: Dataset | None = None
+    normalizer: Normalizer | None = None
+
+
+@dataclasses.dataclass
 class Study:
-    """One folder of results.
+    """One folder of results: returns.csv, and renewals.csv with what every renewal logs."""
 
-    Args:
-      out: the folder; gets returns.csv and renewals.csv (what every renewal logs).
-      num_seeds: training seeds, all in one program.
-      changes: fields changed in every preset.
-      stages: folder of trained behavior models and critics, by default ``out / "stages"``; studies
-        of the same presets and seeds may share one.
-    """
+    out: pathlib.Path
+    num_seeds: int  # training seeds, all in one program
+    changes: dict[str, Any]  # fields changed in every preset
+    # Trained behavior models and critics; studies of the same presets and seeds may share them.
+    stages: pathlib.Path | None = None
 
-    def __init__(
-        self,
-        out: pathlib.Path,
-        num_seeds: int,
-        changes: dict[str, Any],
-        stages: pathlib.Path | None = None,
-    ):
-        self.out, self.num_seeds, self.changes = out, num_seeds, changes
-        self.stages = out / "stages" if stages is None else stages
-        self.stages.mkdir(parents=True, exist_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
+    def __post_init__(self) -> None:
+        self.stages = self.stages or self.out / "stages"
+        for folder in (self.out, self.stages):
+            folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Study":
         """Make the study that the flags of :func:`make_parser` describe."""
         return cls(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
 
-    def load(self, source: str) -> tuple[Dataset, QIPOConfig]:
-        """Read a dataset, and its preset with this study's changes.
+    def load(self, name: str, source: str) -> Problem:
+        """Read a dataset, with the preset of its environment's family and this study's changes.
 
         Raises:
           ValueError: for a dataset that cannot be read, or of an environment without a preset.
         """
         dataset = load_dataset(source)
-        config = preset(EnvSpec.from_json(dataset.env_spec).id)
-        return dataset, dataclasses.replace(config, **self.changes)
+        config = dataclasses.replace(preset(EnvSpec.from_json(dataset.env_spec).id), **self.changes)
+        normalizer = fit_normalizer(dataset)
+        data = preprocess(dataset, normalizer, config.reward_transform)
+        return Problem(name, config, data, dataset, normalizer)
 
     def rows(self) -> pd.DataFrame:
         """Read every episode so far."""
         return read_rows(self.out / "returns.csv", FIELDS)
 
-    def trainer(self, config: QIPOConfig, data: Transitions) -> Trainer:
+    def trainer(self, config: QIPOConfig, problem: Problem) -> Trainer:
         """Make a trainer of all seeds."""
-        return Trainer(config, data, range(self.num_seeds))
+        return Trainer(config, problem.data, range(self.num_seeds))
 
     def run(
         self,
-        name: str,
-        dataset: Dataset,
+        problem: Problem,
         method: str,
         config: QIPOConfig,
         stages: QIPOConfig | None = None,
@@ -160,35 +164,28 @@ class Study:
         """Train and evaluate one method, unless it is finished.
 
         Args:
-          name: the dataset's, in results and files.
-          dataset: as read from its source.
+          problem: the data.
           method: the method's name in results.
           config: its configuration, validated.
-          stages: the configuration that behavior model and critic are trained with; by default
-            ``config``.
-          part: as in :meth:`trained`.
+          stages, part: configuration and part of :meth:`trained`, by default of ``config``.
         """
-        rows = self.rows().query("final == 1 and dataset == @name and method == @method")
-        if len(rows):
-            return
-        normalizer = fit_normalizer(dataset)
-        data = preprocess(dataset, normalizer, config.reward_transform)
-        trainer = self.trainer(config, data)
-        hooks = Evaluation(self.out, name, method, dataset, normalizer, trainer)
-        state = self.start(trainer, self.trained(name, stages or config, data, hooks, part))
-        state = trainer.run(state, hooks)
-        hooks.evaluate(trainer.agent.phase_steps["policy"], state.params(), final=True)
+        done = self.rows().query("final == 1 and dataset == @problem.name and method == @method")
+        if done.empty:
+            trainer = self.trainer(config, problem)
+            hooks = Evaluation(self.out, problem, method, trainer)
+            stages = self.trained(problem, stages or config, hooks, part)
+            params = self.improve(trainer, stages, hooks)
+            hooks.evaluate(trainer.agent.phase_steps["policy"], params, final=True)
 
-    @staticmethod
-    def start(trainer: Trainer, stages: State) -> State:
-        """Make a fresh state with the behavior model and critic of :meth:`trained`."""
-        return trainer.init_state().replace(behavior=stages.behavior, critic=stages.critic)
+    def improve(self, trainer: Trainer, stages: State, hooks: Hooks) -> AgentParams:
+        """Train the policy on the behavior model and critic of :meth:`trained`."""
+        state = trainer.init_state().replace(behavior=stages.behavior, critic=stages.critic)
+        return trainer.run(state, hooks).params()
 
     def trained(
         self,
-        name: str,
+        problem: Problem,
         config: QIPOConfig,
-        data: Transitions,
         hooks: Hooks,
         part: str = "",
         after: str | None = None,
@@ -196,9 +193,8 @@ class Study:
         """Train behavior model and critic, or read them where they are in the folder.
 
         Args:
-          name: the dataset's.
+          problem: the data.
           config: which behavior model and critic, and for how many steps.
-          data: preprocessed.
           hooks: told of the training.
           part: names a critic that is trained for other than the usual steps.
           after: the part that this one continues, if it is there.
@@ -208,12 +204,12 @@ class Study:
         """
         # Without a policy phase a run ends when both are trained.
         config = dataclasses.replace(config, policy="bc", action_selection="sample")
-        trainer = self.trainer(config, data)
+        trainer = self.trainer(config, problem)
         like = jax.eval_shape(trainer.init_state)  # the structure: what is read needs no program
-        critic = f"{name}-{config.critic}"
+        critic = f"{problem.name}-{config.critic}"
         if trainer.agent.critic.uses_next_actions:
             critic += f"-{config.path}"
-        stems = {"behavior": f"{name}-{config.path}", "critic": critic + part}
+        stems = {"behavior": f"{problem.name}-{config.path}", "critic": critic + part}
         files = {phase: self._file(stem) for phase, stem in stems.items()}
         sources = {phase: file for phase, file in files.items() if file.exists()}
         missing = files.keys() - sources.keys()
@@ -263,21 +259,12 @@ class Progress(Hooks):
 class Evaluation(Progress):
     """Returns and what renewals log, of one method on one dataset, in the files of a study."""
 
-    def __init__(
-        self,
-        out: pathlib.Path,
-        name: str,
-        method: str,
-        dataset: Dataset,
-        normalizer: Normalizer,
-        trainer: Trainer,
-    ):
-        super().__init__(name, method)
-        self._out, self._env_spec = out, dataset.env_spec
-        self._normalizer, self._trainer = normalizer, trainer
-        self._references = dataset_references(
-            dataset.reference_scores, dataset.name, dataset.env_spec
-        )
+    def __init__(self, out: pathlib.Path, problem: Problem, method: str, trainer: Trainer):
+        super().__init__(problem.name, method)
+        self._out, self._trainer, dataset = out, trainer, problem.dataset
+        self._env_spec, self._normalizer = dataset.env_spec, problem.normalizer
+        references = dataset.reference_scores, dataset.name, dataset.env_spec
+        self._references = dataset_references(*references)
         if self._references is None:
             self.say(f"{dataset.name} has no reference scores: scores are raw returns")
         self._episodes = episode_seeds(trainer.config.eval_episodes)
