@@ -171,9 +171,9 @@ def boltzmann_logits(
 
     An infinite energy, whose product with 0 is undefined, has no gradient.
     """
-    infinite = jnp.isinf(energy)
-    product = -(beta * jnp.where(infinite, 0, energy))
-    return jnp.where(infinite & (jnp.asarray(beta) > 0), -energy, product).astype(energy.dtype)
+    infinite, beta = jnp.isinf(energy), jnp.asarray(beta)
+    product = -beta * jnp.where(infinite, 0, energy)
+    return jnp.where(infinite & (beta > 0), -energy, product).astype(energy.dtype)
 
 
 def _shifted_logits(energy: jax.Array, least: jax.Array, beta: chex.Numeric) -> jax.Array:
