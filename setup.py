@@ -30,6 +30,7 @@ VIDEO = [
 EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export
 STUDY = [
     "rliable>=1.2,<2",  # aggregates of experiments.rl.offline_rl: IQM, stratified bootstrap
+    "pandas<3",  # for arch, which rliable needs and which does not import with pandas 3
 ]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 TEST = [
@@ -38,7 +39,9 @@ TEST = [
     "hypothesis>=6.100,<7",  # property tests
     "equinox>=0.11,<0.14",  # a second framework for the losses; diffrax brings it
     "scipy>=1.13,<2",  # independent references: logsumexp, root finding, quadrature
+    "beartype>=0.20,<1",  # checks jaxtyping's shapes while the tests run
     "ruff>=0.11,<0.18",  # lint
+    "pyright[nodejs]>=1.1.400,<2",  # lint: types; with node in a wheel
     "pyyaml>=6,<7",  # reads the job files of clusters
     *ROBOTICS,
     *VIDEO,
