@@ -42,6 +42,7 @@ TEST = [
     "beartype>=0.20,<1",  # checks jaxtyping's shapes while the tests run
     "ruff>=0.11,<0.18",  # lint
     "pyright[nodejs]>=1.1.400,<2",  # lint: types; with node in a wheel
+    "pandas-stubs>=2.2,<4",  # types of pandas, for pyright
     "pyyaml>=6,<7",  # reads the job files of clusters
     *ROBOTICS,
     *VIDEO,

@@ -14,8 +14,8 @@ policy, or a dataset that is there already.
 import json
 import re
 import time
+from typing import Any
 
-import gymnasium
 import numpy as np
 from absl import flags
 from gymnasium.envs.registration import EnvSpec
@@ -149,7 +149,7 @@ def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
     recording.check_new(dataset_id)
 
 
-def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
+def _policy(env: Any) -> tuple[play.Begin, str]:
     """The policy of each episode, and the algorithm's name in the metadata."""
 
     def rng(episode: int) -> np.random.Generator:
@@ -175,7 +175,7 @@ def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
     return begin, f"efm_jax policy, noise of deviation {noise:g}"
 
 
-def _expert(env: gymnasium.Env) -> play.Act | None:
+def _expert(env: Any) -> play.Act | None:
     """What scores 100, where there is a script for the environment."""
     if pointmaze.is_point_maze(env.spec):
         return pointmaze.expert(pointmaze.Maze.of(env))

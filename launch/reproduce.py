@@ -22,7 +22,7 @@ import itertools
 import math
 import pathlib
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ def _read_jobs() -> list[jobs.Job]:
 
 
 def _check_names(
-    flag: str, names: Sequence[str], known: Sequence[str], groups: Sequence[str] = ()
+    flag: str, names: Sequence[str], known: Iterable[str], groups: Iterable[str] = ()
 ) -> None:
     for name in names or [""]:
         if name not in known:

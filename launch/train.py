@@ -20,7 +20,7 @@ data or checkpoint, 143 stopped by SIGTERM and saved.
 import re
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -103,7 +103,8 @@ def main(_: list[str]) -> int:
 
 @multihost.agreed_errors()
 def _read_config() -> QIPOConfig:
-    path = flags.FLAGS["config"].config_filename
+    config_flag: Any = flags.FLAGS["config"]
+    path = config_flag.config_filename
     problem = cli.preset_problem(path)
     if problem is not None:
         raise ValueError(f"--config={path}: {problem}")
@@ -146,7 +147,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     agent = make_agent(config, dataset.observation_size, dataset.action_size)
     info = RunInfo(
         config=config,
-        plugins=flags.FLAGS["plugins"].value,
+        plugins=list(cli.PLUGINS.value),
         algorithm=agent.name,
         phase_steps=agent.phase_steps,
         seed=_SEED.value,
@@ -157,7 +158,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
         dataset_return=float(dataset.episode_returns.mean()),
         observation_size=dataset.observation_size,
         action_size=dataset.action_size,
-        env_spec=dataset.env_spec,
+        env_spec=str(dataset.env_spec),
         reference_scores=references,
     )
     with multihost.agreed_errors():
@@ -266,7 +267,7 @@ class _Run(Hooks):
             total=total, initial=done, desc=f"{phase:<8}", unit="step", leave=True
         )
 
-    def _new_bar(self, **options: str | int) -> tqdm:
+    def _new_bar(self, **options: Any) -> tqdm:
         return tqdm(disable=None if self._is_first else True, **options)
 
     def on_table(self, name: str, done: int, total: int) -> None:
@@ -295,8 +296,9 @@ class _Run(Hooks):
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         self._writer.metrics(phase, step, values)
-        self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
 
     def on_evaluate(self, step: int, params: AgentParams) -> None:
         self._evaluate("policy", step, params)

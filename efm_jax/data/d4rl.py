@@ -27,6 +27,7 @@ normalizes every action.
 
 import contextlib
 import warnings
+from typing import Any
 
 import h5py
 import numpy as np
@@ -138,8 +139,9 @@ def _observations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observations and next observations of the rows ``start .. stop``."""
     if "next_observations" in columns:
-        return tuple(
-            columns.numbers(name, start, stop) for name in ("observations", "next_observations")
+        return (
+            columns.numbers("observations", start, stop),
+            columns.numbers("next_observations", start, stop),
         )
     following = columns.numbers("observations", start, min(stop + 1, len(ends)))
     observations = following[: stop - start]
@@ -198,7 +200,8 @@ def _environment(
             f"{error}; the environment suggested by the file's name is not used", stacklevel=4
         )
         return None, -unit, unit
-    return spec, np.asarray(spaces[1].low, np.float32), np.asarray(spaces[1].high, np.float32)
+    actions: Any = spaces[1]
+    return spec, np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32)
 
 
 def _timeouts(

@@ -22,13 +22,16 @@ def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
     some of the rows, ``gather`` brings their sums together and the result is that of the whole
     dataset.
     """
-    columns = (
-        dataset.transitions.observations.T
-    )  # a column at a time keeps the float64 copies small
-    count = sum(gather(np.asarray(float(columns.shape[1]))))
-    mean = sum(gather(np.array([column.sum(dtype=np.float64) for column in columns]))) / count
+
+    def total(part: np.ndarray) -> np.ndarray:
+        return np.sum(gather(part), axis=0)
+
+    # A column at a time, because that keeps the float64 copies small.
+    columns = dataset.transitions.observations.T
+    count = total(np.asarray(float(columns.shape[1])))
+    mean = total(np.array([column.sum(dtype=np.float64) for column in columns])) / count
     squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
-    std = np.sqrt(sum(gather(np.array(squares))) / count)
+    std = np.sqrt(total(np.array(squares)) / count)
     constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
     return Normalizer(
         observation_mean=mean.astype(np.float32),
@@ -133,8 +136,7 @@ def _locomotion(dataset: Dataset) -> np.ndarray:
     if spread == 0.0:
         raise DataError(
             f"{dataset.name}: reward transform 'locomotion' divides by max - min episode return, "
-            "and every "
-            f"episode returned {returns.max():g}"
+            f"and every episode returned {returns.max():g}"
         )
     return dataset.transitions.rewards * (1000.0 / spread)
 

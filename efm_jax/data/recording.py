@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -82,7 +82,7 @@ def record(
     checks.check_integer("seed", seed, 0)
     if (episodes is None) == (steps is None):
         raise ValueError(f"episodes, steps: expected one of them; got {episodes} and {steps}")
-    unit, count = ("step", steps) if episodes is None else ("episode", episodes)
+    unit, count = ("step", steps or 0) if episodes is None else ("episode", episodes)
     checks.check_integer(f"{unit}s", count, 1)
     check_environment(env)
     with contextlib.closing(env), new_dataset(dataset_id) as (temporary_id, publish):
@@ -97,10 +97,11 @@ def record(
                 returns.append(total)
                 lengths.append(length)
                 bar.update(length if episodes is None else 1)
+            scores: dict[str, Any] = {**metadata}
             if references is not None:
-                metadata["ref_min_score"], metadata["ref_max_score"] = references
-                metadata["num_episodes_average_score"] = REFERENCE_EPISODES
-            collector.create_dataset(temporary_id, eval_env=env.spec, author="efm_jax", **metadata)
+                scores["ref_min_score"], scores["ref_max_score"] = references
+                scores["num_episodes_average_score"] = REFERENCE_EPISODES
+            collector.create_dataset(temporary_id, eval_env=env.spec, author="efm_jax", **scores)
         published = publish()
     return Recording(np.array(returns), np.array(lengths), references, published)
 
@@ -116,10 +117,11 @@ def check_new(dataset_id: str) -> None:
 
 def check_environment(env: gymnasium.Env) -> None:
     """Refuse an environment whose data this package cannot read, or whose episodes may not end."""
-    name = f"environment {env.spec.id}"
+    spec: Any = env.spec
+    name = f"environment {spec.id}"
     validation.check_observation_space(name, env.observation_space)
     validation.check_action_space(name, env.action_space)
-    if env.spec.max_episode_steps is None:
+    if spec.max_episode_steps is None:
         raise DataError(
             f"{name}: expected a limit on the length of an episode (max_episode_steps); got none"
         )
@@ -180,7 +182,7 @@ def _publish(temporary: Path, final: Path) -> bool:
     return True
 
 
-def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float, float]:
+def _reference_scores(env: Any, seed: int, expert: Act) -> tuple[float, float]:
     """Mean returns of random actions and of the expert, on the same starts."""
     rng = np.random.default_rng([seed, _RANDOM_ACTIONS])
     means = []

@@ -114,9 +114,8 @@ def spec_json(source: str, spec: EnvSpec | None) -> str | None:
     try:
         return None if spec is None else spec.to_json()
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{source}: environment {spec.id} cannot be used ({reason(error)})"
-        ) from error
+        name = None if spec is None else spec.id
+        raise DataError(f"{source}: environment {name} cannot be used ({reason(error)})") from error
 
 
 def make_spaces(spec: EnvSpec) -> tuple[gymnasium.Space, gymnasium.Space] | None:

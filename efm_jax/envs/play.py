@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium
 import jax
 import numpy as np
 
@@ -21,7 +20,7 @@ Begin = Callable[[int], Act]
 _ACTION_NOISE = 5
 
 
-def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
+def play(env: Any, seed: int, act: Act) -> tuple[float, int]:
     """Return and length of one episode, whose actions are clipped to their bounds."""
     space = env.action_space
     observation, _ = env.reset(seed=seed)
@@ -35,7 +34,7 @@ def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
     return total, length
 
 
-def check_action(env: gymnasium.Env, action: Any) -> np.ndarray:
+def check_action(env: Any, action: Any) -> np.ndarray:
     """The action in ``env``'s type; a ``DataError`` if its shape differs or it is not finite."""
     space = env.action_space
     array = np.asarray(action, space.dtype)
@@ -48,13 +47,13 @@ def check_action(env: gymnasium.Env, action: Any) -> np.ndarray:
     return array
 
 
-def random_actions(space: gymnasium.spaces.Box, rng: np.random.Generator) -> Act:
+def random_actions(space: Any, rng: np.random.Generator) -> Act:
     """Actions uniform between the bounds of ``space``."""
     return lambda observation: rng.uniform(space.low, space.high)
 
 
 def batched(
-    env: gymnasium.Env, policy: Callable[[np.ndarray, Array], Array], seed: int, noise: float = 0.0
+    env: Any, policy: Callable[[np.ndarray, Array], Array], seed: int, noise: float = 0.0
 ) -> Begin:
     """A policy of batches, such as a trained one, for single episodes of ``env``.
 

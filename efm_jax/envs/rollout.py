@@ -84,7 +84,7 @@ def evaluate(
         states = [
             game.reset(seed=seed)[0] for game, seed in zip(games, seeds * num_policies, strict=True)
         ]
-        for step in range(spec.max_episode_steps):
+        for step in range(spec.max_episode_steps or 0):
             together = concatenate(observed, states, create_empty_array(observed, len(games)))
             observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
             actions = np.asarray(act(observations, step))

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # jax itself requires scipy, so this adds no run-time dependency.
 from scipy import stats
@@ -124,9 +125,7 @@ def dataset_references(
     return own or reference_scores(name) or (reference_scores(env) if env else None)
 
 
-def normalized_score(
-    returns: float | np.ndarray, references: tuple[float, float] | None
-) -> float | np.ndarray | None:
+def normalized_score(returns: Any, references: tuple[float, float] | None) -> Any:
     """``100 (returns - minimum) / (maximum - minimum)``.
 
     Args:
@@ -148,9 +147,7 @@ def normalized_score(
     return float(scores) if scores.ndim == 0 else scores
 
 
-def mean_and_interval(
-    values: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float, float]:
+def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean and Student's t confidence interval of the mean, of independent values.
 
     Pass one value per training seed (the mean over its episodes), not all episodes together:

@@ -102,7 +102,7 @@ class _Filmed(gymnasium.Wrapper):
         self._show()
         return result
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         result = self.env.step(action)
         self._steps += 1
         if result[2] or result[3] or self._steps % self._stride == 0:
@@ -114,14 +114,15 @@ class _Filmed(gymnasium.Wrapper):
         super().close()
 
     def _show(self) -> None:
-        name = f"environment {self.env.spec.id}"
+        spec: Any = self.env.spec
+        name = f"environment {spec.id}"
         try:
-            frame = self.env.render()
+            frame: Any = self.env.render()
         # Everything, because renderers are native libraries behind bindings: without a display or a
         # driver they raise gymnasium's, MuJoCo's or OpenGL's errors, or an AttributeError.
         except Exception as error:
             raise ValueError(
-                f"{name} cannot render here: {reason(error)}; {_hint(self.env.spec)}"
+                f"{name} cannot render here: {reason(error)}; {_hint(spec)}"
             ) from error
         shape, dtype = np.shape(frame), getattr(frame, "dtype", type(frame).__name__)
         if dtype != np.uint8 or shape != (self._shape or (*shape[:2], 3)):

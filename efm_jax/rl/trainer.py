@@ -213,12 +213,11 @@ class Trainer:
                         state = state.replace(renewed_params=self._copy(state.policy.average))
                     data = data._replace(support=None)  # its memory, for the next table
                     support, step, summary = self.renew(state, start, report)
-                    data = data._replace(support=support)
+                    data, support = data._replace(support=support), None
                     hooks.on_renewal(step, jax.tree.map(np.asarray, get(summary)))
                 elif kind == "chunk":
-                    inputs = getattr(state, phase), self._device_keys, data
-                    chunk = functools.partial(self._chunk(phase, stop - start, inputs), *inputs)
-                    state = state.replace(**{phase: pipe.run(phase, start, stop, chunk)})
+                    trained = self._train(phase, start, stop, state, data, pipe)
+                    state = state.replace(**{phase: trained})
                     if hooks.stop_requested():
                         raise StoppedError
                 else:
@@ -245,12 +244,15 @@ class Trainer:
         table, summary = self._weigh(rows)
         return table, renewal * self.config.renew_every, summary
 
-    def _chunk(self, phase: str, num_steps: int, inputs: tuple) -> Callable:
-        if (phase, num_steps) not in self._chunks:
-            self._chunks[phase, num_steps] = compile_ahead(
-                self.map_chunk(phase, num_steps), *inputs
-            )
-        return self._chunks[phase, num_steps]
+    def _train(
+        self, phase: str, start: int, stop: int, state: State, data: Batch, pipe: MetricsPipe
+    ) -> TrainState:
+        """The state of a phase after a chunk; in a method, because no local may keep a table."""
+        steps, inputs = stop - start, (getattr(state, phase), self._device_keys, data)
+        if (phase, steps) not in self._chunks:
+            self._chunks[phase, steps] = compile_ahead(self.map_chunk(phase, steps), *inputs)
+        chunk = functools.partial(self._chunks[phase, steps], *inputs)
+        return pipe.run(phase, start, stop, chunk)
 
     def map_chunk(self, phase: str, num_steps: int) -> Callable:
         """The program of many steps, ``(TrainState, keys, Batch) -> (TrainState, metrics)``."""

@@ -141,7 +141,7 @@ class RunInfo:
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
     """Refuse what no run writes, because it would be misread without a word."""
-    kind = typing.get_origin(field.type) or field.type
+    kind: Any = typing.get_origin(field.type) or field.type
     kind = (int, float) if kind is float else kind
     if field.name == "reference_scores":
         numbers = value is None or all(isinstance(end, (int, float)) for end in value)

@@ -76,7 +76,7 @@ class RunWriter:
                 f"workdir {self._workdir}: holds another run than this host's; "
                 "all hosts need the same flags and one shared folder"
             )
-        return None if found is None else (step, found[1]["state"])
+        return None if found is None else (found[0], found[1]["state"])
 
     def _tree(self, state: State) -> dict[str, Any]:
         return {"state": state, "normalizer": self._normalizer}
@@ -107,6 +107,8 @@ class RunWriter:
     def checkpoint(self, state: State) -> None:
         """Start saving the state."""
         step = sum(int(getattr(state, phase).step[0]) for phase in PHASES)
+        if self._checkpointer is None:
+            raise ValueError("checkpoint: expected a call of start before it")
         self._checkpointer.save(step, self._tree(state))
 
     def finish(self, result: dict[str, Any]) -> None:

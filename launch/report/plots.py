@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,7 @@ _PAGE_COLORS = {
 _LOG_RATIO = 30.0
 _BROAD = 12.0  # inches of a figure that fills the page
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "figure.constrained_layout.use": True,
     "font.size": 9,
@@ -239,7 +240,7 @@ def _draw_curve(
     axes: Axes, run: ReportRun, curve: Curve, drawstyle: str = "default", width: float = 2.2
 ) -> None:
     steps, mean = curve.values.index, curve.mean.to_numpy()
-    look = {"color": _color(run.index), "drawstyle": drawstyle}
+    look: dict[str, Any] = {"color": _color(run.index), "drawstyle": drawstyle}
     if curve.values.shape[1] > 1:
         axes.plot(steps, curve.values.to_numpy(), linewidth=0.8, alpha=0.45, **look)
     # A line needs two neighbors: what stands alone gets a point.

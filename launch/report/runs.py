@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -114,7 +115,7 @@ class ReportRun:
             **self.info.config.to_dict(),
         }
         [flat] = pd.json_normalize(values).to_dict("records")
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
+        return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
 
     def score(self, value: float) -> float | None:
         """Normalize a return to 0-100; None where nobody has measured references."""
@@ -177,12 +178,13 @@ def _curves(run: Run) -> dict[tuple[str, str], Curve]:
         columns=["phase", "metric", "step", "seed", "value"],
     )
     rows["value"] = rows["value"].replace([np.inf, -np.inf], np.nan)
+    groups: Any = rows.groupby(["phase", "metric"], sort=False)
     return {
         key: Curve(
             values=group.groupby(["step", "seed"])["value"].mean().unstack(),
             non_finite=int(group["value"].isna().sum()),
         )
-        for key, group in rows.groupby(["phase", "metric"], sort=False)
+        for key, group in groups
     }
 
 
@@ -193,7 +195,8 @@ def _evaluations(run: Run) -> list[Evaluation]:
     )
     found = []
     # In order of their names: the behavior model comes before what is compared with it.
-    for (policy, step), episodes in rows.groupby(["policy", "total_step"]):
+    groups: Any = rows.groupby(["policy", "total_step"])
+    for (policy, step), episodes in groups:
         returns = [group.to_numpy() for _, group in episodes.groupby("seed")["return"]]
         if len(returns) > 1:
             values, over = [each.mean() for each in returns], f"over {len(returns)} seeds"

@@ -147,6 +147,7 @@ def effective_actions(weights: Array, data_copies: float = 1.0) -> Array:
 
     With ``data_copies`` c it is Kish's of M + c actions, among which the data action is c times.
     """
+    squares = weights**2
     # c weights of w / c: their squares sum to c (w / c)^2 = w^2 / c.
-    squares = (weights**2).at[..., 0].divide(data_copies)
-    return weights.sum(-1) ** 2 / squares.sum(-1)
+    surplus = (1 - 1 / data_copies) * squares[..., 0]
+    return weights.sum(-1) ** 2 / (squares.sum(-1) - surplus)
