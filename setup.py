@@ -53,7 +53,7 @@ TEST = [
 setup(
     name="efm-jax",
     version="0.1.0",
-    description="Energy-weighted flow matching, energy-weighted diffusion and QIPO offline RL in JAX",
+    description="Energy-weighted flow matching and diffusion, and QIPO offline RL, in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

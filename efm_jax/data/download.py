@@ -44,11 +44,9 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
         if start != signature:
             raise ValueError(f"expected a file that begins with {signature!r}; got {start!r}")
 
-    downloader: Any = download  # a call of three arguments, as pooch's documentation has it
+    options: Any = {"downloader": download}  # pooch documents three arguments and types four
     try:
-        pooch.retrieve(
-            url, known_hash=None, fname=path.name, path=path.parent, downloader=downloader
-        )
+        pooch.retrieve(url, known_hash=None, fname=path.name, path=path.parent, **options)
     except (OSError, ValueError) as error:  # requests' own are OSErrors
         raise DataError(
             f"{source}: no such file {path}, and {url} could not be downloaded ({reason(error)})"

@@ -1,4 +1,4 @@
-"""Every part of QIPO-OT in a few seconds, for tests and for looking at the files; it learns little."""
+"""Every part of QIPO-OT in a few seconds, for tests and a look at the files; little is learned."""
 
 from efm_jax.rl.config import QIPOConfig
 

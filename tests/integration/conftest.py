@@ -1,4 +1,4 @@
-"""What the tests of entry points share: one launcher, with one cache of programs, and one small dataset."""
+"""What tests of entry points share: one launcher with a cache of programs, one small dataset."""
 
 import pytest
 

@@ -12,12 +12,9 @@ def score(path, x, t, mean, scale):
 
 
 def velocity(path, x, t, mean, scale):
-    centered = (x - path.mu(t)[:, None] * mean) / variance(path, t, scale)[:, None]
-    x0 = mean + path.mu(t)[:, None] * scale**2 * centered
-    return (
-        path.mu_dot(t)[:, None] * x0
-        + path.sigma_dot(t)[:, None] * path.sigma(t)[:, None] * centered
-    )
+    centred = (x - path.mu(t)[:, None] * mean) / variance(path, t, scale)[:, None]
+    x0 = mean + path.mu(t)[:, None] * scale**2 * centred
+    return path.mu_dot(t)[:, None] * x0 + path.sigma_dot(t)[:, None] * path.sigma(t)[:, None] * centred
 
 
 def flow_map(path, x, t_from, t_to, mean, scale):
@@ -28,8 +25,4 @@ def flow_map(path, x, t_from, t_to, mean, scale):
 
 def log_density(x, mean, scale):
     d = x.shape[-1]
-    return (
-        -0.5 * ((x - mean) ** 2).sum(-1) / scale**2
-        - d * np.log(scale)
-        - 0.5 * d * np.log(2 * np.pi)
-    )
+    return -0.5 * ((x - mean) ** 2).sum(-1) / scale**2 - d * np.log(scale) - 0.5 * d * np.log(2 * np.pi)

@@ -1,8 +1,8 @@
 """Mixtures of isotropic Gaussians with quadratic energies, in NumPy float64.
 
 A mixture is ``(weights [K], means [K, d], variances [K])``, weights summing to 1; an energy is
-``(center [d], curvature, offset)``.  Components are conditioned one at a time with the usual rules
-of Gaussians, and guided quantities come from the guided mixture, never from a tilted posterior.
+``(center [d], curvature, offset)``.  Components are conditioned one at a time with the usual rules of
+Gaussians, and guided quantities come from the guided mixture, never from a tilted posterior.
 """
 
 import numpy as np
@@ -80,9 +80,7 @@ def guided(mixture, energy, beta):
             + multivariate_normal.logpdf(m, m, v * np.eye(d))
             - beta * energy_at(energy, m)
             - multivariate_normal.logpdf(m, m_new, np.eye(d) / p)
-            for w, m, v, m_new, p in zip(
-                weights, means, variances, new_means, precision, strict=True
-            )
+            for w, m, v, m_new, p in zip(weights, means, variances, new_means, precision, strict=True)
         ]
     )
     log_z = logsumexp(mass)
@@ -91,9 +89,7 @@ def guided(mixture, energy, beta):
 
 def intermediate_energy(path, mixture, x, t, energy, beta):
     tilted, log_z = guided(mixture, energy, beta)
-    return (
-        marginal_log_density(path, mixture, x, t) - marginal_log_density(path, tilted, x, t) - log_z
-    )
+    return marginal_log_density(path, mixture, x, t) - marginal_log_density(path, tilted, x, t) - log_z
 
 
 def cg_score(path, mixture, x, t, energy, beta):

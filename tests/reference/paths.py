@@ -86,9 +86,7 @@ def predictions(path, kind, value, x, t):
     mu, sigma, mu_dot, sigma_dot = coefficients(path, t, x)
     if kind == "velocity":  # Cramer's rule on [[mu, sigma], [mu', sigma']] (x0, eps) = (x, u)
         determinant = mu * sigma_dot - sigma * mu_dot
-        return (sigma_dot * x - sigma * value) / determinant, (
-            mu * value - mu_dot * x
-        ) / determinant
+        return (sigma_dot * x - sigma * value) / determinant, (mu * value - mu_dot * x) / determinant
     if kind == "score":
         return (x + sigma**2 * value) / mu, -sigma * value
     if kind == "noise":

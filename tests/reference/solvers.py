@@ -6,11 +6,7 @@ TABLEAUS = {  # (nodes c, matrix A, weights b)
     "euler": ([0.0], [[]], [1.0]),
     "midpoint": ([0.0, 0.5], [[], [0.5]], [0.0, 1.0]),
     "heun": ([0.0, 1.0], [[], [1.0]], [0.5, 0.5]),
-    "rk4": (
-        [0.0, 0.5, 0.5, 1.0],
-        [[], [0.5], [0.0, 0.5], [0.0, 0.0, 1.0]],
-        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
-    ),
+    "rk4": ([0.0, 0.5, 0.5, 1.0], [[], [0.5], [0.0, 0.5], [0.0, 0.0, 1.0]], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
 }
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
@@ -30,9 +26,7 @@ def integrate(field, x, solver, num_steps, t_start=1.0, t_end=0.0):
 
 def dpmpp_step(path, x, x0_hat, t, t_next, x0_previous=None, t_previous=None):
     """Lu et al. 2022 (DPM-Solver++), eq. 9 of order 1 and algorithm 2 (2M) with a previous x0 prediction."""
-    half_log_snr = [
-        np.log(path.mu(s) / path.sigma(s)) for s in (t_previous, t, t_next) if s is not None
-    ]
+    half_log_snr = [np.log(path.mu(s) / path.sigma(s)) for s in (t_previous, t, t_next) if s is not None]
     h = half_log_snr[-1] - half_log_snr[-2]
     estimate = x0_hat
     if x0_previous is not None:
