@@ -45,17 +45,17 @@ def all_rows(count: int) -> slice:
 
 
 class Transitions(NamedTuple):
-    """One-step transitions; a pytree of arrays that share the leading axis.
+    """One-step transitions on the host; a pytree of arrays that share the leading axis.
 
     ``terminated`` is 1 only where the environment's own dynamics ended the episode: a
     truncated (timed-out) step keeps 0 and its real next observation.
     """
 
-    observations: Array  # [N, S] float32
-    actions: Array  # [N, A] float32
-    rewards: Array  # [N] float32
-    next_observations: Array  # [N, S] float32
-    terminated: Array  # [N] float32, 0 or 1
+    observations: np.ndarray  # [N, S] float32
+    actions: np.ndarray  # [N, A] float32
+    rewards: np.ndarray  # [N] float32
+    next_observations: np.ndarray  # [N, S] float32
+    terminated: np.ndarray  # [N] float32, 0 or 1
 
     @property
     def size(self) -> int:

@@ -19,7 +19,7 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM, as a shell reports it
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-flags.DEFINE_list(
+PLUGINS = flags.DEFINE_list(
     "plugins", [], "Modules to import first: they register paths, losses, critics, agents."
 )
 
@@ -143,7 +143,7 @@ def _reason(error: Exception, argv: list[str]) -> str:
         names = [
             arg.lstrip("-").partition("=")[0] for arg in argv if re.match("--?(no)?config[.]", arg)
         ]
-        word = re.match(r"\W*(\w*)", text)[1]
+        word = re.findall(r"\w+|$", text)[0]
         if word in {part for name in names for part in name.split(".")[1:]}:
             return f"unknown field {word!r}"
     nested = re.search(r"Attempting to lookup: (\w+)", text)
@@ -154,7 +154,7 @@ def _reason(error: Exception, argv: list[str]) -> str:
 
 def _help() -> str:
     """The entry point's own documentation and flags; --helpfull lists the libraries' too."""
-    documentation = sys.modules["__main__"].__doc__.strip()
+    documentation = (sys.modules["__main__"].__doc__ or "").strip()
     own_flags = (
         flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]
     )  # without the module's path

@@ -156,8 +156,10 @@ def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
         return np.random.default_rng([_SEED.value, _ACTIONS, episode])
 
     if _POLICY.value == "random":
-        space = env.action_space
-        return lambda i: play.random_actions(space, rng(i)), "uniformly random actions"
+        return (
+            lambda i: play.random_actions(play.action_box(env), rng(i)),
+            "uniformly random actions",
+        )
     if _POLICY.value == "waypoints":
         maze = pointmaze.Maze.of(env)
         noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
@@ -177,9 +179,10 @@ def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
 
 def _expert(env: gymnasium.Env) -> play.Act | None:
     """What scores 100, where there is a script for the environment."""
-    if pointmaze.is_point_maze(env.spec):
+    spec = environments.spec_of(env)
+    if pointmaze.is_point_maze(spec):
         return pointmaze.expert(pointmaze.Maze.of(env))
-    return pendulum.expert if env.spec.id == pendulum.ENVIRONMENT else None
+    return pendulum.expert if spec.id == pendulum.ENVIRONMENT else None
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def joined() -> Iterator[None]:
 
 
 def _join() -> None:
-    explicit = {name: flags.FLAGS[name].value for name in _EXPLICIT}
+    explicit: dict[str, Any] = {name: flags.FLAGS[name].value for name in _EXPLICIT}
     missing = [name for name, value in explicit.items() if value is None]
     if len(missing) == len(explicit):
         if not _MULTIHOST.value:

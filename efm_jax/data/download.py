@@ -44,7 +44,13 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
             raise ValueError(f"expected a file that begins with {signature!r}; got {start!r}")
 
     try:
-        pooch.retrieve(url, known_hash=None, fname=path.name, path=path.parent, downloader=download)
+        pooch.retrieve(
+            url,
+            known_hash=None,
+            fname=path.name,
+            path=path.parent,
+            downloader=download,  # pyright: ignore[reportArgumentType] its type names arguments that pooch passes by place
+        )
     except (OSError, ValueError) as error:  # requests' own are OSErrors
         raise DataError(
             f"{source}: no such file {path}, and {url} could not be downloaded ({reason(error)})"

@@ -1,6 +1,7 @@
 """Minari datasets: local ones, and others by download."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,9 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
         or whose sizes differ, or data that :mod:`.validation` refuses.
     """
     source = _open(name)
-    spaces = source.observation_space, source.action_space
-    validation.check_observation_space(name, spaces[0])
-    validation.check_action_space(name, spaces[1])
-    low, high = (np.asarray(bound, np.float32) for bound in (spaces[1].low, spaces[1].high))
+    validation.check_observation_space(name, source.observation_space)
+    box = validation.check_action_space(name, source.action_space)
+    low, high = (np.asarray(bound, np.float32) for bound in (box.low, box.high))
     metadata = source.storage.metadata
 
     lengths = _lengths(name, source)
@@ -59,7 +59,7 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
     columns["actions"] = validation.clip_actions(name, columns["actions"], low, high, locate, first)
     stated = env or metadata.get("eval_env_spec") or metadata.get("env_spec")
     spec = None if stated is None else environments.read_spec(name, stated)
-    if env is not None:
+    if env is not None and spec is not None:
         environments.check_sizes(name, spec, columns["observations"].shape[1], len(low))
 
     part = slice(selected.start - first, selected.stop - first)
@@ -132,7 +132,7 @@ def _open(name: str) -> Any:
 
         # Silenced, because its client logs every retry, and the error says how it ended.
         verbosity = hub_logging.get_verbosity()
-        hub_logging.set_verbosity(hub_logging.CRITICAL)
+        hub_logging.set_verbosity(logging.CRITICAL)
         try:
             with _problems_of(f"{name}: no such dataset at {path}, and it could not be downloaded"):
                 minari.download_dataset(name)
@@ -197,5 +197,5 @@ def _transitions(label: str, space: gymnasium.Space, episode: Any) -> Transition
 
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
-    scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if None in scores else (float(scores[0]), float(scores[1]))
+    worst, best = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if worst is None or best is None else (float(worst), float(best))

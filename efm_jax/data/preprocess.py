@@ -22,13 +22,13 @@ def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
     some of the rows, ``gather`` brings their sums together and the result is that of the whole
     dataset.
     """
-    columns = (
-        dataset.transitions.observations.T
-    )  # a column at a time keeps the float64 copies small
-    count = sum(gather(np.asarray(float(columns.shape[1]))))
-    mean = sum(gather(np.array([column.sum(dtype=np.float64) for column in columns]))) / count
+    # A column at a time, because that keeps the float64 copies small.
+    columns = dataset.transitions.observations.T
+    count = np.sum(gather(np.asarray(float(columns.shape[1]))))
+    sums = np.array([column.sum(dtype=np.float64) for column in columns])
+    mean = np.sum(gather(sums), axis=0) / count
     squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
-    std = np.sqrt(sum(gather(np.array(squares))) / count)
+    std = np.sqrt(np.sum(gather(np.array(squares)), axis=0) / count)
     constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
     return Normalizer(
         observation_mean=mean.astype(np.float32),

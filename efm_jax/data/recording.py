@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from efm_jax import checks
 from efm_jax.data import validation
 from efm_jax.data.minari import is_id, local_path
-from efm_jax.envs.play import Act, Begin, play, random_actions
+from efm_jax.envs.environments import spec_of
+from efm_jax.envs.play import Act, Begin, action_box, play, random_actions
 from efm_jax.errors import DataError, reason
 
 REFERENCE_EPISODES = 100
@@ -51,7 +52,7 @@ def record(
     episodes: int | None = None,
     steps: int | None = None,
     expert: Act | None = None,
-    **metadata: str,
+    **metadata: Any,
 ) -> Recording:
     """Record whole episodes of ``env`` as a Minari dataset, to be evaluated in ``env`` too.
 
@@ -80,9 +81,10 @@ def record(
     import minari
 
     checks.check_integer("seed", seed, 0)
-    if (episodes is None) == (steps is None):
+    given = [(n, unit) for n, unit in ((steps, "step"), (episodes, "episode")) if n is not None]
+    if len(given) != 1:
         raise ValueError(f"episodes, steps: expected one of them; got {episodes} and {steps}")
-    unit, count = ("step", steps) if episodes is None else ("episode", episodes)
+    [(count, unit)] = given
     checks.check_integer(f"{unit}s", count, 1)
     check_environment(env)
     with contextlib.closing(env), new_dataset(dataset_id) as (temporary_id, publish):
@@ -116,10 +118,11 @@ def check_new(dataset_id: str) -> None:
 
 def check_environment(env: gymnasium.Env) -> None:
     """Refuse an environment whose data this package cannot read, or whose episodes may not end."""
-    name = f"environment {env.spec.id}"
+    spec = spec_of(env)
+    name = f"environment {spec.id}"
     validation.check_observation_space(name, env.observation_space)
     validation.check_action_space(name, env.action_space)
-    if env.spec.max_episode_steps is None:
+    if spec.max_episode_steps is None:
         raise DataError(
             f"{name}: expected a limit on the length of an episode (max_episode_steps); got none"
         )
@@ -185,7 +188,7 @@ def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float
     rng = np.random.default_rng([seed, _RANDOM_ACTIONS])
     means = []
     with tqdm(total=2 * REFERENCE_EPISODES, desc="references", unit="episode", disable=None) as bar:
-        for act in (random_actions(env.action_space, rng), expert):
+        for act in (random_actions(action_box(env), rng), expert):
             resets = np.random.default_rng([seed, _REFERENCE_RESETS])
             returns = []
             for _ in range(REFERENCE_EPISODES):
@@ -195,7 +198,7 @@ def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float
     worst, best = means
     if best <= worst:
         raise DataError(
-            f"environment {env.spec.id}: expected an expert that is better than random actions; "
+            f"environment {spec_of(env).id}: expected an expert that is better than random actions; "
             f"got mean returns {best:g} and {worst:g}"
         )
     return worst, best

@@ -198,7 +198,7 @@ def _jumps(data: Transitions, std: np.ndarray) -> int:
     return int(jumped.sum())
 
 
-def _dimensions(indices: Sequence[int]) -> str:
+def _dimensions(indices: Sequence[int] | np.ndarray) -> str:
     named = ", ".join(str(int(i)) for i in indices[:_MOST_NAMED])
     more = len(indices) - _MOST_NAMED
     return f"dimensions {named}" + (f" and {more} more" if more > 0 else "")

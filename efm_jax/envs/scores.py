@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
@@ -124,6 +125,12 @@ def dataset_references(
     return own or reference_scores(name) or (reference_scores(env) if env else None)
 
 
+@overload
+def normalized_score(returns: float, references: tuple[float, float] | None) -> float | None: ...
+@overload
+def normalized_score(
+    returns: np.ndarray, references: tuple[float, float] | None
+) -> np.ndarray | None: ...
 def normalized_score(
     returns: float | np.ndarray, references: tuple[float, float] | None
 ) -> float | np.ndarray | None:

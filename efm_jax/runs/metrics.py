@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] protobuf makes them when imported
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] likewise
 
 from efm_jax import checks
 from efm_jax.envs import Rollouts

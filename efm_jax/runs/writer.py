@@ -1,5 +1,6 @@
 """The one writer of a work directory, which a training run starts or continues."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ class RunWriter:
 
     def __init__(self, workdir: epath.Path, info: RunInfo, normalizer: Normalizer):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
-        self._checkpointer: Checkpointer | None = None
+        self._open = contextlib.ExitStack()
+        self._checkpointer: Checkpointer  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
         self._renewal: Mapping[str, np.ndarray] = {}
         earlier = RunInfo.load(workdir)
@@ -64,11 +66,13 @@ class RunWriter:
           ValueError: the hosts do not see one folder, or have started other runs.
         """
         self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS_FOLDER, report=report)
+        self._open.callback(self._checkpointer.close)
         found = self._checkpointer.restore(self._tree(state), discard=True)
         step = None if found is None else found[0]
         if hosts.index() == 0:
             self._info.save(self._workdir)
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
+            self._open.callback(self._metrics.close)
         # Also a barrier: the others read config.json after the first host has written it.
         steps = hosts.gather(np.asarray(-1 if step is None else step))
         if len(set(map(int, steps))) > 1 or RunInfo.load(self._workdir) != self._info:
@@ -76,7 +80,7 @@ class RunWriter:
                 f"workdir {self._workdir}: holds another run than this host's; "
                 "all hosts need the same flags and one shared folder"
             )
-        return None if found is None else (step, found[1]["state"])
+        return None if found is None else (found[0], found[1]["state"])
 
     def _tree(self, state: State) -> dict[str, Any]:
         return {"state": state, "normalizer": self._normalizer}
@@ -119,8 +123,4 @@ class RunWriter:
 
     def close(self) -> None:
         """Wait for what is being saved."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        self._metrics = self._checkpointer = None
+        self._open.close()

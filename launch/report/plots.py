@@ -5,10 +5,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -73,7 +75,7 @@ def _in_the_look_of_the_page(
 
     @functools.wraps(draw)
     def element(*args: object) -> Markup | None:
-        with matplotlib.rc_context(_STYLE):
+        with style.context(_STYLE):
             drawn = draw(*args)
             if drawn is None:
                 return None
@@ -239,7 +241,7 @@ def _draw_curve(
     axes: Axes, run: ReportRun, curve: Curve, drawstyle: str = "default", width: float = 2.2
 ) -> None:
     steps, mean = curve.values.index, curve.mean.to_numpy()
-    look = {"color": _color(run.index), "drawstyle": drawstyle}
+    look: dict[str, Any] = {"color": _color(run.index), "drawstyle": drawstyle}
     if curve.values.shape[1] > 1:
         axes.plot(steps, curve.values.to_numpy(), linewidth=0.8, alpha=0.45, **look)
     # A line needs two neighbors: what stands alone gets a point.

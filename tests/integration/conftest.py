@@ -1,4 +1,4 @@
-"""What the tests of entry points share: one launcher, with one cache of programs, and one small dataset."""
+"""One launcher, with one cache of programs, and one small dataset for tests of entry points."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The ablations and the effective guidance scale, as small as they go: they run, share and resume."""
+"""The ablations and the effective guidance scale, as small as they go: run, share and resume."""
 
 import csv
 import functools
@@ -44,7 +44,8 @@ def test_every_arm_changes_what_it_says():
     assert {method for _, _, method in labels} == set(configs)
     # Every ablation has the preset among its arms (renewals twice); it is run once.
     assert [name for name, _, method in labels if method == "base"] == [
-        "m", "renewals", "renewals", "beta", "estimator", "sampler", "critic", "copies", "normalizer",
+        "m", "renewals", "renewals", "beta", "estimator", "sampler", "critic", "copies",
+        "normalizer",
     ]  # fmt: skip
     totals = {
         ablations.total_beta(configs[m]) for _, arm, m in labels if arm.endswith("same total")

@@ -13,9 +13,9 @@ from tests.integration.runs import arrays_of, train_flags
 
 PLUGINS = [f"tests.extension.my_{kind}" for kind in ("path", "loss", "critic", "agent")]
 CONFIG = {
-    "path": "slow", "loss": "early", "critic": "best_q", "best_q.pessimism": 0.25, "policy": "greedy",
-    "behavior_steps": 3, "critic_steps": 3, "policy_steps": 3, "checkpoint_every": 1, "log_every": 1,
-    "eval_every": 0, "eval_episodes": 1,
+    "path": "slow", "loss": "early", "critic": "best_q", "best_q.pessimism": 0.25,
+    "policy": "greedy", "behavior_steps": 3, "critic_steps": 3, "policy_steps": 3,
+    "checkpoint_every": 1, "log_every": 1, "eval_every": 0, "eval_episodes": 1,
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def intermediate_energy(path, x, t, data, energy, beta):
 
 
 def cg_score(path, x, t, data, class_prob, beta):
-    """Eq. 4.6: ``grad log p_t + beta grad log E[p(c|x0)]``, the gradients written out per data point."""
+    """Eq. 4.6: ``grad log p_t + beta grad log E[p(c|x0)]``, gradients written per data point."""
     mu, sigma = path.mu(t)[:, None, None], path.sigma(t)[:, None, None]
     pull = (mu * data[None] - x[:, None, :]) / sigma**2  # grad_x log p_{t0}(x|x_i): [B, n, d]
     plain = posterior(path, x, t, data)

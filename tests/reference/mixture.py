@@ -29,7 +29,7 @@ def _log_components(weights, means, variances, x):
 
 
 def _at(path, mixture, x, t):
-    """The components of ``p_t`` and the posterior over them: means, variances, ``log w_k N_k(x)``."""
+    """Components of ``p_t`` and the posterior over them: means, variances, ``log w_k N_k(x)``."""
     weights, means, variances = mixture
     mu, sigma = path.mu(t), path.sigma(t)
     means = mu[:, None, None] * means

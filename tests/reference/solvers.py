@@ -29,7 +29,7 @@ def integrate(field, x, solver, num_steps, t_start=1.0, t_end=0.0):
 
 
 def dpmpp_step(path, x, x0_hat, t, t_next, x0_previous=None, t_previous=None):
-    """Lu et al. 2022 (DPM-Solver++), eq. 9 of order 1 and algorithm 2 (2M) with a previous x0 prediction."""
+    """DPM-Solver++ (Lu et al. 2022): eq. 9 of order 1; algorithm 2 (2M) with a previous x0."""
     half_log_snr = [
         np.log(path.mu(s) / path.sigma(s)) for s in (t_previous, t, t_next) if s is not None
     ]

@@ -1,4 +1,4 @@
-"""The suite's bookkeeping: products counted, turns taken, tables printed.  Nothing here reads a time."""
+"""The suite's bookkeeping: products counted, turns taken, tables printed; no time is read."""
 
 import dataclasses
 import itertools

@@ -15,7 +15,7 @@ def normal_log_density(x, mean, precision):
 
 
 def gaussians(rng, b):
-    """Q quadratic and mu Gaussian in every state: mu exp(b Q) / Z is Gaussian, the law holds exactly."""
+    """Q quadratic, mu Gaussian in every state: mu exp(b Q) / Z is Gaussian, so the law is exact."""
     actions = rng.standard_normal((N, M))
     best, mean, level = rng.standard_normal((3, N, 1))
     q = -1.5 * (actions - best) ** 2 + 30 * level

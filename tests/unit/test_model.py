@@ -74,7 +74,9 @@ def test_the_loss_is_the_error_of_the_prediction(path, prediction):
     assert float(aux["ess"]) == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("field", "path prediction loss network solver eval_solver".split())
+@pytest.mark.parametrize(
+    "field", ["path", "prediction", "loss", "network", "solver", "eval_solver"]
+)
 def test_a_name_in_no_registry_is_refused_by_its_field(field):
     with pytest.raises(ValueError, match=rf"^{field}: expected one of .*; got 'nosuch'"):
         GenerativeModel.from_config(config(**{field: "nosuch"}))
