@@ -197,8 +197,9 @@ def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float
             means.append(float(np.mean(returns)))
     worst, best = means
     if best <= worst:
+        name = f"environment {spec_of(env).id}"
         raise DataError(
-            f"environment {spec_of(env).id}: expected an expert that is better than random actions; "
+            f"{name}: expected an expert that is better than random actions; "
             f"got mean returns {best:g} and {worst:g}"
         )
     return worst, best
