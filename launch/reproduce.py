@@ -155,8 +155,8 @@ def _read_row(job: jobs.Job) -> dict[str, Any]:
             f"{job.workdir}: the run is done, but its returns.csv has no evaluation of it"
         )
     row["behavior"] = scores.loc["behavior"].iloc[-1].mean()
-    policy = scores.loc["policy"]
-    for name, values in (("last", policy.iloc[-1]), ("best", policy.max())):
+    policy = scores.loc["policy"].to_numpy()  # [evaluations, seeds]
+    for name, values in (("last", policy[-1]), ("best", policy.max(axis=0))):
         row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_and_interval(values)
         row[f"{name}_difference"] = row[name] - published
     return row

@@ -114,7 +114,7 @@ class ReportRun:
             **self.info.config.to_dict(),
         }
         [flat] = pd.json_normalize(values).to_dict("records")
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
+        return {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
 
     def score(self, value: float) -> float | None:
         """Normalize a return to 0-100; None where nobody has measured references."""
