@@ -45,7 +45,7 @@ def all_rows(count: int) -> slice:
 
 
 class Transitions(NamedTuple):
-    """One-step transitions; a pytree of arrays that share the leading axis.
+    """One-step transitions on the host; a pytree of arrays that share the leading axis.
 
     ``terminated`` is 1 only where the environment's own dynamics ended the episode: a
     truncated (timed-out) step keeps 0 and its real next observation.

@@ -143,7 +143,7 @@ def _reason(error: Exception, argv: list[str]) -> str:
         names = [
             arg.lstrip("-").partition("=")[0] for arg in argv if re.match("--?(no)?config[.]", arg)
         ]
-        word = re.sub(r"\W*(\w*).*", r"\1", text, count=1, flags=re.DOTALL)
+        word = re.findall(r"\w+|$", text)[0]
         if word in {part for name in names for part in name.split(".")[1:]}:
             return f"unknown field {word!r}"
     nested = re.search(r"Attempting to lookup: (\w+)", text)

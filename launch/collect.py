@@ -14,8 +14,8 @@ policy, or a dataset that is there already.
 import json
 import re
 import time
-from typing import Any
 
+import gymnasium
 import numpy as np
 from absl import flags
 from gymnasium.envs.registration import EnvSpec
@@ -149,15 +149,17 @@ def _check_flags(spec: EnvSpec, dataset_id: str) -> None:
     recording.check_new(dataset_id)
 
 
-def _policy(env: Any) -> tuple[play.Begin, str]:
+def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
     """The policy of each episode, and the algorithm's name in the metadata."""
 
     def rng(episode: int) -> np.random.Generator:
         return np.random.default_rng([_SEED.value, _ACTIONS, episode])
 
     if _POLICY.value == "random":
-        space = env.action_space
-        return lambda i: play.random_actions(space, rng(i)), "uniformly random actions"
+        return (
+            lambda i: play.random_actions(play.action_box(env), rng(i)),
+            "uniformly random actions",
+        )
     if _POLICY.value == "waypoints":
         maze = pointmaze.Maze.of(env)
         noise = _DEFAULT_NOISE if _NOISE.value is None else _NOISE.value
@@ -175,11 +177,12 @@ def _policy(env: Any) -> tuple[play.Begin, str]:
     return begin, f"efm_jax policy, noise of deviation {noise:g}"
 
 
-def _expert(env: Any) -> play.Act | None:
+def _expert(env: gymnasium.Env) -> play.Act | None:
     """What scores 100, where there is a script for the environment."""
-    if pointmaze.is_point_maze(env.spec):
+    spec = environments.spec_of(env)
+    if pointmaze.is_point_maze(spec):
         return pointmaze.expert(pointmaze.Maze.of(env))
-    return pendulum.expert if env.spec.id == pendulum.ENVIRONMENT else None
+    return pendulum.expert if spec.id == pendulum.ENVIRONMENT else None
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def run_and_collect(
             print(json.dumps(line | {"list": _JOBS.value}))
             return 0
         failed, stopped_by = _run(left) if left and not _COLLECT.value else ({}, None)
-        table = pd.DataFrame([read_row(job) for job in jobs], columns=list(columns))
+        table = pd.DataFrame([read_row(job) for job in jobs], columns=pd.Index(columns))
         table = table.astype({"seeds": "Int64", "steps": "Int64"})
         root, text = jobs[0].root, markdown(table)
         write_whole(root / "results.csv", table.to_csv(index=False))
@@ -227,4 +227,4 @@ def estimate(mean: float, *interval: float) -> str:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """Write a table of texts in Markdown."""
-    return table.to_markdown(index=False, disable_numparse=True)
+    return str(table.to_markdown(index=False, disable_numparse=True))

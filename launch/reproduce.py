@@ -22,7 +22,7 @@ import itertools
 import math
 import pathlib
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ def _read_jobs() -> list[jobs.Job]:
 
 
 def _check_names(
-    flag: str, names: Sequence[str], known: Iterable[str], groups: Iterable[str] = ()
+    flag: str, names: Sequence[str], known: Collection[str], groups: Collection[str] = ()
 ) -> None:
     for name in names or [""]:
         if name not in known:
@@ -137,7 +137,7 @@ def seed_scores(task: str, returns: pd.DataFrame) -> pd.DataFrame:
     more, it counts once all the same.
     """
     values = returns["return"].astype(float).clip(upper=1.0 if task in ANTMAZE else None)
-    scores = normalized_score(values, dataset_references(None, task, None))
+    scores = normalized_score(values.to_numpy(), dataset_references(None, task, None))
     scored = returns.assign(score=scores, total_step=returns["total_step"].astype(int))
     return scored.pivot_table("score", ["policy", "total_step"], "seed")
 
@@ -148,15 +148,15 @@ def _read_row(job: jobs.Job) -> dict[str, Any]:
     row = job.row(("seeds", "steps", "seconds", "workdir")) | {"published": published}
     if "seeds" not in row:
         return row
-    returns = pd.DataFrame(Run.read(job.workdir).returns, columns=RETURN_COLUMNS)
+    returns = pd.DataFrame(Run.read(job.workdir).returns, columns=pd.Index(RETURN_COLUMNS))
     scores = seed_scores(task, returns)
-    if not {"behavior", "policy"} <= set(returns["policy"]) or scores.isna().any(axis=None):
+    if not {"behavior", "policy"} <= set(returns["policy"]) or scores.isna().to_numpy().any():
         raise ValueError(
             f"{job.workdir}: the run is done, but its returns.csv has no evaluation of it"
         )
     row["behavior"] = scores.loc["behavior"].iloc[-1].mean()
-    policy = scores.loc["policy"]
-    for name, values in (("last", policy.iloc[-1]), ("best", policy.max())):
+    policy = scores.loc["policy"].to_numpy()  # [evaluations, seeds]
+    for name, values in (("last", policy[-1]), ("best", policy.max(axis=0))):
         row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_and_interval(values)
         row[f"{name}_difference"] = row[name] - published
     return row
@@ -164,7 +164,7 @@ def _read_row(job: jobs.Job) -> dict[str, Any]:
 
 def _markdown(table: pd.DataFrame) -> str:
     """Show a line per job, and the mean differences of each algorithm."""
-    shown = table[["task", "algorithm"]].copy()
+    shown = table.filter(["task", "algorithm"])
     shown["seeds"] = table["seeds"].astype("string").fillna("")
     shown["behavior"] = table["behavior"].map(jobs.estimate)
     for name in ("last", "best"):
@@ -181,7 +181,9 @@ def _markdown(table: pd.DataFrame) -> str:
         done = f"{rows['seeds'].count()} of {len(rows)} tasks done"
         text = f"{algorithm}: {done}, {len(both)} of them published"
         if len(both):
-            text += "; mean difference {:+.1f} (last), {:+.1f} (best)".format(*both.mean())
+            text += "; mean difference {:+.1f} (last), {:+.1f} (best)".format(
+                *both.to_numpy().mean(axis=0)
+            )
         lines.append(f"{text}.  \n")  # two spaces: a line of its own
     return f"{jobs.to_markdown(shown)}\n\n{''.join(lines)}\n{_NOTES}"
 

@@ -119,19 +119,21 @@ def _markdown(table: pd.DataFrame) -> str:
 def _means(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
     """Sum up the jobs that are alike in the columns ``keys``."""
     rows = []
-    for key, group in table.groupby(list(keys), sort=False):
+    for _, group in table.groupby(list(keys), sort=False):
+        labels = {key: group[key].iloc[0] for key in keys}
         done = group.dropna(subset="seeds")
         row = {"jobs": f"{len(done)} of {len(group)}", "seeds": done["seeds"].sum()}
         measures = {name.replace("_", " "): _mean(done, name) for name in _MEASURES}
-        rows.append({**dict(zip(keys, key, strict=True)), **row, **measures})
+        rows.append({**labels, **row, **measures})
     return pd.DataFrame(rows)
 
 
 def _mean(done: pd.DataFrame, name: str) -> str:
     """Show a measure's mean and interval over jobs; of one job the interval over its own seeds."""
-    if done.empty or done[name].isna().any():
+    values = done[name].to_numpy()
+    if done.empty or pd.isna(values).any():
         return ""
-    mean, *interval = mean_and_interval(done[name])
+    mean, *interval = mean_and_interval(values)
     if len(done) == 1:
         policy, seeds = name.removesuffix("_return"), done["seeds"].item()
         own = done.filter([f"{policy}_low", f"{policy}_high"]).iloc[0]

@@ -103,8 +103,7 @@ def main(_: list[str]) -> int:
 
 @multihost.agreed_errors()
 def _read_config() -> QIPOConfig:
-    config_flag: Any = flags.FLAGS["config"]
-    path = config_flag.config_filename
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     problem = cli.preset_problem(path)
     if problem is not None:
         raise ValueError(f"--config={path}: {problem}")
@@ -136,8 +135,8 @@ class _Data(NamedTuple):
 def _read_dataset(config: QIPOConfig) -> _Data:
     with multihost.agreed_errors():
         layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value)
-        dataset, total = _load(config, layout)
-        references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
+        dataset, env_spec, total = _load(config, layout)
+        references = dataset_references(dataset.reference_scores, dataset.name, env_spec)
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)
         check_fits(memory, device_limit(layout), layout)
     # In parallel=seeds every host has read everything, and has nothing to ask the others.
@@ -147,7 +146,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     agent = make_agent(config, dataset.observation_size, dataset.action_size)
     info = RunInfo(
         config=config,
-        plugins=list(cli.PLUGINS.value),
+        plugins=cli.PLUGINS.value,
         algorithm=agent.name,
         phase_steps=agent.phase_steps,
         seed=_SEED.value,
@@ -158,7 +157,7 @@ def _read_dataset(config: QIPOConfig) -> _Data:
         dataset_return=float(dataset.episode_returns.mean()),
         observation_size=dataset.observation_size,
         action_size=dataset.action_size,
-        env_spec=str(dataset.env_spec),
+        env_spec=env_spec,
         reference_scores=references,
     )
     with multihost.agreed_errors():
@@ -166,8 +165,8 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     return _Data(transitions, normalizer, layout, memory, info)
 
 
-def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, int]:
-    """Read this host's part of the dataset, and count the transitions of all hosts."""
+def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, str, int]:
+    """Read this host's part of the dataset, its environment, and all hosts' number of rows."""
     total = 0
 
     def rows(count: int) -> slice:
@@ -185,7 +184,7 @@ def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, int]:
             f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID"
         )
     check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size)
-    return dataset, total
+    return dataset, dataset.env_spec, total
 
 
 @multihost.agreed_errors()
@@ -214,7 +213,7 @@ class _Run(Hooks):
         self._evaluator = Evaluator(data.info, trainer.agent, data.normalizer)
         self._rollouts: dict[str, Rollouts] = {}
         self._is_first = hosts.index() == 0
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)  # until a phase begins
         self._table: tqdm | None = None
         self._stop = multihost.StopSignal()
 
@@ -279,10 +278,10 @@ class _Run(Hooks):
             self._table = None
 
     def _close_bars(self) -> None:
-        for bar in (self._table, self._bar):
-            if bar is not None:
-                bar.close()
-        self._table = self._bar = None
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+        self._bar.close()
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
         self._writer.renewal(summary)
@@ -296,9 +295,8 @@ class _Run(Hooks):
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         self._writer.metrics(phase, step, values)
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
 
     def on_evaluate(self, step: int, params: AgentParams) -> None:
         self._evaluate("policy", step, params)

@@ -27,7 +27,6 @@ normalizes every action.
 
 import contextlib
 import warnings
-from typing import Any
 
 import h5py
 import numpy as np
@@ -139,10 +138,8 @@ def _observations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observations and next observations of the rows ``start .. stop``."""
     if "next_observations" in columns:
-        return (
-            columns.numbers("observations", start, stop),
-            columns.numbers("next_observations", start, stop),
-        )
+        following = columns.numbers("next_observations", start, stop)
+        return columns.numbers("observations", start, stop), following
     following = columns.numbers("observations", start, min(stop + 1, len(ends)))
     observations = following[: stop - start]
     following = np.concatenate([following[1:], following[-1:]])[: stop - start]
@@ -191,7 +188,7 @@ def _environment(
             )
         return spec, -unit, unit
     try:
-        validation.check_action_space(path, spaces[1])
+        box = validation.check_action_space(path, spaces[1])
         environments.check_sizes(path, spec, observation_size, action_size)
     except DataError as error:
         if stated:
@@ -200,8 +197,7 @@ def _environment(
             f"{error}; the environment suggested by the file's name is not used", stacklevel=4
         )
         return None, -unit, unit
-    actions: Any = spaces[1]
-    return spec, np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32)
+    return spec, np.asarray(box.low, np.float32), np.asarray(box.high, np.float32)
 
 
 def _timeouts(

@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from efm_jax.errors import DataError, reason
 
@@ -36,7 +35,7 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
     pooch.get_logger().setLevel("WARNING")  # it would tell the file's hash
     http = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
 
-    def download(url: str, draft: Any, _: Any) -> None:
+    def download(url: str, draft: str, _: object) -> None:
         os.unlink(draft)  # because pooch has made it for its owner alone
         http(url, draft, None)
         with open(draft, "rb") as file:
@@ -44,9 +43,14 @@ def fetch(source: str, url: str, path: Path, signature: bytes) -> None:
         if start != signature:
             raise ValueError(f"expected a file that begins with {signature!r}; got {start!r}")
 
-    options: Any = {"downloader": download}  # pooch documents three arguments and types four
     try:
-        pooch.retrieve(url, known_hash=None, fname=path.name, path=path.parent, **options)
+        pooch.retrieve(
+            url,
+            known_hash=None,
+            fname=path.name,
+            path=path.parent,
+            downloader=download,  # pyright: ignore[reportArgumentType] its type names arguments that pooch passes by place
+        )
     except (OSError, ValueError) as error:  # requests' own are OSErrors
         raise DataError(
             f"{source}: no such file {path}, and {url} could not be downloaded ({reason(error)})"

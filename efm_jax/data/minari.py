@@ -35,10 +35,9 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
         or whose sizes differ, or data that :mod:`.validation` refuses.
     """
     source = _open(name)
-    spaces = source.observation_space, source.action_space
-    validation.check_observation_space(name, spaces[0])
-    validation.check_action_space(name, spaces[1])
-    low, high = (np.asarray(bound, np.float32) for bound in (spaces[1].low, spaces[1].high))
+    validation.check_observation_space(name, source.observation_space)
+    box = validation.check_action_space(name, source.action_space)
+    low, high = (np.asarray(bound, np.float32) for bound in (box.low, box.high))
     metadata = source.storage.metadata
 
     lengths = _lengths(name, source)
@@ -198,5 +197,5 @@ def _transitions(label: str, space: gymnasium.Space, episode: Any) -> Transition
 
 
 def _reference_scores(metadata: dict[str, Any]) -> tuple[float, float] | None:
-    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if low is None or high is None else (float(low), float(high))
+    worst, best = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if worst is None or best is None else (float(worst), float(best))

@@ -22,16 +22,13 @@ def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
     some of the rows, ``gather`` brings their sums together and the result is that of the whole
     dataset.
     """
-
-    def total(part: np.ndarray) -> np.ndarray:
-        return np.sum(gather(part), axis=0)
-
     # A column at a time, because that keeps the float64 copies small.
     columns = dataset.transitions.observations.T
-    count = total(np.asarray(float(columns.shape[1])))
-    mean = total(np.array([column.sum(dtype=np.float64) for column in columns])) / count
+    count = np.sum(gather(np.asarray(float(columns.shape[1]))))
+    sums = np.array([column.sum(dtype=np.float64) for column in columns])
+    mean = np.sum(gather(sums), axis=0) / count
     squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
-    std = np.sqrt(total(np.array(squares)) / count)
+    std = np.sqrt(np.sum(gather(np.array(squares)), axis=0) / count)
     constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
     return Normalizer(
         observation_mean=mean.astype(np.float32),
@@ -136,7 +133,8 @@ def _locomotion(dataset: Dataset) -> np.ndarray:
     if spread == 0.0:
         raise DataError(
             f"{dataset.name}: reward transform 'locomotion' divides by max - min episode return, "
-            f"and every episode returned {returns.max():g}"
+            "and every "
+            f"episode returned {returns.max():g}"
         )
     return dataset.transitions.rewards * (1000.0 / spread)
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from efm_jax import checks
 from efm_jax.data import validation
 from efm_jax.data.minari import is_id, local_path
-from efm_jax.envs.play import Act, Begin, play, random_actions
+from efm_jax.envs.environments import spec_of
+from efm_jax.envs.play import Act, Begin, action_box, play, random_actions
 from efm_jax.errors import DataError, reason
 
 REFERENCE_EPISODES = 100
@@ -51,7 +52,7 @@ def record(
     episodes: int | None = None,
     steps: int | None = None,
     expert: Act | None = None,
-    **metadata: str,
+    **metadata: Any,
 ) -> Recording:
     """Record whole episodes of ``env`` as a Minari dataset, to be evaluated in ``env`` too.
 
@@ -80,9 +81,10 @@ def record(
     import minari
 
     checks.check_integer("seed", seed, 0)
-    if (episodes is None) == (steps is None):
+    given = [(n, unit) for n, unit in ((steps, "step"), (episodes, "episode")) if n is not None]
+    if len(given) != 1:
         raise ValueError(f"episodes, steps: expected one of them; got {episodes} and {steps}")
-    unit, count = ("step", steps or 0) if episodes is None else ("episode", episodes)
+    [(count, unit)] = given
     checks.check_integer(f"{unit}s", count, 1)
     check_environment(env)
     with contextlib.closing(env), new_dataset(dataset_id) as (temporary_id, publish):
@@ -97,11 +99,10 @@ def record(
                 returns.append(total)
                 lengths.append(length)
                 bar.update(length if episodes is None else 1)
-            scores: dict[str, Any] = {**metadata}
             if references is not None:
-                scores["ref_min_score"], scores["ref_max_score"] = references
-                scores["num_episodes_average_score"] = REFERENCE_EPISODES
-            collector.create_dataset(temporary_id, eval_env=env.spec, author="efm_jax", **scores)
+                metadata["ref_min_score"], metadata["ref_max_score"] = references
+                metadata["num_episodes_average_score"] = REFERENCE_EPISODES
+            collector.create_dataset(temporary_id, eval_env=env.spec, author="efm_jax", **metadata)
         published = publish()
     return Recording(np.array(returns), np.array(lengths), references, published)
 
@@ -117,7 +118,7 @@ def check_new(dataset_id: str) -> None:
 
 def check_environment(env: gymnasium.Env) -> None:
     """Refuse an environment whose data this package cannot read, or whose episodes may not end."""
-    spec: Any = env.spec
+    spec = spec_of(env)
     name = f"environment {spec.id}"
     validation.check_observation_space(name, env.observation_space)
     validation.check_action_space(name, env.action_space)
@@ -182,12 +183,12 @@ def _publish(temporary: Path, final: Path) -> bool:
     return True
 
 
-def _reference_scores(env: Any, seed: int, expert: Act) -> tuple[float, float]:
+def _reference_scores(env: gymnasium.Env, seed: int, expert: Act) -> tuple[float, float]:
     """Mean returns of random actions and of the expert, on the same starts."""
     rng = np.random.default_rng([seed, _RANDOM_ACTIONS])
     means = []
     with tqdm(total=2 * REFERENCE_EPISODES, desc="references", unit="episode", disable=None) as bar:
-        for act in (random_actions(env.action_space, rng), expert):
+        for act in (random_actions(action_box(env), rng), expert):
             resets = np.random.default_rng([seed, _REFERENCE_RESETS])
             returns = []
             for _ in range(REFERENCE_EPISODES):
@@ -196,8 +197,9 @@ def _reference_scores(env: Any, seed: int, expert: Act) -> tuple[float, float]:
             means.append(float(np.mean(returns)))
     worst, best = means
     if best <= worst:
+        name = f"environment {spec_of(env).id}"
         raise DataError(
-            f"environment {env.spec.id}: expected an expert that is better than random actions; "
+            f"{name}: expected an expert that is better than random actions; "
             f"got mean returns {best:g} and {worst:g}"
         )
     return worst, best

@@ -76,8 +76,8 @@ def check_observation_space(source: str, space: spaces.Space) -> None:
             )
 
 
-def check_action_space(source: str, space: spaces.Space) -> None:
-    """Refuse all but a flat, continuous ``Box`` with finite bounds."""
+def check_action_space(source: str, space: spaces.Space) -> spaces.Box:
+    """Return ``space``; refuse all but a flat, continuous ``Box`` with finite bounds."""
     discrete = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
     if discrete or (isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating)):
         raise DataError(
@@ -86,6 +86,7 @@ def check_action_space(source: str, space: spaces.Space) -> None:
     if not isinstance(space, spaces.Box) or len(space.shape) != 1:
         raise DataError(f"{source}: expected actions in a Box of one axis; got {space}")
     check_bounds(source, space.low, space.high)
+    return space
 
 
 def check_bounds(source: str, low: np.ndarray, high: np.ndarray) -> None:

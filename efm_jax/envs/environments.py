@@ -109,13 +109,23 @@ def _import_robotics() -> None:
     gymnasium.registry.update(before)
 
 
+def spec_of(env: gymnasium.Env) -> EnvSpec:
+    """Return the spec that ``env`` was made from."""
+    if env.spec is None:
+        raise ValueError(f"env: expected an environment made from a spec; got {env}")
+    return env.spec
+
+
 def spec_json(source: str, spec: EnvSpec | None) -> str | None:
     """The spec as JSON; a :class:`DataError` for a spec with functions, as retired ones have."""
+    if spec is None:
+        return None
     try:
-        return None if spec is None else spec.to_json()
+        return spec.to_json()
     except (ValueError, TypeError) as error:
-        name = None if spec is None else spec.id
-        raise DataError(f"{source}: environment {name} cannot be used ({reason(error)})") from error
+        raise DataError(
+            f"{source}: environment {spec.id} cannot be used ({reason(error)})"
+        ) from error
 
 
 def make_spaces(spec: EnvSpec) -> tuple[gymnasium.Space, gymnasium.Space] | None:

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import jax
 import numpy as np
 
+from efm_jax.envs.environments import spec_of
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.errors import DataError
 from efm_jax.types import Array
@@ -20,9 +22,9 @@ Begin = Callable[[int], Act]
 _ACTION_NOISE = 5
 
 
-def play(env: Any, seed: int, act: Act) -> tuple[float, int]:
+def play(env: gymnasium.Env, seed: int, act: Act) -> tuple[float, int]:
     """Return and length of one episode, whose actions are clipped to their bounds."""
-    space = env.action_space
+    space = action_box(env)
     observation, _ = env.reset(seed=seed)
     total, length, over = 0.0, 0, False
     while not over:
@@ -34,26 +36,34 @@ def play(env: Any, seed: int, act: Act) -> tuple[float, int]:
     return total, length
 
 
-def check_action(env: Any, action: Any) -> np.ndarray:
+def action_box(env: gymnasium.Env) -> gymnasium.spaces.Box:
+    """Return the space of ``env``'s actions; a ``DataError`` if it is no ``Box``."""
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Box):
+        raise DataError(f"environment {spec_of(env).id}: expected actions in a Box; got {space}")
+    return space
+
+
+def check_action(env: gymnasium.Env, action: Any) -> np.ndarray:
     """The action in ``env``'s type; a ``DataError`` if its shape differs or it is not finite."""
     space = env.action_space
     array = np.asarray(action, space.dtype)
     if array.shape != space.shape:
         raise DataError(
-            f"actions: expected shape {space.shape}, of {env.spec.id}; got {array.shape}"
+            f"actions: expected shape {space.shape}, of {spec_of(env).id}; got {array.shape}"
         )
     if not np.isfinite(array).all():
         raise DataError(f"actions: expected finite numbers; got {array}")
     return array
 
 
-def random_actions(space: Any, rng: np.random.Generator) -> Act:
+def random_actions(space: gymnasium.spaces.Box, rng: np.random.Generator) -> Act:
     """Actions uniform between the bounds of ``space``."""
     return lambda observation: rng.uniform(space.low, space.high)
 
 
 def batched(
-    env: Any, policy: Callable[[np.ndarray, Array], Array], seed: int, noise: float = 0.0
+    env: gymnasium.Env, policy: Callable[[np.ndarray, Array], Array], seed: int, noise: float = 0.0
 ) -> Begin:
     """A policy of batches, such as a trained one, for single episodes of ``env``.
 
@@ -63,7 +73,7 @@ def batched(
       seed: the keys and the noise are folded from it, the episode and the step.
       noise: standard deviation of Gaussian noise on the actions, in units of half their range.
     """
-    space = env.action_space
+    space = action_box(env)
     deviation = noise * (space.high - space.low) / 2
     root = jax.random.key(seed)
     fold = jax.jit(

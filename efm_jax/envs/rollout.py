@@ -69,7 +69,7 @@ def evaluate(
         raise ValueError("episode_seeds: expected at least one seed; got none")
     for seed in episode_seeds:
         checks.check_integer("episode_seeds", seed, 0)
-    spec = _bounded_spec(env_spec, max_steps)
+    spec, limit = _bounded_spec(env_spec, max_steps)
     seeds = [int(seed) for seed in episode_seeds]
     batch = (num_policies, len(seeds))
     returns = np.zeros(batch, np.float64)
@@ -84,7 +84,7 @@ def evaluate(
         states = [
             game.reset(seed=seed)[0] for game, seed in zip(games, seeds * num_policies, strict=True)
         ]
-        for step in range(spec.max_episode_steps or 0):
+        for step in range(limit):
             together = concatenate(observed, states, create_empty_array(observed, len(games)))
             observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
             actions = np.asarray(act(observations, step))
@@ -104,8 +104,8 @@ def evaluate(
     return Rollouts(returns, lengths)
 
 
-def _bounded_spec(env_spec: str, max_steps: int | None) -> EnvSpec:
-    """The spec of what is played, with the smaller of its own limit of steps and ``max_steps``."""
+def _bounded_spec(env_spec: str, max_steps: int | None) -> tuple[EnvSpec, int]:
+    """What is played, and its limit: the smaller of its spec's limit of steps and ``max_steps``."""
     spec = environments.read_spec("env_spec", env_spec)
     # Dropped, because evaluation shows nothing, and a recorded spec may ask for windows or images.
     spec.kwargs.pop("render_mode", None)
@@ -117,7 +117,7 @@ def _bounded_spec(env_spec: str, max_steps: int | None) -> EnvSpec:
             f"environment {spec.id} has no limit on the length of an episode: max_steps is needed"
         )
     spec.max_episode_steps = min(limits)
-    return spec
+    return spec, min(limits)
 
 
 def _check_finite(

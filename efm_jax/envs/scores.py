@@ -2,10 +2,10 @@
 
 import json
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 # jax itself requires scipy, so this adds no run-time dependency.
 from scipy import stats
@@ -125,7 +125,15 @@ def dataset_references(
     return own or reference_scores(name) or (reference_scores(env) if env else None)
 
 
-def normalized_score(returns: Any, references: tuple[float, float] | None) -> Any:
+@overload
+def normalized_score(returns: float, references: tuple[float, float] | None) -> float | None: ...
+@overload
+def normalized_score(
+    returns: np.ndarray, references: tuple[float, float] | None
+) -> np.ndarray | None: ...
+def normalized_score(
+    returns: float | np.ndarray, references: tuple[float, float] | None
+) -> float | np.ndarray | None:
     """``100 (returns - minimum) / (maximum - minimum)``.
 
     Args:
@@ -147,7 +155,9 @@ def normalized_score(returns: Any, references: tuple[float, float] | None) -> An
     return float(scores) if scores.ndim == 0 else scores
 
 
-def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
+def mean_and_interval(
+    values: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
     """Mean and Student's t confidence interval of the mean, of independent values.
 
     Pass one value per training seed (the mean over its episodes), not all episodes together:

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -12,6 +12,7 @@ from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks
+from efm_jax.envs.environments import spec_of
 from efm_jax.envs.rollout import Rollouts, evaluate, make_quietly
 from efm_jax.errors import reason
 from efm_jax.files import write_whole
@@ -102,7 +103,7 @@ class _Filmed(gymnasium.Wrapper):
         self._show()
         return result
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict]:
         result = self.env.step(action)
         self._steps += 1
         if result[2] or result[3] or self._steps % self._stride == 0:
@@ -113,20 +114,24 @@ class _Filmed(gymnasium.Wrapper):
         self._video.close()
         super().close()
 
-    def _show(self) -> None:
-        spec: Any = self.env.spec
-        name = f"environment {spec.id}"
+    def _render(self) -> Any:
+        """Make a picture, an array if the environment keeps to what is asked of it."""
         try:
-            frame: Any = self.env.render()
+            return self.env.render()
         # Everything, because renderers are native libraries behind bindings: without a display or a
         # driver they raise gymnasium's, MuJoCo's or OpenGL's errors, or an AttributeError.
         except Exception as error:
+            spec = spec_of(self.env)
             raise ValueError(
-                f"{name} cannot render here: {reason(error)}; {_hint(spec)}"
+                f"environment {spec.id} cannot render here: {reason(error)}; {_hint(spec)}"
             ) from error
+
+    def _show(self) -> None:
+        frame = self._render()
         shape, dtype = np.shape(frame), getattr(frame, "dtype", type(frame).__name__)
         if dtype != np.uint8 or shape != (self._shape or (*shape[:2], 3)):
             wanted = list(self._shape or ("height", "width", 3))
+            name = f"environment {spec_of(self.env).id}"
             raise ValueError(f"{name}: expected images uint8 {wanted}; got {dtype} {shape}")
         self._shape = shape
         # Even sizes, because H.264 as every player knows it has one color for 2 x 2 pixels.

@@ -16,7 +16,7 @@ from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, resolve
-from efm_jax.types import Normalizer
+from efm_jax.types import Key, Normalizer
 
 # Fields of a configuration that only concern acting.
 ACTING_FIELDS = ("action_selection", "num_candidates", "eval_solver", "eval_sample_steps")
@@ -111,7 +111,7 @@ def load_policy(
     params = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.params())
 
     @jax.jit
-    def policy(observations: jax.Array, key: jax.Array) -> jax.Array:
+    def policy(observations: jax.Array, key: Key) -> jax.Array:
         checks.check_shape(
             "observations", observations, (observations.shape[0], info.observation_size)
         )

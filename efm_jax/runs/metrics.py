@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] protobuf makes them when imported
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] likewise
 
 from efm_jax import checks
 from efm_jax.envs import Rollouts
@@ -18,10 +19,6 @@ from efm_jax.files import write_whole
 from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, read_table
 from efm_jax.runs.workdir import METRICS_FILE, RETURNS_FILE, TENSORBOARD_FOLDER
 from efm_jax.types import Array
-
-# Any, because a protobuf module makes its classes when it is imported.
-_EVENTS: Any = event_pb2
-_SUMMARIES: Any = summary_pb2
 
 Row = Mapping[str, Any]
 
@@ -129,8 +126,8 @@ class MetricsWriter:
         count = len(list(folder.iterdir()))
         self._events = EventsWriter(os.fspath(folder / "events"), filename_suffix=f".{count:04d}")
         # A session start at a step makes TensorBoard hide what earlier files hold from there on.
-        start = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
-        self._write_event(_EVENTS.Event(step=resume_from + 1, session_log=start))
+        start = SessionLog(status=SessionLog.START)
+        self._write_event(Event(step=resume_from + 1, session_log=start))
 
     def write(self, total_step: int, phase: str, step: int, values: Mapping[str, Array]) -> None:
         """Log one point, on disk when this returns.
@@ -158,16 +155,16 @@ class MetricsWriter:
             for index, seed in enumerate(self._seeds)
         )
         means = [
-            _SUMMARIES.Summary.Value(tag=f"{phase}/{name}", simple_value=float(np.mean(column)))
+            Summary.Value(tag=f"{phase}/{name}", simple_value=float(np.mean(column)))
             for name, column in columns.items()
         ]
-        self._write_event(_EVENTS.Event(step=total_step, summary=_SUMMARIES.Summary(value=means)))
+        self._write_event(Event(step=total_step, summary=Summary(value=means)))
 
     def close(self) -> None:
         """Close the event file."""
         self._events.close()
 
-    def _write_event(self, event: Any) -> None:
+    def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
         self._events.write_event(event)
         self._events.flush()

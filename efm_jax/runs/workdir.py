@@ -101,8 +101,8 @@ class RunInfo:
             values["config"] = QIPOConfig.from_dict(values["config"])
             if isinstance(values["reference_scores"], list):
                 values["reference_scores"] = tuple(values["reference_scores"])
-            for field in dataclasses.fields(cls):
-                _check_field(field, values[field.name])
+            for name, kind in typing.get_type_hints(cls).items():
+                _check_field(name, kind, values[name])
             return cls(**values)
         except KeyError as error:
             raise ValueError(f"{path}: cannot be read: no field {error}") from error
@@ -139,14 +139,13 @@ class RunInfo:
                 )
 
 
-def _check_field(field: dataclasses.Field, value: Any) -> None:
+def _check_field(name: str, kind: Any, value: Any) -> None:
     """Refuse what no run writes, because it would be misread without a word."""
-    kind: Any = typing.get_origin(field.type) or field.type
-    kind = (int, float) if kind is float else kind
-    if field.name == "reference_scores":
+    kind = (int, float) if kind is float else typing.get_origin(kind) or kind
+    if name == "reference_scores":
         numbers = value is None or all(isinstance(end, (int, float)) for end in value)
         fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))
     else:
         fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:
-        raise ValueError(f"field {field.name!r}: got {value!r}, which no run writes")
+        raise ValueError(f"field {name!r}: got {value!r}, which no run writes")

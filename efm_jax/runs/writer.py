@@ -1,5 +1,6 @@
 """The one writer of a work directory, which a training run starts or continues."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ class RunWriter:
 
     def __init__(self, workdir: epath.Path, info: RunInfo, normalizer: Normalizer):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
-        self._checkpointer: Checkpointer | None = None
+        self._open = contextlib.ExitStack()
+        self._checkpointer: Checkpointer  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
         self._renewal: Mapping[str, np.ndarray] = {}
         earlier = RunInfo.load(workdir)
@@ -64,11 +66,13 @@ class RunWriter:
           ValueError: the hosts do not see one folder, or have started other runs.
         """
         self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS_FOLDER, report=report)
+        self._open.callback(self._checkpointer.close)
         found = self._checkpointer.restore(self._tree(state), discard=True)
         step = None if found is None else found[0]
         if hosts.index() == 0:
             self._info.save(self._workdir)
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
+            self._open.callback(self._metrics.close)
         # Also a barrier: the others read config.json after the first host has written it.
         steps = hosts.gather(np.asarray(-1 if step is None else step))
         if len(set(map(int, steps))) > 1 or RunInfo.load(self._workdir) != self._info:
@@ -107,8 +111,6 @@ class RunWriter:
     def checkpoint(self, state: State) -> None:
         """Start saving the state."""
         step = sum(int(getattr(state, phase).step[0]) for phase in PHASES)
-        if self._checkpointer is None:
-            raise ValueError("checkpoint: expected a call of start before it")
         self._checkpointer.save(step, self._tree(state))
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -121,8 +123,4 @@ class RunWriter:
 
     def close(self) -> None:
         """Wait for what is being saved."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        self._metrics = self._checkpointer = None
+        self._open.close()

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -33,7 +34,7 @@ _PAGE_COLORS = {
 _LOG_RATIO = 30.0
 _BROAD = 12.0  # inches of a figure that fills the page
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
-_STYLE: Any = {
+_STYLE = {
     "svg.fonttype": "none",  # text stays text
     "figure.constrained_layout.use": True,
     "font.size": 9,
@@ -74,7 +75,7 @@ def _in_the_look_of_the_page(
 
     @functools.wraps(draw)
     def element(*args: object) -> Markup | None:
-        with matplotlib.rc_context(_STYLE):
+        with style.context(_STYLE):
             drawn = draw(*args)
             if drawn is None:
                 return None

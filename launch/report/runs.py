@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +28,7 @@ class Curve:
     @property
     def mean(self) -> pd.Series:
         """Average over the seeds that have a finite value; NaN where none has."""
-        return self.values.mean(axis="columns")
+        return pd.Series(self.values.mean(axis="columns"))
 
     @property
     def drawable(self) -> bool:
@@ -175,28 +174,26 @@ def _curves(run: Run) -> dict[tuple[str, str], Curve]:
             for metric, cell in row.items()
             if cell and metric not in METRIC_INDEX
         ],
-        columns=["phase", "metric", "step", "seed", "value"],
+        columns=pd.Index(["phase", "metric", "step", "seed", "value"]),
     )
     rows["value"] = rows["value"].replace([np.inf, -np.inf], np.nan)
-    groups: Any = rows.groupby(["phase", "metric"], sort=False)
-    return {
-        key: Curve(
-            values=group.groupby(["step", "seed"])["value"].mean().unstack(),
-            non_finite=int(group["value"].isna().sum()),
-        )
-        for key, group in groups
-    }
+    curves = {}
+    for _, group in rows.groupby(["phase", "metric"], sort=False):
+        values = group.pivot_table("value", "step", "seed", dropna=False)
+        phase, metric = group[["phase", "metric"]].iloc[0]
+        curves[phase, metric] = Curve(values, non_finite=int(group["value"].isna().sum()))
+    return curves
 
 
 def _evaluations(run: Run) -> list[Evaluation]:
-    rows = pd.DataFrame(run.returns, columns=RETURN_COLUMNS)
+    rows = pd.DataFrame(run.returns, columns=pd.Index(RETURN_COLUMNS))
     rows[["total_step", "return", "length"]] = rows[["total_step", "return", "length"]].apply(
         pd.to_numeric
     )
     found = []
     # In order of their names: the behavior model comes before what is compared with it.
-    groups: Any = rows.groupby(["policy", "total_step"])
-    for (policy, step), episodes in groups:
+    for _, episodes in rows.groupby(["policy", "total_step"]):
+        policy, step = episodes[["policy", "total_step"]].iloc[0]
         returns = [group.to_numpy() for _, group in episodes.groupby("seed")["return"]]
         if len(returns) > 1:
             values, over = [each.mean() for each in returns], f"over {len(returns)} seeds"
@@ -205,7 +202,7 @@ def _evaluations(run: Run) -> list[Evaluation]:
             over = f"over {len(values)} episodes" if len(values) > 1 else None
         interval = mean_and_interval(values)
         score = normalized_score(interval[0], run.info.reference_scores)
-        length = episodes["length"].mean()
+        length = float(episodes["length"].to_numpy().mean())
         found.append(Evaluation(policy, step, returns, interval, over, score, length))
     return found
 

@@ -13,7 +13,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import DataError
-from efm_jax.envs import environments, evaluate
+from efm_jax.envs import environments, evaluate, play
 
 ROOT = Path(__file__).parents[2]
 MAZE = "PointMaze_UMaze-v3"
@@ -56,6 +56,14 @@ def test_what_cannot_be_made_is_one_line():
     with pytest.raises(DataError, match=r"Pendulum-v1 cannot be made: .*no_such") as caught:
         environments.make(spec, no_such=1)
     assert "\n" not in str(caught.value)
+
+
+def test_an_environment_without_a_spec_or_a_box_of_actions_is_refused():
+    env = gymnasium.make("CartPole-v1")
+    with pytest.raises(DataError, match=r"environment CartPole-v1: expected actions in a Box"):
+        play.play(env, 0, lambda observation: np.zeros(1))
+    with pytest.raises(ValueError, match="env: expected an environment made from a spec; got"):
+        environments.spec_of(type(env.unwrapped)())
 
 
 def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
