@@ -1,6 +1,8 @@
 """Eight virtual CPU devices for the whole test run, 64-bit numbers on demand, shapes checked."""
 
+import gc
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +25,9 @@ import jax  # noqa: E402  the environment above comes first
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+# Importing them, as the search for examples in docstrings does, would register them here.
+collect_ignore = ["extension"]
+
 write_whole_entries()
 # Before the first import of these modules, whose functions it wraps.
 jaxtyping.install_import_hook(SHAPED, "tests.shapes.checked_with_the_result")
@@ -33,18 +38,22 @@ def pytest_unconfigure():
         shutil.rmtree(_OWN_PROGRAMS, ignore_errors=True)
 
 
-def memory_maps():
-    """How many memory maps this process has; many, where the system does not tell."""
-    maps = Path("/proc/self/maps")
-    return maps.read_bytes().count(b"\n") if maps.exists() else 65_530
+def crowded():
+    """Whether this process has many memory maps or much memory; True where it cannot be told."""
+    maps, size = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return True
+    resident = int(size.read_text().split()[1]) * resource.getpagesize()
+    return maps.read_bytes().count(b"\n") > 15_000 or resident > 1.2e9
 
 
 @pytest.fixture(autouse=True, scope="module")
 def fewer_programs():
-    """Forget compiled programs: each keeps memory maps, of which a process may have 65,530."""
+    """Forget compiled programs: each keeps memory, and maps, of which a process may have 65,530."""
     yield
-    if memory_maps() > 15_000:  # no module adds half of what is then left
+    if crowded():
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

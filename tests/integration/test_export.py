@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efm_jax.rl import load_policy
+from efm_jax import load_policy
 from tests.integration.runs import train_flags
 
 # What a stranger runs: JAX and NumPy, none of our code.
