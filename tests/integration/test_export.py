@@ -55,7 +55,7 @@ def test_loaded_policy(run):
     ("options", "message"),
     [
         ({"seed_index": 2}, r"seed_index: expected less than the run's 2 seeds; got 2"),
-        ({"name": "critic"}, r"name: expected one of policy, behavior; got 'critic'"),
+        ({"name": "critic"}, r"name: expected one of behavior, policy; got 'critic'"),
         ({"beta": 3.0}, r"option: expected one of action_selection, .*; got 'beta'"),
         ({"action_selection": "greedy"}, r"action_selection: "),
     ],
