@@ -271,9 +271,9 @@ def test_lower_confidence_bound_of_the_advantage():
 
 
 def trajectory():
-    """Rows 0 to 3 end terminal, rows 4 to 6 are truncated, row 7 is an episode of its own."""
+    """Rows 0 to 3 end terminal, where row 4 begins; 4 to 6 are truncated; row 7 is alone."""
     observations = np.float32([[0], [1], [2], [3], [10], [11], [12], [20]])
-    following = np.float32([[1], [2], [3], [4], [11], [12], [13], [21]])
+    following = np.float32([[1], [2], [3], [10], [11], [12], [13], [21]])
     terminated = np.float32([0, 0, 0, 1, 0, 0, 0, 0])
     rewards = np.float32([1, 2, 4, 8, 16, 32, 64, 128])
     return Transitions(observations, observations, rewards, following, terminated)
@@ -285,7 +285,7 @@ def test_three_steps():
     # Sums of up to three rewards, never over an end.
     expected = [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16 + 16 + 16, 32 + 32, 64, 128]
     np.testing.assert_array_equal(found.rewards, np.float32(expected))
-    np.testing.assert_array_equal(found.next_observations[:, 0], [3, 4, 4, 4, 13, 13, 13, 21])
+    np.testing.assert_array_equal(found.next_observations[:, 0], [3, 10, 10, 10, 13, 13, 13, 21])
     np.testing.assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
     np.testing.assert_array_equal(found.observations, trajectory().observations)
 

@@ -191,6 +191,17 @@ def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
     ]
 
 
+def test_a_run_stopped_between_renewals_computes_their_table_again():
+    options = config(renew_every=20)
+    whole, logged = train(options)
+    _, first = train(options, stop_at=("policy", 5))
+    assert step_of(first) == 10
+    final, second = train(options, state=first.saved[-1])
+    assert_same_tree(jax.tree.map(np.asarray, final), jax.tree.map(np.asarray, whole))
+    assert [step for step, _ in second.renewals] == [0]
+    assert_same_tree(second.renewals, logged.renewals)
+
+
 @pytest.fixture(scope="module")
 def whole_run():
     return train(config())
