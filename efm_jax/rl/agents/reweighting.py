@@ -11,7 +11,7 @@ from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.batch import Batch, draw_noise
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.types import Params
-from efm_jax.weights import AxisName, effective_sample_size, log_normalizer
+from efm_jax.weights import AxisName, effective_sample_size
 
 # Of an advantage, as in the authors' code of IQL (ikostrikov/implicit_q_learning).
 MAX_WEIGHT = 100.0
@@ -79,11 +79,14 @@ def weigh_advantages(
       axis_name: mapped axis over which the dataset is split.
     """
     logits = jnp.minimum(beta * advantages, math.log(MAX_WEIGHT))
-    weights = jnp.exp(logits - log_normalizer(-logits, 1.0, axis_name=axis_name))
-    mean, square, size = advantages.mean(), (advantages**2).mean(), weights.size
+    top = logits.max() if axis_name is None else lax.pmax(logits.max(), axis_name)
+    weights = jnp.exp(logits - top)  # the largest is 1, because all could underflow
+    means = weights.mean(), advantages.mean(), (advantages**2).mean()
+    size = weights.size
     if axis_name is not None:
-        mean, square = lax.pmean((mean, square), axis_name)
-        size *= lax.axis_size(axis_name)
+        means, size = lax.pmean(means, axis_name), size * lax.axis_size(axis_name)
+    scale, mean, square = means
+    weights = weights / scale
     return weights, {
         "advantage_mean": mean,
         "advantage_std": jnp.sqrt(jnp.maximum(square - mean**2, 0)),
