@@ -51,6 +51,12 @@ def check_rank(name: str, array: Any, minimum: int) -> None:
         raise ValueError(f"{name}: expected at least {minimum} axes; got shape {np.shape(array)}")
 
 
+def check_not_empty(name: str, array: Any, axis: int) -> None:
+    """Require ``array`` to have an entry along ``axis`` at least."""
+    if np.shape(array)[axis] == 0:
+        raise ValueError(f"{name}: expected at least one entry; got shape {np.shape(array)}")
+
+
 def check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
     """Require ``array`` to have exactly the shape ``expected``."""
     if np.shape(array) != tuple(expected):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from efm_jax import checks
+from efm_jax import arrays, checks
 from efm_jax.types import Array, Key
 
 
@@ -33,11 +33,11 @@ def sliced_wasserstein(
       >>> round(float(sliced_wasserstein(jax.random.key(0), x, x + 2.0)), 3)
       2.0
     """
-    _check_pair(x, y)
-    checks.check_shape("y", y, jnp.shape(x))
+    x, y = _check_pair(x, y)
+    checks.check_shape("y", y, x.shape)
     checks.check_integer("num_projections", num_projections, 1)
-    theta = jax.random.normal(key, (jnp.shape(x)[1], num_projections), jnp.result_type(x))
-    theta = theta / jnp.linalg.norm(theta, axis=0)
+    theta = jax.random.normal(key, (x.shape[1], num_projections), x.dtype)
+    theta = theta / jnp.linalg.norm(theta, axis=0, keepdims=True)
     project = jax.vmap(lambda direction, points: jnp.sort(points @ direction), in_axes=(1, None))
     return jnp.sqrt(jnp.mean((project(theta, x) - project(theta, y)) ** 2))
 
@@ -64,24 +64,29 @@ def mmd(
       >>> float(mmd(x, x))
       0.0
     """
-    _check_pair(x, y)
+    x, y = _check_pair(x, y)
     if bandwidths is None:
-        bandwidths = tuple(jnp.shape(x)[1] ** 0.5 * scale for scale in (0.25, 0.5, 1.0))
+        bandwidths = tuple(x.shape[1] ** 0.5 * scale for scale in (0.25, 0.5, 1.0))
     # Distances do not change with the origin, but their rounding does.
-    center = jnp.mean(x, axis=0)
+    center = jnp.mean(x, axis=0, keepdims=True)
     x, y = x - center, y - center
 
     def mean_kernel(a: Array, b: Array) -> jax.Array:
         products = jnp.matmul(a, b.T, precision="highest")
-        squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1) - 2 * products
+        squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None] - 2 * products
         kernels = [jnp.mean(jnp.exp(-jnp.maximum(squares, 0) / (2 * h**2))) for h in bandwidths]
         return jnp.mean(jnp.stack(kernels))
 
     return jnp.sqrt(jnp.maximum(mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y), 0))
 
 
-def _check_pair(x: Array, y: Array) -> None:
+def _check_pair(x: Array, y: Array) -> tuple[jax.Array, jax.Array]:
+    """Check two samples; return them in a common type of 32 bits at least."""
     for name, value in (("x", x), ("y", y)):
         checks.check_rank(name, value, 2)
         checks.check_float(name, value)
+        checks.check_not_empty(name, value, 0)
     checks.check_shape("y", y, (jnp.shape(y)[0], jnp.shape(x)[1]))
+    wide = arrays.wide_type(x, y)
+    # Both axes of a kernel matrix are samples, and a sort needs all of them.
+    return arrays.replicate((jnp.asarray(x).astype(wide), jnp.asarray(y).astype(wide)))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Real
 
-from efm_jax import checks
+from efm_jax import arrays, checks
 from efm_jax.paths import GaussianPath
 from efm_jax.types import Array, Key, Points, Scalar, Times
 from efm_jax.weights import boltzmann_logits
@@ -56,10 +56,11 @@ def posterior(
       >>> posterior(paths.conditional_ot(), jnp.zeros((1, 1)), jnp.array([0.5]), data).tolist()
       [[0.5, 0.5]]
     """
-    x, t, data, log_weights = _check(x, t, data, log_weights)
+    points, t, data, log_weights = _check(x, t, data, log_weights)
     log_weights, _ = _shift(log_weights)
-    nearest = _nearest(path, x, t, data, log_weights)
-    return jax.nn.softmax(_logits(path, x, t, data, log_weights, nearest), axis=-1)
+    nearest = _nearest(path, points, t, data, log_weights)
+    logits = _logits(path, points, t, data, log_weights, nearest)
+    return jax.nn.softmax(logits, axis=-1).astype(x.dtype)
 
 
 def x0(
@@ -78,7 +79,7 @@ def x0(
       [[1.0]]
     """
     _, mean, _ = _stream(path, *_check(x, t, data, log_weights))
-    return mean
+    return mean.astype(x.dtype)
 
 
 def velocity(
@@ -90,7 +91,9 @@ def velocity(
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    return path.velocity_from_x0(x0(path, x, t, data, log_weights), x, t)
+    points, t, data, log_weights = _check(x, t, data, log_weights)
+    mean = x0(path, points, t, data, log_weights)
+    return path.velocity_from_x0(mean, points, t).astype(x.dtype)
 
 
 def score(
@@ -100,7 +103,8 @@ def score(
 
     Reference: Zhang et al. 2025, Lemma 4.10.
     """
-    return path.score_from_x0(x0(path, x, t, data, log_weights), x, t)
+    points, t, data, log_weights = _check(x, t, data, log_weights)
+    return path.score_from_x0(x0(path, points, t, data, log_weights), points, t).astype(x.dtype)
 
 
 def intermediate_energy(
@@ -118,12 +122,12 @@ def intermediate_energy(
 
     Reference: Zhang et al. 2025, Thm 4.1.
     """
-    log_weights = boltzmann_logits(jnp.asarray(energy), beta)
-    x, t, data, log_weights = _check(x, t, data, log_weights)
-    log_total, _, nearest = _stream(path, x, t, data, jnp.zeros_like(log_weights))
-    log_guided, _, nearest_guided = _stream(path, x, t, data, log_weights)
+    points, t, data, log_weights = _check(x, t, data, boltzmann_logits(energy, beta))
+    log_total, _, nearest = _stream(path, points, t, data, jnp.zeros_like(log_weights))
+    log_guided, _, nearest_guided = _stream(path, points, t, data, log_weights)
     # Both sums count distances from their nearest points, which are the same unless a weight is 0.
-    return log_total - log_guided + (nearest_guided - nearest) / (2 * _variance(path, t))
+    further = (nearest_guided - nearest) / (2 * _variance(path, t))
+    return (log_total - log_guided + further).astype(x.dtype)
 
 
 def cg_score(
@@ -136,9 +140,9 @@ def cg_score(
 
     Reference: Zhang et al. 2025, eq. 4.6.
     """
-    plain = score(path, x, t, data)
-    conditional = score(path, x, t, data, jnp.log(class_prob))
-    return plain + beta * (conditional - plain)
+    points, t, data, log_prob = _check(x, t, data, jnp.log(arrays.widen("class_prob", class_prob)))
+    plain, conditional = score(path, points, t, data), score(path, points, t, data, log_prob)
+    return (plain + jnp.asarray(beta, plain.dtype) * (conditional - plain)).astype(x.dtype)
 
 
 class QuadraticEnergy(NamedTuple):
@@ -158,8 +162,9 @@ class QuadraticEnergy(NamedTuple):
         """Evaluate the energy of each point."""
         checks.check_rank("x", x, 1)
         self._check(jnp.shape(x)[-1])
-        squares = jnp.sum((x - jnp.asarray(self.center)) ** 2, axis=-1)
-        return jnp.asarray(self.offset + self.curvature / 2 * squares)
+        x = arrays.widen("x", x)
+        center, curvature, offset = (jnp.asarray(part, x.dtype) for part in self)
+        return offset + curvature / 2 * _squared_norm(x - _against(center, x))
 
     def _check(self, d: int) -> None:
         checks.check_shape("center", self.center, (d,))
@@ -197,15 +202,19 @@ class GaussianMixture(NamedTuple):
         component_key, noise_key = jax.random.split(key)
         component = jax.random.categorical(component_key, log_weights, shape=(num,))
         noise = jax.random.normal(noise_key, (num, means.shape[1]), means.dtype)
-        return means[component] + jnp.sqrt(variances)[component, None] * noise
+        return (means[component] + jnp.sqrt(variances)[component, None] * noise).astype(
+            jnp.result_type(self.means)
+        )
 
     def log_density(self, x: Real[Array, "*batch d"]) -> Float[jax.Array, "*batch"]:
         """Evaluate ``log p_0(x)``, in nats."""
         log_weights, means, variances = self._parts()
         checks.check_rank("x", x, 1)
         checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
-        residual = jnp.asarray(x)[..., None, :] - means
-        return jax.nn.logsumexp(log_weights + _log_normal(residual, variances), axis=-1)
+        residual = arrays.widen("x", x).astype(means.dtype)[..., None, :]
+        residual = residual - _against(means, residual)
+        log_joint = _log_normal(residual, _against(variances, residual[..., 0]))
+        return jax.nn.logsumexp(_against(log_weights, log_joint) + log_joint, axis=-1)
 
     def guided(self, energy: QuadraticEnergy, beta: Scalar) -> "GaussianMixture":
         """Return the mixture ``q_0 ∝ p_0 exp(-beta E)``, its weights normalized.
@@ -221,32 +230,37 @@ class GaussianMixture(NamedTuple):
         """
         log_weights, means, variances = self._parts()
         log_tilt = _log_tilt(means, variances, energy, beta)
-        scale = beta * energy.curvature * variances
-        return GaussianMixture(
+        center, curvature, _ = (jnp.asarray(part, means.dtype) for part in energy)
+        scale = jnp.asarray(beta, means.dtype) * curvature * variances
+        guided = (
             jax.nn.log_softmax(log_weights + log_tilt),
-            (means + scale[:, None] * jnp.asarray(energy.center)) / (1 + scale[:, None]),
+            (means + scale[:, None] * center[None]) / (1 + scale[:, None]),
             variances / (1 + scale),
+        )
+        return GaussianMixture(
+            *(new.astype(jnp.result_type(old)) for new, old in zip(guided, self, strict=True))
         )
 
     def log_normalizer(self, energy: QuadraticEnergy, beta: Scalar) -> Float[jax.Array, ""]:
         """Compute ``log Z = log E_{p_0}[exp(-beta E)]``; arguments as in :meth:`guided`."""
         log_weights, means, variances = self._parts()
         log_tilt = _log_tilt(means, variances, energy, beta)
-        return jax.nn.logsumexp(log_weights + log_tilt) - beta * energy.offset
+        shift = jnp.asarray(beta, log_tilt.dtype) * jnp.asarray(energy.offset, log_tilt.dtype)
+        return jax.nn.logsumexp(log_weights + log_tilt) - shift
 
     def marginal_log_density(
         self, path: GaussianPath, x: Points, t: Times
     ) -> Float[jax.Array, "*batch"]:
         """Evaluate ``log p_t(x)``, in nats, of points ``[..., d]`` at times ``[...]``."""
-        return jax.nn.logsumexp(self._at(path, x, t)[0], axis=-1)
+        return jax.nn.logsumexp(self._at(path, x, t).log_joint, axis=-1).astype(x.dtype)
 
     def x0(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
         """Compute the posterior mean ``E[x_0 | x]``.
 
         Each component's is ``m_k + mu v_k (x - mu m_k) / s_k^2``.
         """
-        log_joint, residual, variance, t = self._at(path, x, t)
-        return _mean(log_joint, self._posterior_means(path, residual, variance, t))
+        at = self._at(path, x, t)
+        return _mean(at.log_joint, at.posterior_means).astype(x.dtype)
 
     def velocity(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
         """Compute the exact velocity ``u_t(x)``.
@@ -255,13 +269,14 @@ class GaussianMixture(NamedTuple):
 
         Reference: Zhang et al. 2025, Thm 4.1 (guided: of the mixture that :meth:`guided` returns).
         """
-        log_joint, residual, variance, t = self._at(path, x, t)
-        mean_dot = path.mean_coef_dot(t)[..., None]
+        at = self._at(path, x, t)
+        mean_dot = path.mean_coef_dot(at.t)
         # sigma sigma' = (sigma D) (sigma' / D): finite where sigma' is not (linear VP at t = 0).
-        std_product = (path._std_det(t) * path._std_dot_over_det(t))[..., None]
-        slope = path.mean_coef(t)[..., None] * mean_dot * self.variances + std_product
-        drift = mean_dot[..., None] * jnp.asarray(self.means)
-        return _mean(log_joint, drift + (slope / variance)[..., None] * residual)
+        std_product = path._std_det(at.t) * path._std_dot_over_det(at.t)
+        slope = path.mean_coef(at.t) * mean_dot * at.variances + std_product
+        drift = mean_dot[..., None] * at.means
+        rate = (slope / at.variance)[..., None]
+        return _mean(at.log_joint, drift + rate * at.residual).astype(x.dtype)
 
     def score(self, path: GaussianPath, x: Points, t: Times) -> Float[jax.Array, "*batch d"]:
         """Compute the exact score ``grad log p_t(x)``.
@@ -270,8 +285,8 @@ class GaussianMixture(NamedTuple):
 
         Reference: Zhang et al. 2025, Lemma 4.10.
         """
-        log_joint, residual, variance, _ = self._at(path, x, t)
-        return _mean(log_joint, -residual / variance[..., None])
+        at = self._at(path, x, t)
+        return _mean(at.log_joint, -at.residual / at.variance[..., None]).astype(x.dtype)
 
     def intermediate_energy(
         self, path: GaussianPath, x: Points, t: Times, energy: QuadraticEnergy, beta: Scalar
@@ -282,18 +297,20 @@ class GaussianMixture(NamedTuple):
 
         Reference: Zhang et al. 2025, Thm 4.1.
         """
-        log_joint, residual, variance, t = self._at(path, x, t)
-        means = self._posterior_means(path, residual, variance, t)
-        variances = path.std(t)[..., None] ** 2 * self.variances / variance
-        log_tilted = jax.nn.log_softmax(log_joint) + _log_tilt(means, variances, energy, beta)
-        return -jax.nn.logsumexp(log_tilted, axis=-1) + beta * energy.offset
+        at = self._at(path, x, t)
+        variances = path.std(at.t) ** 2 * at.variances / at.variance
+        log_tilt = _log_tilt(at.posterior_means, variances, energy, beta)
+        shift = jnp.asarray(beta, log_tilt.dtype) * jnp.asarray(energy.offset, log_tilt.dtype)
+        log_mean = jax.nn.logsumexp(jax.nn.log_softmax(at.log_joint) + log_tilt, axis=-1)
+        return (shift - log_mean).astype(x.dtype)
 
     def cg_score(
         self, path: GaussianPath, x: Points, t: Times, energy: QuadraticEnergy, beta: Scalar
     ) -> Float[jax.Array, "*batch d"]:
         """Compute classifier guidance's score for ``p(c|x) = exp(-E(x))``, as :func:`cg_score`."""
         plain = self.score(path, x, t)
-        return plain + beta * (self.guided(energy, 1.0).score(path, x, t) - plain)
+        change = self.guided(energy, 1.0).score(path, x, t) - plain
+        return plain + jnp.asarray(beta, plain.dtype) * change
 
     def _parts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the normalized log-weights, means and variances, checked."""
@@ -303,36 +320,56 @@ class GaussianMixture(NamedTuple):
             checks.check_shape(name, getattr(self, name), jnp.shape(self.means)[:1])
         for name, array in self._asdict().items():
             checks.check_float(name, array)
-        log_weights, means, variances = map(jnp.asarray, self)
+        wide = arrays.wide_type(*self)
+        log_weights, means, variances = (jnp.asarray(part).astype(wide) for part in self)
         return jax.nn.log_softmax(log_weights), means, variances
 
-    def _at(
-        self, path: GaussianPath, x: Array, t: Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Compute ``log w_k N(x; mu m_k, s_k^2)``, ``x - mu m_k`` and ``s_k^2``; return t too."""
+    def _at(self, path: GaussianPath, x: Array, t: Array) -> "_AtTime":
         log_weights, means, variances = self._parts()
         checks.check_rank("x", x, 1)
         checks.check_shape("x", x, (*jnp.shape(x)[:-1], means.shape[1]))
         checks.check_float("x", x)
         checks.check_shape("t", t, jnp.shape(x)[:-1])
-        t = jnp.asarray(t, jnp.result_type(t, x))
-        mean_coef = path.mean_coef(t)[..., None]
-        residual = jnp.asarray(x)[..., None, :] - mean_coef[..., None] * means
-        variance = mean_coef**2 * variances + path.std(t)[..., None] ** 2
-        return log_weights + _log_normal(residual, variance), residual, variance, t
+        wide = arrays.wide_type(x, means)
+        points = jnp.asarray(x).astype(wide)[..., None, :]
+        time = arrays.to_float("t", t).astype(wide)[..., None]
+        means = _against(means.astype(wide), points)
+        variances = _against(variances.astype(wide), time)
+        mean_coef = path.mean_coef(time)
+        residual = points - mean_coef[..., None] * means
+        variance = mean_coef**2 * variances + path.std(time) ** 2
+        log_normal = _log_normal(residual, variance)
+        log_joint = _against(log_weights.astype(wide), log_normal) + log_normal
+        gain = mean_coef * variances / variance
+        posterior_means = means + gain[..., None] * residual
+        return _AtTime(time, means, variances, residual, variance, log_joint, posterior_means)
 
-    def _posterior_means(
-        self, path: GaussianPath, residual: jax.Array, variance: jax.Array, t: jax.Array
-    ) -> jax.Array:
-        """Compute ``E[x_0 | x, k]``, ``[..., K, d]``."""
-        gain = path.mean_coef(t)[..., None] * self.variances / variance
-        return jnp.asarray(self.means) + gain[..., None] * residual
+
+class _AtTime(NamedTuple):
+    """A mixture's components at points and times; its arrays broadcast against ``[..., K, d]``."""
+
+    t: jax.Array  # [..., 1]
+    means: jax.Array  # [K, d] with leading axes of size 1
+    variances: jax.Array  # [K], likewise
+    residual: jax.Array  # x - mu m_k, [..., K, d]
+    variance: jax.Array  # s_k^2, [..., K]
+    log_joint: jax.Array  # log w_k N(x; mu m_k, s_k^2), [..., K]
+    posterior_means: jax.Array  # E[x_0 | x, k], [..., K, d]
+
+
+def _against(array: jax.Array, other: jax.Array) -> jax.Array:
+    """Add leading axes of size 1 until both have as many."""
+    return array.reshape((1,) * (other.ndim - array.ndim) + array.shape)
+
+
+def _squared_norm(x: jax.Array) -> jax.Array:
+    return jnp.sum(x**2, axis=-1)
 
 
 def _log_normal(residual: jax.Array, variance: jax.Array) -> jax.Array:
     """Compute ``log N(residual; 0, variance I)``, ``[..., K, d], [..., K] -> [..., K]``."""
     d = residual.shape[-1]
-    return -jnp.sum(residual**2, axis=-1) / (2 * variance) - d / 2 * jnp.log(2 * math.pi * variance)
+    return -_squared_norm(residual) / (2 * variance) - d / 2 * jnp.log(2 * math.pi * variance)
 
 
 def _log_tilt(
@@ -346,8 +383,9 @@ def _log_tilt(
     energy._check(d)
     checks.check_shape("beta", beta, ())
     checks.check_number("beta", beta, minimum=0.0)
-    rate = beta * energy.curvature
-    distance = jnp.sum((means - jnp.asarray(energy.center)) ** 2, axis=-1)
+    center, curvature, _ = (jnp.asarray(part, means.dtype) for part in energy)
+    rate = jnp.asarray(beta, means.dtype) * curvature
+    distance = _squared_norm(means - _against(center, means))
     return -d / 2 * jnp.log1p(rate * variances) - rate / 2 * distance / (1 + rate * variances)
 
 
@@ -362,18 +400,26 @@ def _check(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Check the shapes; return the arguments as JAX arrays, log-weights of 0 for None."""
     checks.check_rank("data", data, 2)
+    checks.check_not_empty("data", data, 0)
+    checks.check_float("x", x)
     checks.check_shape("x", x, (jnp.shape(x)[0] if jnp.ndim(x) else 0, data.shape[1]))
     checks.check_shape("t", t, (x.shape[0],))
     if log_weights is None:
-        log_weights = jnp.zeros(data.shape[0], jnp.result_type(data))
+        log_weights = jnp.zeros(data.shape[0], jnp.float32)
     checks.check_shape("log_weights", log_weights, (data.shape[0],))
-    return jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
+    inputs = [arrays.to_float(*p) for p in (("x", x), ("data", data), ("log_weights", log_weights))]
+    wide = arrays.wide_type(*inputs)
+    points, data, log_weights = (array.astype(wide) for array in inputs)
+    # The data are cut into blocks, which a mesh's types do not allow along a sharded axis.
+    data, log_weights = arrays.replicate((data, log_weights))
+    return points, arrays.to_float("t", t).astype(wide), data, log_weights
 
 
 def _blocks(x: jax.Array, data: jax.Array, log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cut data and log-weights into ``[blocks, block, ...]``; the last block is padded."""
     n, d = data.shape
-    block = min(n, max(1, _BLOCK_ELEMENTS // max(1, x.shape[0])))
+    # A gradient keeps differences in each of the d components too; 16 times as many are allowed.
+    block = min(n, max(1, _BLOCK_ELEMENTS // (max(1, x.shape[0]) * -(-d // 16))))
     padding = -n % block
     # Repeating a point changes no minimum, and -inf leaves it out of every sum.
     padded = jnp.concatenate([data, jnp.broadcast_to(data[:1], (padding, d))])
@@ -386,7 +432,7 @@ def _squared_distance(path: GaussianPath, x: jax.Array, t: jax.Array, data: jax.
     # Differences, because the expanded square cancels at small sigma.  A sum along an axis, because
     # the compiler computes components one by one anew for each use and rounds each differently, and
     # a last digit divided by a small sigma^2 decides which point is the nearest.
-    return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data) ** 2, axis=-1)
+    return jnp.sum((x[:, None] - path.mean_coef(t)[:, None, None] * data[None]) ** 2, axis=-1)
 
 
 def _shift(log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -416,7 +462,7 @@ def _nearest(
     def least(carry: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         distance = _squared_distance(path, x, t, block[0])
         return jnp.minimum(
-            carry, jnp.where(jnp.isneginf(block[1]), jnp.inf, distance).min(-1)
+            carry, jnp.where(jnp.isneginf(block[1])[None], jnp.inf, distance).min(-1)
         ), None
 
     start = jnp.full_like(_varying(x, t, data, log_weights), jnp.inf)
@@ -443,7 +489,7 @@ def _logits(
 ) -> jax.Array:
     """Compute ``l_i - (d_i - d_nearest)``, ``[B, n]``."""
     further = _squared_distance(path, x, t, data) - nearest[:, None]
-    return log_weights - further / (2 * _variance(path, t)[:, None])
+    return log_weights[None] - further / (2 * _variance(path, t)[:, None])
 
 
 def _stream(
@@ -469,7 +515,7 @@ def _stream(
         return (new_peak, total, weighted), None
 
     zero = jnp.zeros_like(_varying(x, t, data, log_weights))
-    start = (zero - jnp.inf, zero, zero[:, None] + jnp.zeros_like(data[0]))
+    start = (zero - jnp.inf, zero, zero[:, None] + jnp.zeros_like(data[:1]))
     # The backward pass recomputes: the kept terms of all blocks would be the array to avoid.
     step = jax.checkpoint(accumulate, prevent_cse=False)
     (peak, total, weighted), _ = lax.scan(step, start, _blocks(x, data, log_weights))

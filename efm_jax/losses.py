@@ -1,35 +1,50 @@
 """Flow-matching and score-matching losses, plain and importance-weighted.
 
-Each loss is a mean of per-sample errors, made by ``vmap``, times importance weights of mean one:
-``mean(weights * errors)`` (Zhang et al. 2025, Thm 4.3).  A *field* is any callable: parameters and
-conditions are closed over, so the losses never see a module.  Noise and times come from ``key``
-folded with each sample's index in the *global* batch, so a batch split over devices (same key on
-all of them, ``axis_name`` given) draws what one device would.  ``key`` may instead hold a key for
-each sample, ``[B]`` (:func:`sample_keys` of a larger batch, cut): the parts of a batch then draw
-what the whole batch would.  With ``axis_name`` a loss and its gradient are this device's share: sum
-them (``psum``) over devices, do not average.
+Each loss is a mean of per-sample errors times importance weights of mean one: ``mean(weights *
+errors)`` (Zhang et al. 2025, Thm 4.3).  A *field* is any callable: parameters and conditions are
+closed over, so the losses never see a module.  Data are ``[B, d]``, or ``[B, *event]`` (images,
+sequences), or pytrees of such arrays; a sample has one time.  Errors, sums and times are in 32 bits
+at least, and so are the losses.
+
+Noise and times come from ``key`` folded with each sample's index in the *global* batch, so a batch
+split over devices (same key on all of them, ``axis_name`` given) draws what one device would.
+``key`` may instead hold a key for each sample, ``[B]`` (:func:`sample_keys` of a larger batch,
+cut): the parts of a batch then draw what the whole batch would.
+
+With ``axis_name`` a loss is this device's share: shares are equal, and they and their gradients are
+to be summed (``psum``) over devices, not averaged, under ``pmap`` and under ``shard_map`` with and
+without its checks.  Parameters are the same on every device: cast to varying ones under the checks,
+each device's gradient would be divided by the number of devices once more.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
+from jaxtyping import Float, Real
 
-from efm_jax import checks
+from efm_jax import arrays, checks
 from efm_jax.paths import GaussianPath
-from efm_jax.types import Field
+from efm_jax.types import Array, Field, Key, Scalar
 from efm_jax.weights import AxisName, effective_sample_size, energy_weights, psum_if
 
-Aux = dict[str, Array]
-TimeWeight = Callable[[Array], Array]
+Aux = dict[str, jax.Array]
+TimeWeight = Callable[[jax.Array], jax.Array]
+# An array [*batch, *event], usually [B, d], or a pytree of such arrays.
+Data = Any
+Loss = Float[jax.Array, ""]
+PerSample = Real[Array, "*batch"]
 
 
-def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array) -> Array:
+def cfm_error(
+    field: Field, path: GaussianPath, x0: Data, noise: Data, t: Scalar
+) -> Float[jax.Array, ""]:
     """Conditional flow-matching error ``||v(x_t, t) - u_{t0}(x_t | x_0)||^2`` of one sample.
 
     Made to be ``vmap``-ed: here the field sees ``x: [d]``, ``t: []``.
@@ -37,12 +52,12 @@ def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Arra
     Args:
       field: velocity field.
       path: probability path.
-      x0: data sample, ``[d]``.
-      noise: standard normal sample, ``[d]``.
+      x0: data sample, ``[d]``, of any event shape, or a pytree.
+      noise: standard normal sample like ``x0``.
       t: time in (0, 1], ``[]``.
 
     Returns:
-      A scalar: the squared norm, summed over ``d``.
+      A scalar: the squared norm, summed over the event.
 
     Reference: Zhang et al. 2025, Thm 3.1.
 
@@ -52,40 +67,142 @@ def cfm_error(field: Field, path: GaussianPath, x0: Array, noise: Array, t: Arra
       >>> float(cfm_error(lambda x, t: jnp.zeros(2), paths.conditional_ot(), x0, noise, 0.5))
       5.0
     """
-    return _squared_distance(field(path.sample(x0, noise, t), t), path.velocity(x0, noise, t))
+    return _errors(field, path, "velocity", x0, noise, t, ())
 
 
-def dsm_error(score_field: Field, path: GaussianPath, x0: Array, noise: Array, t: Array) -> Array:
+def dsm_error(
+    score_field: Field, path: GaussianPath, x0: Data, noise: Data, t: Scalar
+) -> Float[jax.Array, ""]:
     """Denoising score-matching error ``||s(x_t, t) + eps / sigma_t||^2`` of one sample.
 
     Arguments and result as in :func:`cfm_error`; the field predicts the score.
     """
-    return _squared_distance(score_field(path.sample(x0, noise, t), t), path.score(noise, t))
+    return _errors(score_field, path, "score", x0, noise, t, ())
+
+
+def draw(
+    key: Key | None,
+    x0: Data,
+    *,
+    noise: Data | None = None,
+    t: PerSample | None = None,
+    event_ndim: int | None = None,
+    batch_ndim: int = 1,
+    axis_name: AxisName = None,
+) -> tuple[Data, Float[jax.Array, "*batch"]]:
+    """Draw the noise and times of a batch, as every loss does, where they are not given.
+
+    Arguments and errors as in :func:`errors`; ``batch_ndim`` is the number of leading axes whose
+    entries have a time each, where ``event_ndim`` is None.
+
+    Returns:
+      ``(noise, t)``: standard normal like ``x0``; uniform on (0, 1], ``[B]``.
+    """
+    leaves, structure = jax.tree.flatten(x0)
+    for leaf in leaves:
+        checks.check_float("x0", leaf)
+        checks.check_rank("x0", leaf, 2 if len(leaves) == 1 else 1)
+    batch = arrays.batch_shape("x0", x0, event_ndim, batch_ndim)
+    checks.check_not_empty("x0", leaves[0], 0)
+    if noise is None or t is None:
+        if key is None:
+            raise ValueError("key: expected a key, or both noise and t; got None")
+
+        def draw_one(key: jax.Array) -> tuple[Data, jax.Array]:
+            time_key, noise_key = jax.random.split(key)
+            # One leaf takes the key itself: an array draws the same in and out of a pytree.
+            keys = [noise_key] if len(leaves) == 1 else jax.random.split(noise_key, len(leaves))
+            noises = [
+                _draw_noise(key, leaf.shape[1:], leaf.dtype)
+                for key, leaf in zip(keys, leaves, strict=True)
+            ]
+            time = _draw_time(time_key, batch[1:], leaves[0].dtype)
+            return structure.unflatten(noises), time
+
+        keys = arrays.shard_like(sample_keys(key, batch[0], axis_name), leaves[0])
+        drawn, drawn_t = jax.vmap(draw_one)(keys)
+        noise = jax.tree.map(arrays.shard_like, drawn, x0) if noise is None else noise
+        t = drawn_t if t is None else t
+    arrays.check_like("noise", noise, x0)
+    checks.check_shape("t", t, batch)
+    return noise, arrays.widen("t", t)
+
+
+def errors(
+    field: Field,
+    path: GaussianPath,
+    key: Key | None,
+    x0: Data,
+    *,
+    prediction: str = "velocity",
+    noise: Data | None = None,
+    t: PerSample | None = None,
+    event_ndim: int | None = None,
+    axis_name: AxisName = None,
+) -> Float[jax.Array, "*batch"]:
+    """Compute the error of every sample, ``||f(x_t, t) - target||^2``, ``[B]``.
+
+    For losses of one's own: other weights, other times, a coupling of noise and data.
+
+    Args:
+      field: ``(x: [B, d], t: [B]) -> [B, d]``; the prediction named by ``prediction``.
+      path: probability path; :meth:`~efm_jax.paths.GaussianPath.target` is the target.
+      key: random key, the same on every device; or one for each sample, ``[B]``; may be None if
+        noise and times are given.
+      x0: data, ``[B, d]``.
+      prediction: of :data:`efm_jax.paths.PREDICTIONS`.
+      noise: like ``x0``, where each sample is coupled to its noise; None: standard normal.
+      t: times, ``[B]``; None: uniform on (0, 1].
+      event_ndim: trailing axes of ``x0`` that make one sample; None: all but the first.
+      axis_name: mapped axis over which the global batch is split.
+
+    Raises:
+      ValueError: if shapes disagree, the batch is empty, or for an unknown prediction.
+      TypeError: if ``x0`` is not of a floating type.
+
+    Reference: Zhang et al. 2025, Thm 3.1.
+
+    Example:
+      >>> from efm_jax import paths
+      >>> x0, t = jnp.ones((4, 2)), jnp.full(4, 0.5)
+      >>> ot, zeros = paths.conditional_ot(), jnp.zeros((4, 2))
+      >>> errors(lambda x, t: -x, ot, None, x0, noise=zeros, t=t).tolist()
+      [0.5, 0.5, 0.5, 0.5]
+    """
+    noise, t = draw(key, x0, noise=noise, t=t, event_ndim=event_ndim, axis_name=axis_name)
+    return _errors(field, path, prediction, x0, noise, t, t.shape)
 
 
 def matching(
     field: Field,
     path: GaussianPath,
-    key: Array,
-    x0: Array,
+    key: Key | None,
+    x0: Data,
     *,
     prediction: str = "velocity",
-    weights: Array | None = None,
+    weights: PerSample | None = None,
     time_weight: TimeWeight | None = None,
+    noise: Data | None = None,
+    t: PerSample | None = None,
+    event_ndim: int | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+) -> tuple[Loss, Aux]:
     """Regression on any prediction: ``mean(weights lambda(t) ||f(x_t, t) - target||^2)``.
 
     Args:
       field: ``(x: [B, d], t: [B]) -> [B, d]``; the prediction named by ``prediction``.
-      path: probability path; :meth:`~efm_jax.paths.GaussianPath.target` is the target.
-      key: random key, the same on every device; or one for each sample, ``[B]``.
-      x0: data, ``[B, d]``; or with more axes before ``d``, such as the support actions of a state,
-        ``[B, M, d]``: every ``[d]`` has a time of its own, and the field sees ``t: [B, M]``.
+      path: as in :func:`errors`.
+      key: as in :func:`errors`.
+      x0: data, ``[B, d]``.
       prediction: of :data:`efm_jax.paths.PREDICTIONS`.
-      weights: importance weights of mean one, or 0 and 1 as a mask, ``[B]`` (``x0`` without ``d``);
-        no gradient flows into them.  None: ones.
+      weights: importance weights of mean one, or 0 and 1 as a mask, ``[B]``; with more axes, as for
+        the support actions of a state, ``[B, M]`` for ``x0: [B, M, d]``, every weight has a time of
+        its own, and the field sees ``t: [B, M]``.  No gradient flows into them.  None: ones.
       time_weight: ``lambda(t: [B]) -> [B]``; None: 1.
+      noise: as in :func:`errors`.
+      t: as in :func:`errors`.
+      event_ndim: trailing axes of ``x0`` that make one sample; None: all after those of ``weights``
+        or, without weights, after the first.
       axis_name: mapped axis over which the global batch is split.
 
     Returns:
@@ -94,51 +211,42 @@ def matching(
       axis: of the global batch for ``[B]``, means over the global batch for ``[B, M]``.
 
     Raises:
-      ValueError: if shapes disagree, or for an unknown prediction.
+      ValueError: if shapes disagree, the batch is empty, or for an unknown prediction.
+      TypeError: if ``x0`` is not of a floating type.
 
     Reference: Zhang et al. 2025, Thm 3.1; with weights, Thm 4.3.
     """
-    checks.check_rank("x0", x0, 2)
-    checks.check_float("x0", x0)
-
-    def draw(key: Array) -> tuple[Array, Array]:
-        time_key, noise_key = jax.random.split(key)
-        t = _draw_time(time_key, x0.shape[1:-1], x0.dtype)
-        return t, jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
-
-    t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name))
-    predicted = field(path.sample(x0, noise, t), t)
-    checks.check_shape("field(x, t)", predicted, x0.shape)
-
-    def error(predicted: Array, x0: Array, noise: Array, t: Array) -> Array:
-        return _squared_distance(predicted, path.target(prediction, x0, noise, t))
-
-    for _ in range(t.ndim):
-        error = jax.vmap(error)
-    errors = error(predicted, x0, noise, t)
+    batch_ndim = 1 if weights is None else max(jnp.ndim(weights), 1)
+    sizes = {"event_ndim": event_ndim, "batch_ndim": batch_ndim}
+    noise, t = draw(key, x0, noise=noise, t=t, **sizes, axis_name=axis_name)
+    values = _errors(field, path, prediction, x0, noise, t, t.shape)
     if time_weight is not None:
-        errors = time_weight(t) * errors
+        factor = arrays.widen("time_weight(t)", time_weight(t))
+        checks.check_shape("time_weight(t)", factor, t.shape)
+        values = factor.astype(values.dtype) * values
     aux = {}
     if weights is not None:
-        checks.check_shape("weights", weights, errors.shape)
-        weights = lax.stop_gradient(weights)
-        errors, aux = weights * errors, _concentration(weights, axis_name)
-    return errors.sum() / (errors.size * _num_devices(axis_name)), aux
+        checks.check_shape("weights", weights, t.shape)
+        weights = arrays.widen("weights", lax.stop_gradient(weights))
+        values, aux = weights.astype(values.dtype) * values, _concentration(weights, axis_name)
+    return share(values.mean(), axis_name), aux
 
 
 def cfm(
     field: Field,
     path: GaussianPath,
-    key: Array,
-    x0: Array,
+    key: Key | None,
+    x0: Data,
     *,
-    weights: Array | None = None,
+    weights: PerSample | None = None,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """Conditional flow matching: the mean of ``weights *`` :func:`cfm_error` over the batch.
 
-    Arguments and results as in :func:`matching`, with a velocity field.
+    Arguments and results as in :func:`matching`, with a velocity field; ``options`` are its
+    ``noise``, ``t`` and ``event_ndim``.
 
     Reference: Zhang et al. 2025, Thm 3.1; with weights, Thm 4.3.
 
@@ -150,54 +258,46 @@ def cfm(
       >>> loss.shape, float(aux["ess"])
       ((), 4.0)
     """
-    return matching(
-        field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name
-    )
+    options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
+    return matching(field, path, key, x0, prediction="velocity", **options)
 
 
 def dsm(
     score_field: Field,
     path: GaussianPath,
-    key: Array,
-    x0: Array,
+    key: Key | None,
+    x0: Data,
     *,
-    weights: Array | None = None,
+    weights: PerSample | None = None,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """Denoising score matching: the mean of ``weights lambda(t)`` :func:`dsm_error`.
 
-    Arguments and results as in :func:`matching`, with a score field; ``time_weight`` is by default
+    Arguments and results as in :func:`cfm`, with a score field; ``time_weight`` is by default
     ``sigma_t^2``, which weighs as noise prediction does.
 
     Reference: Vincent 2011; Zhang et al. 2025, Sec. 3.
     """
-    if time_weight is None:
-        time_weight = lambda t: path.std(t) ** 2  # noqa: E731
-    return matching(
-        score_field,
-        path,
-        key,
-        x0,
-        prediction="score",
-        weights=weights,
-        time_weight=time_weight,
-        axis_name=axis_name,
-    )
+    time_weight = time_weight or (lambda t: path.std(t) ** 2)
+    options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
+    return matching(score_field, path, key, x0, prediction="score", **options)
 
 
 def cefm(
     field: Field,
     path: GaussianPath,
-    key: Array,
-    x0: Array,
-    energy: Array,
-    beta: Array,
+    key: Key | None,
+    x0: Data,
+    energy: Real[Array, " B"],
+    beta: Scalar,
     *,
     time_weight: TimeWeight | None = None,
-    log_normalizer: Array | None = None,
+    log_normalizer: Scalar | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """Conditional energy-weighted flow matching: ``sum_i g_i ||v - u_{t0}||^2``.
 
     ``g = softmax(-beta E)`` over the global batch, or with ``log_normalizer`` Thm 4.3's own
@@ -218,6 +318,7 @@ def cefm(
         dataset at the same ``beta``; no gradient flows into it.  None: the softmax.  How infinite
         energies and overflow are handled differs: see :func:`efm_jax.weights.energy_weights`.
       axis_name: mapped axis over which the global batch is split.
+      **options: ``noise``, ``t``, ``event_ndim`` of :func:`matching`.
 
     Returns:
       ``(loss, aux)``; ``aux`` has ``ess`` (effective sample size) and ``top_weight`` (the largest
@@ -226,7 +327,7 @@ def cefm(
       ``log_normalizer`` is the data's.
 
     Raises:
-      ValueError: if the shapes disagree or ``beta`` is negative.
+      ValueError: if the shapes disagree, the batch is empty or ``beta`` is negative.
 
     Reference: Zhang et al. 2025, Thm 4.3; Algorithm 1 for the softmax.
 
@@ -238,24 +339,24 @@ def cefm(
       >>> 1.0 <= float(aux["ess"]) <= 8.0
       True
     """
-    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
-    return cfm(field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name)[
-        0
-    ], aux
+    weights, aux = _importance(energy, beta, log_normalizer, axis_name)
+    options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
+    return cfm(field, path, key, x0, **options)[0], aux
 
 
 def ced(
     score_field: Field,
     path: GaussianPath,
-    key: Array,
-    x0: Array,
-    energy: Array,
-    beta: Array,
+    key: Key | None,
+    x0: Data,
+    energy: Real[Array, " B"],
+    beta: Scalar,
     *,
     time_weight: TimeWeight | None = None,
-    log_normalizer: Array | None = None,
+    log_normalizer: Scalar | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """Conditional energy-weighted diffusion: ``sum_i lambda(t_i) g_i ||s + eps_i / sigma||^2``.
 
     ``time_weight`` as in :func:`dsm`, other arguments and results as in :func:`cefm`, with a score
@@ -263,21 +364,20 @@ def ced(
 
     Reference: Zhang et al. 2025, Cor. 4.8 and Algorithm 1.
     """
-    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
-    return dsm(
-        score_field, path, key, x0, weights=weights, time_weight=time_weight, axis_name=axis_name
-    )[0], aux
+    weights, aux = _importance(energy, beta, log_normalizer, axis_name)
+    options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
+    return dsm(score_field, path, key, x0, **options)[0], aux
 
 
 def contrastive(
-    log_ratio_fn: Callable[[Array, Array], Array],
+    log_ratio_fn: Callable[[jax.Array, jax.Array], jax.Array],
     path: GaussianPath,
-    key: Array,
-    x0: Array,
-    weights: Array,
+    key: Key,
+    x0: Float[Array, "*group B d"],
+    weights: Real[Array, "*group B"],
     *,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+) -> tuple[Loss, Aux]:
     """Weighted contrast ``-mean_i w_i log softmax(f(x_t, t))_i``; one time for all of a group.
 
     Args:
@@ -300,39 +400,44 @@ def contrastive(
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
     checks.check_rank("x0", x0, 2 if axis_name is None else 3)
-    checks.check_shape("weights", weights, x0.shape[:-1])
+    checks.check_float("x0", x0)
+    checks.check_shape("weights", weights, jnp.shape(x0)[:-1])
+    checks.check_not_empty("x0", x0, 0)
+    x0 = jnp.asarray(x0)
 
-    def draw(key: Array, x0: Array) -> tuple[Array, Array]:
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        group = x0.shape if x0.ndim == 2 else x0.shape[1:]
         time_key, noise_key = jax.random.split(key)
-        t = jnp.broadcast_to(_draw_time(time_key, (*x0.shape[:-2], 1), x0.dtype), x0.shape[:-1])
-        return t, jax.random.normal(noise_key, x0.shape, x0.dtype)
+        t = _draw_time(time_key, (*group[:-2], 1), x0.dtype)
+        return jnp.broadcast_to(t, group[:-1]), _draw_noise(noise_key, group, x0.dtype)
 
     if x0.ndim == 2:
         if _is_typed(key):
             checks.check_shape("key", key, ())
-        t, noise = draw(key, x0)
+        t, noise = draw(key)
+        t, noise = arrays.shard_like(t, x0), arrays.shard_like(noise, x0)
     else:
-        t, noise = jax.vmap(draw)(sample_keys(key, x0.shape[0], axis_name), x0)
+        keys = arrays.shard_like(sample_keys(key, x0.shape[0], axis_name), x0)
+        t, noise = jax.vmap(draw)(keys)
     log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
-    weights = lax.stop_gradient(weights)
+    log_share = jax.nn.log_softmax(arrays.widen("log_ratio_fn(x, t)", log_ratio))
+    weights = arrays.widen("weights", lax.stop_gradient(weights))
     # A weight of 0 contributes nothing even where the log-softmax is -inf; a NaN must show.
-    terms = jnp.where(weights == 0, 0, weights * jax.nn.log_softmax(log_ratio))
-    return -terms.mean() / _num_devices(axis_name), _concentration(
-        jnp.atleast_2d(weights), axis_name
-    )
+    terms = jnp.where(weights == 0, 0, weights.astype(log_share.dtype) * log_share)
+    return share(-terms.mean(), axis_name), _concentration(jnp.atleast_2d(weights), axis_name)
 
 
 def cep(
-    log_ratio_fn: Callable[[Array, Array], Array],
+    log_ratio_fn: Callable[[jax.Array, jax.Array], jax.Array],
     path: GaussianPath,
-    key: Array,
-    x0: Array,
-    energy: Array,
-    beta: Array,
+    key: Key,
+    x0: Float[Array, "*group B d"],
+    energy: Real[Array, "*group B"],
+    beta: Real[chex.Numeric, "*#group #B"],
     *,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+) -> tuple[Loss, Aux]:
     """Contrastive energy prediction: ``-sum_i softmax(-beta E)_i log softmax(f(x_t, t))_i``.
 
     With large groups the minimizer is ``f = -E_t`` up to a function of t; in small ones the
@@ -347,21 +452,22 @@ def cep(
     Reference: Lu et al. 2023 (arXiv 2304.12824), eq. 12.
     """
     checks.check_shape("energy", energy, jnp.shape(x0)[:-1])
-    weights = energy.shape[-1] * energy_weights(energy, beta)
+    weights = jnp.shape(energy)[-1] * energy_weights(energy, beta)
     return contrastive(log_ratio_fn, path, key, x0, weights, axis_name=axis_name)
 
 
 def support_cefm(
     field: Field,
     path: GaussianPath,
-    key: Array,
-    actions: Array,
-    q_values: Array,
-    beta: Array,
+    key: Key | None,
+    actions: Float[Array, "B M d"],
+    q_values: Real[Array, "B M"],
+    beta: Real[chex.Numeric, "*#B"],
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """QIPO-OT's policy loss: ``mean_i sum_j g_ij ||v(a_ij) - u_{t0}||^2`` over support action sets.
 
     ``g_ij = softmax_j(beta Q(s_i, a_ij))`` is normalized in every state, so devices share nothing
@@ -376,6 +482,7 @@ def support_cefm(
       beta: guidance scale >= 0, a scalar or ``[B, 1]``.
       time_weight: as in :func:`matching`.
       axis_name: mapped axis over which the global batch of states is split.
+      **options: ``noise`` like ``actions`` and ``t``, ``[B, M]``, of :func:`matching`.
 
     Returns:
       ``(loss, aux)``; ``aux`` has ``ess`` and ``top_weight``, means over the global batch of
@@ -383,34 +490,27 @@ def support_cefm(
 
     Reference: Zhang et al. 2025, Sec. 5 and Algorithm 2.
     """
+    options |= {"time_weight": time_weight, "axis_name": axis_name}
     weights = _support_importance(actions, q_values, beta)
-    return cfm(
-        field, path, key, actions, weights=weights, time_weight=time_weight, axis_name=axis_name
-    )
+    return cfm(field, path, key, actions, weights=weights, **options)
 
 
 def support_ced(
     score_field: Field,
     path: GaussianPath,
-    key: Array,
-    actions: Array,
-    q_values: Array,
-    beta: Array,
+    key: Key | None,
+    actions: Float[Array, "B M d"],
+    q_values: Real[Array, "B M"],
+    beta: Real[chex.Numeric, "*#B"],
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
-) -> tuple[Array, Aux]:
+    **options: Any,
+) -> tuple[Loss, Aux]:
     """QIPO-Diff's policy loss: :func:`support_cefm` with a score field and :func:`ced`'s error."""
+    options |= {"time_weight": time_weight, "axis_name": axis_name}
     weights = _support_importance(actions, q_values, beta)
-    return dsm(
-        score_field,
-        path,
-        key,
-        actions,
-        weights=weights,
-        time_weight=time_weight,
-        axis_name=axis_name,
-    )
+    return dsm(score_field, path, key, actions, weights=weights, **options)
 
 
 class LossEntry(NamedTuple):
@@ -433,28 +533,55 @@ LOSSES = {
 }
 
 
-def _squared_distance(prediction: Array, target: Array) -> Array:
-    checks.check_shape("field(x, t)", prediction, target.shape)
-    return jnp.sum((prediction - target) ** 2)
+def _errors(
+    field: Field,
+    path: GaussianPath,
+    prediction: str,
+    x0: Data,
+    noise: Data,
+    t: Any,
+    batch: tuple[int, ...],
+) -> jax.Array:
+    """Compute squared distances of predictions and targets over the event axes, ``[*batch]``."""
+    predicted, target = field(path.sample(x0, noise, t), t), path.target(prediction, x0, noise, t)
+    arrays.check_like("field(x, t)", predicted, target)
+
+    def squares(predicted: jax.Array, target: jax.Array) -> jax.Array:
+        predicted, target = (arrays.widen("field(x, t)", x) for x in (predicted, target))
+        gap = predicted - target.astype(predicted.dtype)
+        return jnp.sum(gap**2, axis=tuple(range(len(batch), gap.ndim)))
+
+    leaves = jax.tree.leaves(jax.tree.map(squares, predicted, target))
+    return functools.reduce(jnp.add, leaves)
 
 
-def _draw_time(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def _draw_time(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Uniform on (0, 1]: 0 is left out because scores and some velocities are infinite there."""
-    return 1 - jax.random.uniform(key, shape, dtype)
+    return 1 - jax.random.uniform(key, shape, arrays.wide_type(dtype))
 
 
-def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
+def _draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Draw in 32 bits at least: of 16 random bits a normal has no tails."""
+    wide = arrays.wide_type(dtype)
+    return jax.random.normal(key, shape, wide).astype(dtype)
+
+
+def sample_keys(key: Key, size: int, axis_name: AxisName = None) -> jax.Array:
     """Keys ``[size]`` of this device's samples, folded from their places in the global batch.
 
     Args:
       key: of the global batch, the same on every device; or already ``[size]`` keys, which are
-        returned.
+        returned.  Keys of JAX's ``rbg`` kinds seed threefry ones, because their draws would depend
+        on how a batch is split.
       size: of this device's share of the batch.
       axis_name: mapped axis over which the global batch is split.
 
     Raises:
       ValueError: if there are keys for another number of samples.
     """
+    data = jax.random.key_data(key) if _is_typed(key) else key
+    if data.shape[-1] == 4:
+        key = jax.random.wrap_key_data(data[..., :2] ^ data[..., 2:], impl="threefry2x32")
     if _is_typed(key) and key.ndim:
         checks.check_shape("key", key, (size,))
         return key
@@ -462,22 +589,26 @@ def sample_keys(key: Array, size: int, axis_name: AxisName = None) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, offset + jnp.arange(size, dtype=jnp.int32))
 
 
-def _is_typed(key: Array) -> bool:
+def _is_typed(key: jax.Array) -> bool:
     """Whether a key is of JAX's key type; an old-style one is an array of integers, ``[2]``."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
-def _num_devices(axis_name: AxisName) -> int:
-    return 1 if axis_name is None else lax.axis_size(axis_name)
+def share(mean: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Make a device's mean over its samples its share of the global mean, equal on all devices.
+
+    Under ``shard_map``'s checks the gradient of a value that varies, with respect to parameters
+    that do not, is summed over devices already, and summing it again would multiply it.
+    """
+    return mean if axis_name is None else lax.pmean(mean, axis_name) / lax.axis_size(axis_name)
 
 
 def _importance(
-    x0: Array, energy: Array, beta: Array, log_normalizer: Array | None, axis_name: AxisName
-) -> tuple[Array, Aux]:
+    energy: Array, beta: chex.Numeric, log_normalizer: Scalar | None, axis_name: AxisName
+) -> tuple[jax.Array, Aux]:
     """Importance weights ``[B]``, of mean one over the global batch (or the dataset)."""
-    checks.check_shape("energy", energy, x0.shape[:-1])
-    size = energy.size * _num_devices(axis_name)
     weights = energy_weights(energy, beta, axis_name=axis_name)
+    size = weights.size * (1 if axis_name is None else lax.axis_size(axis_name))
     # Ratios of weights are the softmax's for any normalizer, and no overflow reaches them.
     aux = _concentration(lax.stop_gradient(weights), axis_name)
     if log_normalizer is not None:
@@ -486,13 +617,14 @@ def _importance(
     return size * weights, aux
 
 
-def _support_importance(actions: Array, q_values: Array, beta: Array) -> Array:
+def _support_importance(actions: Array, q_values: Array, beta: chex.Numeric) -> jax.Array:
     """Importance weights ``[B, M]``, of mean one over the support actions of every state."""
-    checks.check_shape("q_values", q_values, actions.shape[:-1])
+    checks.check_shape("q_values", q_values, jnp.shape(actions)[:-1])
+    q_values = arrays.to_float("q_values", q_values)
     return q_values.shape[-1] * energy_weights(-q_values, beta)
 
 
-def _concentration(weights: Array, axis_name: AxisName) -> Aux:
+def _concentration(weights: jax.Array, axis_name: AxisName) -> Aux:
     """Effective sample size and largest share of the weights along the last axis.
 
     Weights ``[B]`` are of the global batch; of more axes, each row is a state's, and the result is
@@ -504,4 +636,4 @@ def _concentration(weights: Array, axis_name: AxisName) -> Aux:
         return {"ess": ess, "top_weight": top / psum_if(weights.sum(), axis_name)}
     ess, top = effective_sample_size(weights), weights.max(-1) / weights.sum(-1)
     means = {"ess": ess.mean(), "top_weight": top.mean()}
-    return jax.tree.map(lambda mean: psum_if(mean, axis_name) / _num_devices(axis_name), means)
+    return means if axis_name is None else lax.pmean(means, axis_name)

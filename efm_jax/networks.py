@@ -21,7 +21,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from efm_jax import checks
+from efm_jax import arrays, checks
 from efm_jax.types import Array, Params, Points, Times
 
 States = Float[Array, "*#batch S"]
@@ -49,6 +49,7 @@ def fourier_features(t: Times, size: int) -> Float[jax.Array, "*batch {size}"]:
     """
     if size % 2:
         raise ValueError(f"size: expected an even number; got {size}")
+    t = arrays.widen("t", t)
     cosine, sine = jnp.cos(jnp.pi / 2 * t), jnp.sin(jnp.pi / 2 * t)
     features = []
     for _ in range(size // 2):

@@ -13,40 +13,67 @@ determines ``x_0``, and at ``sigma = 0`` (pure data) ``x_0`` does not determine 
 result is infinite or NaN.  One exception: ``velocity_from_x0`` at ``sigma = 0`` with ``x = mu x_0``
 takes the noise to be 0, the limit on data.
 
-Shapes: coefficients have the shape of ``t``; values and points are ``[..., d]`` with ``t`` of shape
-``[...]`` or a scalar.
+Shapes: coefficients have the shape of ``t``; values and points are ``[*batch, *event]``, usually
+``[B, d]``, or pytrees of such arrays, with ``t`` of shape ``[*batch]`` or a scalar.  Types:
+coefficients are float32 at least, and a result has the type of its values, whatever ``t`` is.
 """
 
 import abc
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
+import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Real
 
-from efm_jax import checks
-from efm_jax.types import Array
+from efm_jax import arrays, checks
+
+Time = Real[chex.Numeric, "*batch"]
+Coefficient = Float[jax.Array, "*batch"]
 
 # Kinds of prediction: the velocity u, the noise eps_hat, the score s, the data x_hat0.
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
 
-def _column(coefficient: jax.Array, x: Array) -> jax.Array:
-    """``[...]`` to ``[..., 1]`` against ``x: [..., d]``; only a scalar may have fewer axes."""
-    if coefficient.ndim and coefficient.shape != jnp.shape(x)[:-1]:
-        raise ValueError(
-            f"t: expected a scalar or shape {jnp.shape(x)[:-1]} for points of shape "
-            f"{jnp.shape(x)}; "
-            f"got {coefficient.shape}"
-        )
-    return coefficient[..., None]
+P = ParamSpec("P")
 
 
-def _constant(value: float, t: Array) -> jax.Array:
-    """``value`` in the shape of ``t`` and its type, but never an integer type."""
-    t = jnp.asarray(t)
-    return jnp.full_like(t, value, dtype=t.dtype if jnp.issubdtype(t.dtype, jnp.inexact) else float)
+def _wide(t: Time) -> jax.Array:
+    return arrays.widen("t", t)
+
+
+def _constant(value: float, t: Time) -> jax.Array:
+    return jnp.full_like(_wide(t), value)
+
+
+def _leafwise(method: Callable[P, Any]) -> Callable[P, Any]:
+    """Apply a method ``(self, *values, t)`` to points of any shape and to every leaf of pytrees.
+
+    The method sees values in 32 bits at least and times reshaped to multiply them; the result has
+    the values' type.
+    """
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def apply(*args: P.args, **kwargs: P.kwargs) -> Any:
+        path, *values, t = signature.bind(*args, **kwargs).args
+
+        def leaf(*leaves: Any) -> jax.Array:
+            points = [arrays.to_float("points", value) for value in leaves]
+            for point in points[1:]:
+                checks.check_shape("points", point, points[0].shape)
+            wide = arrays.wide_type(*points)
+            time = arrays.expand("t", arrays.to_float("t", t).astype(wide), points[0])
+            result = method(path, *(point.astype(wide) for point in points), time)  # type: ignore
+            return result.astype(arrays.common_type(*points))
+
+        return jax.tree.map(leaf, *values)
+
+    return apply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,132 +93,125 @@ class GaussianPath(abc.ABC):
     """
 
     @abc.abstractmethod
-    def mean_coef(self, t: Array) -> jax.Array:
+    def mean_coef(self, t: Time) -> Coefficient:
         """``mu_t``."""
 
     @abc.abstractmethod
-    def std(self, t: Array) -> jax.Array:
+    def std(self, t: Time) -> Coefficient:
         """``sigma_t``."""
 
     @abc.abstractmethod
-    def mean_coef_dot(self, t: Array) -> jax.Array:
+    def mean_coef_dot(self, t: Time) -> Coefficient:
         """``d mu_t / dt``."""
 
     @abc.abstractmethod
-    def std_dot(self, t: Array) -> jax.Array:
+    def std_dot(self, t: Time) -> Coefficient:
         """``d sigma_t / dt``."""
 
     # A path overrides these where the quotients are not finite at an end of [0, 1].
 
-    def _inverse_det(self, t: Array) -> jax.Array:
+    def _inverse_det(self, t: Time) -> Coefficient:
         """``1 / D``."""
         return 1 / (self.mean_coef(t) * self.std_dot(t) - self.mean_coef_dot(t) * self.std(t))
 
-    def _std_det(self, t: Array) -> jax.Array:
+    def _std_det(self, t: Time) -> Coefficient:
         """``sigma D``."""
         return self.std(t) / self._inverse_det(t)
 
-    def _std_dot_over_det(self, t: Array) -> jax.Array:
+    def _std_dot_over_det(self, t: Time) -> Coefficient:
         """``sigma' / D``."""
         return self.std_dot(t) * self._inverse_det(t)
 
-    def sample(self, x0: Array, noise: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def sample(self, x0: Any, noise: Any, t: Time) -> Any:
         """``x_t = mu_t x_0 + sigma_t eps``: ``[..., d]``."""
-        t = jnp.asarray(t)
-        return _column(self.mean_coef(t), x0) * x0 + _column(self.std(t), noise) * noise
+        return self.mean_coef(t) * x0 + self.std(t) * noise
 
-    def velocity(self, x0: Array, noise: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def velocity(self, x0: Any, noise: Any, t: Time) -> Any:
         """Conditional velocity ``u_{t0}(x_t | x_0) = mu'_t x_0 + sigma'_t eps``: ``[..., d]``."""
-        t = jnp.asarray(t)
-        return _column(self.mean_coef_dot(t), x0) * x0 + _column(self.std_dot(t), noise) * noise
+        return self.mean_coef_dot(t) * x0 + self.std_dot(t) * noise
 
-    def score(self, noise: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def score(self, noise: Any, t: Time) -> Any:
         """Conditional score ``-eps / sigma_t``: ``[..., d]``; infinite where ``sigma_t = 0``."""
-        t = jnp.asarray(t)
-        return -jnp.asarray(noise) / _column(self.std(t), noise)
+        return -noise / self.std(t)
 
-    def velocity_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def velocity_from_score(self, score: Any, x: Any, t: Time) -> Any:
         """``u = (mu' x - sigma D s) / mu``."""
-        t = jnp.asarray(t)
-        numerator = _column(self.mean_coef_dot(t), x) * x - _column(self._std_det(t), x) * score
-        return numerator / _column(self.mean_coef(t), x)
+        return (self.mean_coef_dot(t) * x - self._std_det(t) * score) / self.mean_coef(t)
 
-    def score_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def score_from_velocity(self, velocity: Any, x: Any, t: Time) -> Any:
         """``s = (mu' x - mu u) / (sigma D)``."""
-        t = jnp.asarray(t)
-        numerator = _column(self.mean_coef_dot(t), x) * x - _column(self.mean_coef(t), x) * velocity
-        return numerator / _column(self._std_det(t), x)
+        return (self.mean_coef_dot(t) * x - self.mean_coef(t) * velocity) / self._std_det(t)
 
-    def velocity_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def velocity_from_noise(self, noise: Any, x: Any, t: Time) -> Any:
         """``u = (mu' x + D eps) / mu``."""
-        t = jnp.asarray(t)
-        numerator = _column(self.mean_coef_dot(t), x) * x + noise / _column(self._inverse_det(t), x)
-        return numerator / _column(self.mean_coef(t), x)
+        return (self.mean_coef_dot(t) * x + noise / self._inverse_det(t)) / self.mean_coef(t)
 
-    def noise_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def noise_from_velocity(self, velocity: Any, x: Any, t: Time) -> Any:
         """``eps = (mu u - mu' x) / D``."""
-        t = jnp.asarray(t)
-        numerator = _column(self.mean_coef(t), x) * velocity - _column(self.mean_coef_dot(t), x) * x
-        return numerator * _column(self._inverse_det(t), x)
+        return (self.mean_coef(t) * velocity - self.mean_coef_dot(t) * x) * self._inverse_det(t)
 
-    def velocity_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def velocity_from_x0(self, x0: Any, x: Any, t: Time) -> Any:
         """``u = mu' x_0 + sigma' (x - mu x_0) / sigma``."""
-        t = jnp.asarray(t)
-        std, std_dot = self.std(t), self.std_dot(t)
-        residual = x - _column(self.mean_coef(t), x) * x0
+        std, residual = self.std(t), x - self.mean_coef(t) * x0
         # Where sigma = 0 the residual decides: 0 means noise 0, anything else is infinitely far
         # off.
-        rate = _column(jnp.where(std > 0, std_dot / jnp.where(std > 0, std, 1), jnp.inf), x)
-        on_data = (residual == 0) & _column(std == 0, x)
+        rate = jnp.where(std > 0, self.std_dot(t) / jnp.where(std > 0, std, 1), jnp.inf)
+        on_data = (residual == 0) & (std == 0)
         noise_part = jnp.where(on_data, 0, jnp.where(on_data, 0, rate) * residual)
-        return _column(self.mean_coef_dot(t), x) * x0 + noise_part
+        return self.mean_coef_dot(t) * x0 + noise_part
 
-    def x0_from_velocity(self, velocity: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def x0_from_velocity(self, velocity: Any, x: Any, t: Time) -> Any:
         """``x_0 = (sigma' x - sigma u) / D``."""
-        t = jnp.asarray(t)
-        return (
-            _column(self._std_dot_over_det(t), x) * x
-            - _column(self.std(t) * self._inverse_det(t), x) * velocity
-        )
+        return self._std_dot_over_det(t) * x - self.std(t) * self._inverse_det(t) * velocity
 
-    def score_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
+    def score_from_noise(self, noise: Any, x: Any, t: Time) -> Any:
         """``s = -eps / sigma``."""
         return self.score(noise, t)
 
-    def noise_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def noise_from_score(self, score: Any, x: Any, t: Time) -> Any:
         """``eps = -sigma s``."""
-        return -_column(self.std(jnp.asarray(t)), x) * score
+        return -self.std(t) * score
 
-    def noise_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def noise_from_x0(self, x0: Any, x: Any, t: Time) -> Any:
         """``eps = (x - mu x_0) / sigma``."""
-        t = jnp.asarray(t)
-        return (-_column(self.mean_coef(t), x) * x0 + x) / _column(self.std(t), x)
+        return (x - self.mean_coef(t) * x0) / self.std(t)
 
-    def x0_from_noise(self, noise: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def x0_from_noise(self, noise: Any, x: Any, t: Time) -> Any:
         """``x_0 = (x - sigma eps) / mu``."""
-        t = jnp.asarray(t)
-        return (-_column(self.std(t), x) * noise + x) / _column(self.mean_coef(t), x)
+        return (x - self.std(t) * noise) / self.mean_coef(t)
 
-    def x0_from_score(self, score: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def x0_from_score(self, score: Any, x: Any, t: Time) -> Any:
         """``x_0 = (x + sigma^2 s) / mu``."""
-        t = jnp.asarray(t)
-        return (_column(self.std(t), x) ** 2 * score + x) / _column(self.mean_coef(t), x)
+        return (x + self.std(t) ** 2 * score) / self.mean_coef(t)
 
-    def score_from_x0(self, x0: Array, x: Array, t: Array) -> jax.Array:
+    @_leafwise
+    def score_from_x0(self, x0: Any, x: Any, t: Time) -> Any:
         """``s = (mu x_0 - x) / sigma^2``."""
-        t = jnp.asarray(t)
-        return (_column(self.mean_coef(t), x) * x0 - x) / _column(self.std(t), x) ** 2
+        return (self.mean_coef(t) * x0 - x) / self.std(t) ** 2
 
-    def target(self, prediction: str, x0: Array, noise: Array, t: Array) -> jax.Array:
+    def target(self, prediction: str, x0: Any, noise: Any, t: Time) -> Any:
         """The value that a network of a kind of ``PREDICTIONS`` learns at ``x_t``: ``[..., d]``."""
         checks.check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "velocity":
             return self.velocity(x0, noise, t)
         if prediction == "score":
             return self.score(noise, t)
-        return jnp.asarray(noise if prediction == "noise" else x0)
+        return jax.tree.map(jnp.asarray, noise if prediction == "noise" else x0)
 
-    def convert(self, value: Array, x: Array, t: Array, source: str, target: str) -> jax.Array:
+    def convert(self, value: Any, x: Any, t: Time, source: str, target: str) -> Any:
         """A prediction of the kind ``source`` at ``x`` as one of the kind ``target``: ``[..., d]``.
 
         Example:
@@ -203,7 +223,7 @@ class GaussianPath(abc.ABC):
         for name, kind in (("source", source), ("target", target)):
             checks.check_choice(name, kind, PREDICTIONS)
         if source == target:
-            return jnp.asarray(value)
+            return jax.tree.map(jnp.asarray, value)
         source, target = ("x0" if kind == "data" else kind for kind in (source, target))
         return getattr(self, f"{target}_from_{source}")(value, x, t)
 
@@ -214,19 +234,19 @@ class _ConditionalOT(GaussianPath):
 
     sigma_min: float
 
-    def mean_coef(self, t: Array) -> jax.Array:
-        return 1 - jnp.asarray(t)
+    def mean_coef(self, t: Time) -> Coefficient:
+        return 1 - _wide(t)
 
-    def std(self, t: Array) -> jax.Array:
-        return self.sigma_min + (1 - self.sigma_min) * jnp.asarray(t)
+    def std(self, t: Time) -> Coefficient:
+        return self.sigma_min + (1 - self.sigma_min) * _wide(t)
 
-    def mean_coef_dot(self, t: Array) -> jax.Array:
+    def mean_coef_dot(self, t: Time) -> Coefficient:
         return _constant(-1, t)
 
-    def std_dot(self, t: Array) -> jax.Array:
+    def std_dot(self, t: Time) -> Coefficient:
         return _constant(1 - self.sigma_min, t)
 
-    def _inverse_det(self, t: Array) -> jax.Array:
+    def _inverse_det(self, t: Time) -> Coefficient:
         return _constant(1, t)
 
 
@@ -234,10 +254,10 @@ class _ConditionalOT(GaussianPath):
 class _VariancePreserving(GaussianPath):
     """``mu^2 + sigma^2 = 1``, so ``mu mu' = -sigma sigma'`` and ``D = -mu' / sigma``."""
 
-    def _std_det(self, t: Array) -> jax.Array:
+    def _std_det(self, t: Time) -> Coefficient:
         return -self.mean_coef_dot(t)
 
-    def _std_dot_over_det(self, t: Array) -> jax.Array:
+    def _std_dot_over_det(self, t: Time) -> Coefficient:
         return self.mean_coef(t)
 
 
@@ -248,25 +268,25 @@ class _LinearVP(_VariancePreserving):
     beta_min: float
     beta_max: float
 
-    def _log_mean(self, t: Array) -> jax.Array:
-        t = jnp.asarray(t)
+    def _log_mean(self, t: Time) -> Coefficient:
+        t = _wide(t)
         return -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
 
-    def mean_coef(self, t: Array) -> jax.Array:
+    def mean_coef(self, t: Time) -> Coefficient:
         return jnp.exp(self._log_mean(t))
 
-    def std(self, t: Array) -> jax.Array:
+    def std(self, t: Time) -> Coefficient:
         # expm1 keeps full precision where sigma is small.
         return jnp.sqrt(-jnp.expm1(2 * self._log_mean(t)))
 
-    def mean_coef_dot(self, t: Array) -> jax.Array:
-        t = jnp.asarray(t)
+    def mean_coef_dot(self, t: Time) -> Coefficient:
+        t = _wide(t)
         return -self.mean_coef(t) * ((self.beta_max - self.beta_min) * t + self.beta_min) / 2
 
-    def std_dot(self, t: Array) -> jax.Array:
+    def std_dot(self, t: Time) -> Coefficient:
         return -self.mean_coef(t) * self.mean_coef_dot(t) / self.std(t)
 
-    def _inverse_det(self, t: Array) -> jax.Array:
+    def _inverse_det(self, t: Time) -> Coefficient:
         return -self.std(t) / self.mean_coef_dot(t)
 
 
@@ -274,20 +294,20 @@ class _LinearVP(_VariancePreserving):
 class _CosineVP(_VariancePreserving):
     """``mu = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``, so ``D = pi / 2``."""
 
-    def mean_coef(self, t: Array) -> jax.Array:
+    def mean_coef(self, t: Time) -> Coefficient:
         # The sine of the complement is exactly 0 at t = 1, where the cosine rounds to -4e-8.
-        return jnp.sin(jnp.pi / 2 * (1 - jnp.asarray(t)))
+        return jnp.sin(jnp.pi / 2 * (1 - _wide(t)))
 
-    def std(self, t: Array) -> jax.Array:
-        return jnp.sin(jnp.pi / 2 * jnp.asarray(t))
+    def std(self, t: Time) -> Coefficient:
+        return jnp.sin(jnp.pi / 2 * _wide(t))
 
-    def mean_coef_dot(self, t: Array) -> jax.Array:
+    def mean_coef_dot(self, t: Time) -> Coefficient:
         return -jnp.pi / 2 * self.std(t)
 
-    def std_dot(self, t: Array) -> jax.Array:
+    def std_dot(self, t: Time) -> Coefficient:
         return jnp.pi / 2 * self.mean_coef(t)
 
-    def _inverse_det(self, t: Array) -> jax.Array:
+    def _inverse_det(self, t: Time) -> Coefficient:
         return _constant(2 / jnp.pi, t)
 
 

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from efm_jax import checks
-from efm_jax.types import Scalar
+from efm_jax import arrays, checks
 
 State = TypeVar("State")
 Slope = Callable[[Float[jax.Array, ""], State], State]
@@ -61,57 +59,38 @@ SOLVERS = {
 }
 
 
-def vary_like(state: State, slope: Callable[[], State]) -> State:
-    """Give ``state`` the type that a scan over ``state + slope`` gives it under ``shard_map``.
-
-    There a value's type says over which mapped axes it varies, and a scan's state must keep its
-    type.  The slope's value is not used, so that compiled code does not compute it.
-
-    Args:
-      state: initial state of a scan.
-      slope: computes something of the structure of ``state`` from all that the steps will use.
-    """
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
-        return state
-    return jax.tree.map(
-        lambda leaf, other: leaf + jnp.zeros_like(other, leaf.dtype), state, slope()
-    )
-
-
 def integrate(
     f: Slope[State],
     y0: State,
-    t_start: Scalar,
-    t_end: Scalar,
+    times: Float[jax.Array, " T"],
     *,
     solver: str,
-    num_steps: int,
+    all_states: bool = False,
 ) -> State:
-    """Integrate ``dy/dt = f(t, y)`` from ``t_start`` to ``t_end`` in equal steps.
+    """Integrate ``dy/dt = f(t, y)`` over a grid of times, one step from each to the next.
 
     Args:
       f: right-hand side, ``(t: [], y) -> dy`` with the structure of ``y``.
-      y0: state at ``t_start``, a pytree of floating-point arrays.
-      t_start: initial time.
-      t_end: final time, on either side of ``t_start``.
+      y0: state at the first time, a pytree of floating-point arrays.
+      times: ``[T]``, rising or falling.
       solver: a name in :data:`SOLVERS`.
-      num_steps: number of steps >= 1.
+      all_states: whether to return the states at all times.
 
     Returns:
-      The state at ``t_end``.
+      The state at the last time; or all, with a leading axis ``T``.
 
     Raises:
-      ValueError: for an unknown solver or ``num_steps < 1``.
+      ValueError: for an unknown solver.
     """
     checks.check_choice("solver", solver, SOLVERS)
-    checks.check_integer("num_steps", num_steps, 1)
-    dtype = jnp.result_type(*jax.tree.leaves(y0))
-    times = jnp.linspace(t_start, t_end, num_steps + 1, dtype=dtype)
-    y0 = vary_like(y0, lambda: f(times[0], y0))
+    y0 = arrays.vary_like(y0, lambda: f(times[0], y0))
 
-    def step(y: State, interval: tuple[jax.Array, jax.Array]) -> tuple[State, None]:
+    def step(y: State, interval: tuple[jax.Array, jax.Array]) -> tuple[State, State | None]:
         t, t_next = interval
-        return SOLVERS[solver].step(f, t, y, t_next - t), None
+        y = SOLVERS[solver].step(f, t, y, t_next - t)
+        return y, y if all_states else None
 
-    y, _ = lax.scan(step, y0, (times[:-1], times[1:]))
-    return y
+    y, states = lax.scan(step, y0, (times[:-1], times[1:]))
+    if not all_states:
+        return y
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), y0, states)

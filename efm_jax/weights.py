@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Real
 
-from efm_jax import checks
+from efm_jax import arrays, checks
 from efm_jax.types import Array, Scalar
 
 AxisName = Hashable | tuple[Hashable, ...] | None
@@ -63,11 +63,11 @@ def energy_weights(
         None: the softmax.
 
     Returns:
-      Weights of the shape of ``energy``, broadcast against ``beta``.
+      Weights of the shape of ``energy``, broadcast against ``beta``, in 32 bits at least.
 
     Raises:
-      ValueError: if a scalar ``beta`` is concrete and negative or not finite, ``energy`` a scalar,
-        or the shapes disagree.
+      ValueError: if a scalar ``beta`` is concrete and negative or not finite, ``energy`` a scalar
+        or empty along ``axis``, or the shapes disagree.
 
     Reference: Zhang et al. 2025, Algorithm 1; with ``log_normalizer``, Thm 4.3.
 
@@ -82,8 +82,8 @@ def energy_weights(
             kept = [size for i, size in enumerate(energy.shape) if i != axis + energy.ndim]
             checks.check_shape("log_normalizer", log_normalizer, tuple(kept))
             log_normalizer = jnp.expand_dims(log_normalizer, axis)
-        logits = boltzmann_logits(energy, beta) - log_normalizer
-        return (jnp.exp(logits) / _global_size(energy, axis, axis_name)).astype(energy.dtype)
+        logits = boltzmann_logits(energy, beta) - jnp.asarray(log_normalizer, energy.dtype)
+        return jnp.exp(logits) / _global_size(energy, axis, axis_name)
     logits = _shifted_logits(energy, _least(energy, axis, axis_name), beta)
     unnormalized = jnp.exp(logits)
     return unnormalized / psum_if(unnormalized.sum(axis, keepdims=True), axis_name)
@@ -120,14 +120,15 @@ def log_normalizer(
         jnp.exp(_shifted_logits(energy, least, beta)).sum(axis, keepdims=True), axis_name
     )
     log_mean = jnp.log(total / _global_size(energy, axis, axis_name))
-    return (log_mean + boltzmann_logits(least, beta)).squeeze(axis).astype(energy.dtype)
+    return (log_mean + boltzmann_logits(least, beta)).squeeze(axis)
 
 
 def _check(energy: Array, beta: chex.Numeric, axis: int) -> tuple[jax.Array, int]:
     """Return checked energies, of the result's shape, and the axis counted from its end."""
     checks.check_rank("energy", energy, 1)
-    energy = jnp.asarray(energy)
+    energy = arrays.widen("energy", energy)
     axis = np.lib.array_utils.normalize_axis_index(axis, energy.ndim) - energy.ndim
+    checks.check_not_empty("energy", energy, axis)
     if jnp.ndim(beta) == 0:
         checks.check_number("beta", beta, minimum=0.0)
     else:
@@ -145,13 +146,7 @@ def _check(energy: Array, beta: chex.Numeric, axis: int) -> tuple[jax.Array, int
             )
         shape[axis] = energy.shape[axis]
         energy = jnp.broadcast_to(energy, shape)
-    return _as_float(energy), axis
-
-
-def _as_float(energy: jax.Array) -> jax.Array:
-    """Give energies 32 bits at least: weights of half precision would not sum to 1."""
-    wide = jnp.issubdtype(energy.dtype, jnp.floating) and energy.dtype.itemsize >= 4
-    return energy if wide else energy.astype(jnp.float32)
+    return energy, axis
 
 
 def _global_size(energy: jax.Array, axis: int, axis_name: AxisName) -> int:
@@ -165,15 +160,16 @@ def _least(energy: jax.Array, axis: int, axis_name: AxisName) -> jax.Array:
 
 
 def boltzmann_logits(
-    energy: Float[Array, "*#shape"], beta: Real[chex.Numeric, "*#shape"]
+    energy: Real[Array, "*#shape"], beta: Real[chex.Numeric, "*#shape"]
 ) -> Float[jax.Array, "*shape"]:
     """Compute ``-beta * energy``, 0 at ``beta = 0`` whatever the energy: no weighting then.
 
     An infinite energy, whose product with 0 is undefined, has no gradient.
     """
-    infinite, beta = jnp.isinf(energy), jnp.asarray(beta)
+    energy = arrays.widen("energy", energy)
+    infinite, beta = jnp.isinf(energy), jnp.asarray(beta, energy.dtype)
     product = -beta * jnp.where(infinite, 0, energy)
-    return jnp.where(infinite & (beta > 0), -energy, product).astype(energy.dtype)
+    return jnp.where(infinite & (beta > 0), -energy, product)
 
 
 def _shifted_logits(energy: jax.Array, least: jax.Array, beta: chex.Numeric) -> jax.Array:
@@ -182,8 +178,9 @@ def _shifted_logits(energy: jax.Array, least: jax.Array, beta: chex.Numeric) -> 
     unbounded = jnp.isinf(least)
     gap = jnp.where(
         unbounded,
-        jnp.where(energy == least, 0, jnp.where(jnp.isnan(energy), jnp.nan, jnp.inf)),
-        energy - jnp.where(unbounded, 0, least),
+        jnp.where(energy == least, 0, jnp.where(jnp.isnan(energy), energy, jnp.inf)),
+        # No infinity is taken from another, whose NaN jax_debug_nans would report.
+        jnp.where(unbounded, 0, energy) - jnp.where(unbounded, 0, least),
     )
     return boltzmann_logits(gap, beta)
 
@@ -198,12 +195,19 @@ def effective_sample_size(
       axis: the axis that is summed, removed from the result, which is between 1 and its length.
       axis_name: if given, the sums are also over this mapped axis.
 
+    Raises:
+      ValueError: if ``weights`` is a scalar, or empty along ``axis``.
+
     Example:
       >>> float(effective_sample_size(jnp.array([0.5, 0.5, 0.0])))
       2.0
     """
     checks.check_rank("weights", weights, 1)
-    weights = jnp.asarray(weights)
+    weights = arrays.widen("weights", weights)
+    checks.check_not_empty("weights", weights, axis)
+    # Squares of the weights themselves may overflow, or round to 0.
+    largest = lax.stop_gradient(weights.max(axis, keepdims=True))
+    weights = weights / (largest if axis_name is None else lax.pmax(largest, axis_name))
     total = psum_if(weights.sum(axis), axis_name)
     return total**2 / psum_if((weights**2).sum(axis), axis_name)
 
@@ -238,7 +242,7 @@ def bisect(
 
 
 def beta_for_ess(
-    energy: Real[Array, "..."], fraction: Scalar, *, axis: int = -1
+    energy: Real[Array, "..."], fraction: Scalar, *, axis: int = -1, axis_name: AxisName = None
 ) -> Float[jax.Array, "..."]:
     """Find the ``beta >= 0`` whose weights have an effective sample size of ``fraction * n``.
 
@@ -249,6 +253,7 @@ def beta_for_ess(
       energy: ``[...]`` with n energies along ``axis``.
       fraction: in (0, 1]; 1 gives ``beta = 0``.
       axis: the axis of the weights, removed from the result.
+      axis_name: if given, the n energies are those of all devices together over this mapped axis.
 
     Returns:
       ``beta``, of the shape of ``energy`` without ``axis``; differentiable.  Where ties (or
@@ -256,7 +261,7 @@ def beta_for_ess(
       least energies; where all energies are equal, 0.
 
     Raises:
-      ValueError: if ``fraction`` is not in (0, 1].
+      ValueError: if ``fraction`` is not in (0, 1], or ``energy`` is empty along ``axis``.
 
     Example:
       >>> energy = jnp.arange(8.0)
@@ -266,28 +271,34 @@ def beta_for_ess(
     """
     checks.check_number("fraction", fraction, minimum=0.0, maximum=1.0, open_minimum=True)
     checks.check_rank("energy", energy, 1)
-    energy = _as_float(jnp.moveaxis(jnp.asarray(energy), axis, -1))
-    gap = -_shifted_logits(energy, _least(energy, -1, None), 1.0)
-    target = fraction * energy.shape[-1]
+    energy = jnp.moveaxis(arrays.widen("energy", energy), axis, -1)
+    checks.check_not_empty("energy", energy, -1)
+    gap = -_shifted_logits(energy, _least(energy, -1, axis_name), 1.0)
+    size = _global_size(energy, -1, axis_name)
+    target = jnp.asarray(fraction, energy.dtype) * size
     finite = jnp.isfinite(gap)
     positive = finite & (gap > 0)
     # exp(-beta gap) is 1 up to rounding below the low end and 0 up to rounding above the high end.
     largest = jnp.max(jnp.where(positive, gap, 0), axis=-1)
     smallest = jnp.min(jnp.where(positive, gap, jnp.inf), axis=-1)
+    if axis_name is not None:
+        largest, smallest = lax.pmax(largest, axis_name), lax.pmin(smallest, axis_name)
     spread = largest > 0
-    epsilon = jnp.finfo(energy.dtype).eps
-    low = jnp.log(epsilon) - jnp.log(jnp.where(spread, largest, 1))
-    high = jnp.log(-2 * jnp.log(epsilon)) - jnp.log(jnp.where(spread, smallest, 1))
+    epsilon = float(jnp.finfo(energy.dtype).eps)
+    low = np.log(epsilon) - jnp.log(jnp.where(spread, largest, 1))
+    high = np.log(-2 * np.log(epsilon)) - jnp.log(jnp.where(spread, smallest, 1))
 
-    def above(log_beta: jax.Array) -> jax.Array:
-        return effective_sample_size(energy_weights(energy, jnp.exp(log_beta)[..., None])) > target
+    def ess(beta: jax.Array, energy: jax.Array) -> jax.Array:
+        weights = energy_weights(energy, beta[..., None], axis_name=axis_name)
+        return effective_sample_size(weights, axis_name=axis_name)
 
     # The bracket of log beta is under 1000 wide; it is halved to one rounding error.
-    _, high = bisect(above, low, high, steps=int(np.ceil(np.log2(1000 / float(epsilon)))))
-    beta = lax.stop_gradient(jnp.where(spread & (target < energy.shape[-1]), jnp.exp(high), 0))
+    steps = int(np.ceil(np.log2(1000 / epsilon)))
+    _, high = bisect(lambda log_beta: ess(jnp.exp(log_beta), energy) > target, low, high, steps)
+    beta = lax.stop_gradient(jnp.where(spread & (target < size), jnp.exp(high), 0))
 
     def log_ess(beta: jax.Array, energy: jax.Array) -> jax.Array:
-        return jnp.log(effective_sample_size(energy_weights(energy, beta[..., None])))
+        return jnp.log(ess(beta, energy))
 
     # Bisection has no gradient.  One Newton step does not move a root, and has the root's gradient
     # (implicit function theorem); where the target is out of reach, or at beta = 0, there is
@@ -297,7 +308,9 @@ def beta_for_ess(
     miss = log_ess(beta, energy) - jnp.log(target)
     solved = (beta > 0) & (slope < 0) & (jnp.abs(found - jnp.log(target)) < epsilon**0.5)
     beta = jnp.where(solved, beta - miss / lax.stop_gradient(jnp.where(solved, slope, 1)), beta)
-    return jnp.where(jnp.isnan(energy).any(-1), jnp.nan, beta).astype(energy.dtype)
+    # A NaN among the energies, and nothing else, makes their sum times 0 a NaN.
+    undefined = psum_if(jnp.where(jnp.isnan(energy), energy, 0).sum(-1), axis_name)
+    return beta + undefined
 
 
 def beta_for_mean_ess(

@@ -7,7 +7,18 @@ import beartype
 # Modules whose annotations the whole test run checks at every call of their functions.
 SHAPED = [
     f"efm_jax.{name}"
-    for name in ("weights", "exact", "solvers", "networks", "guidance", "distances")
+    for name in (
+        "arrays",
+        "paths",
+        "weights",
+        "losses",
+        "exact",
+        "solvers",
+        "sampling",
+        "networks",
+        "guidance",
+        "distances",
+    )
 ]
 
 

@@ -137,6 +137,7 @@ class GenerativeModel:
                 num_steps=self.sample_steps,
                 prediction=prediction,
                 t_start=start if start < 1 else None,
+                event_ndim=1,
             )
             return jnp.clip(actions, -1, 1)
 
@@ -150,5 +151,6 @@ class GenerativeModel:
             num_steps=self.sample_steps,
             t_start=start,
             t_end=0.0 if prediction == "velocity" else _T_END,
+            event_ndim=1,
         )
         return jnp.clip(actions, -1, 1)

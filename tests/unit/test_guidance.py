@@ -149,3 +149,29 @@ def test_bad_arguments_are_named():
         guidance.drop_labels(key, jnp.ones(3), 0.5, 0)
     with pytest.raises(ValueError, match="log_factor"):
         guidance.contrastive_guided(lambda x, t: x, lambda x, t: x)(x0, jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+def test_any_prediction_is_guided_as_its_score_is(x64, name, prediction):
+    path, rng = PATHS[name], np.random.default_rng(0)
+    x, t = jnp.asarray(rng.normal(size=(5, 2))), jnp.linspace(0.1, 0.9, 5)
+    logit, score = (lambda x, t: jnp.sin(x).sum(-1) * t), (lambda x, t: -x)
+    scale = lambda t: 1 + t  # noqa: E731
+    plain = lambda x, t: path.convert(score(x, t), x, t, "score", prediction)  # noqa: E731
+    options = {"prediction": prediction, "path": path}
+    got = guidance.classifier_guided(plain, logit, scale, **options)(x, t)
+    want = guidance.classifier_guided(score, logit, 1 + t)(x, t)
+    np.testing.assert_allclose(got, path.convert(want, x, t, "score", prediction), rtol=1e-9)
+    at_noise = guidance.classifier_guided(lambda x, t: x, logit, 2.0, **options)
+    assert np.isfinite(at_noise(x, jnp.ones(5))).all()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_monte_carlo_guidance_over_all_data_is_exact(x64, name):
+    path, rng = PATHS[name], np.random.default_rng(0)
+    data, energy = jnp.asarray(rng.normal(size=(30, 2))), jnp.asarray(rng.normal(size=30))
+    x, t = jnp.asarray(rng.normal(size=(5, 2))), jnp.linspace(0.1, 0.9, 5)
+    plain = lambda x, t: exact.velocity(path, x, t, data)  # noqa: E731
+    got = guidance.monte_carlo_guided(plain, path, data, energy, 2.0)(x, t)
+    np.testing.assert_allclose(got, exact.velocity(path, x, t, data, -2.0 * energy), rtol=1e-9)

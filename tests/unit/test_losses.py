@@ -459,7 +459,7 @@ def test_shares_of_four_parts_sum_to_the_whole(x64, name):
     (value, aux), share = parts(x0.reshape(4, B // 4, D), energy.reshape(4, B // 4))
     np.testing.assert_allclose(value.sum(), expected, rtol=1e-10)
     np.testing.assert_allclose(share.sum(0), expected_gradient, rtol=1e-9)
-    assert np.ptp(value) > 1e-6  # a share, not the sum everywhere
+    assert np.ptp(value) == 0  # the same share everywhere
     assert aux.keys() == expected_aux.keys()
     assert ("ess" in aux) == name.startswith("ce")
     for statistic, number in expected_aux.items():
@@ -676,3 +676,26 @@ def test_contrast_of_groups_over_devices():
         np.testing.assert_allclose(others[name], [value, value], rtol=1e-5)
     with pytest.raises(ValueError, match="x0: "):
         jax.vmap(lambda x, e: loss(0.3, x, e, "i"), axis_name="i")(x0, energy)
+
+
+def test_errors_of_a_coupling_of_ones_own(x64):
+    path, ref = PATHS["vp_cosine"]
+    x0, noise, t = normal(2, B, D), normal(3, B, D), np.linspace(0.1, 1, B)
+    got = losses.errors(linear, path, None, jnp.asarray(x0), noise=noise, t=t)
+    x = reference_paths.sample(ref, x0, noise, t)
+    expected = reference.cfm_errors(ref, np.asarray(linear(x, t)), x0, noise, t)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    weighted, _ = losses.cfm(
+        linear, path, None, jnp.asarray(x0), noise=noise, t=t, time_weight=lambda t: 1 / t
+    )
+    np.testing.assert_allclose(weighted, (expected / t).mean(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_other_kinds_of_keys_draw_the_same_for_a_part(kind):
+    key, x0 = jax.random.key(0, impl=kind), jnp.asarray(normal(2, B, D), jnp.float32)
+    noise, t = losses.draw(key, x0)
+    part, part_t = losses.draw(losses.sample_keys(key, B)[3:5], x0[3:5])
+    np.testing.assert_array_equal(part, noise[3:5])
+    np.testing.assert_array_equal(part_t, t[3:5])
+    assert len(np.unique(noise)) == noise.size

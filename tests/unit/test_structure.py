@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 # What a package holds, from the ground up; efm_jax.data orders itself.
 PACKAGES = {
-    "": "types checks errors files paths weights losses exact solvers sampling networks guidance "
+    "": "types checks errors files arrays paths weights losses exact solvers sampling networks "
+    "guidance "
     "distances envs data training rl runs",
     "envs": "flatten environments rollout scores play video pendulum pointmaze",
     "training": "hosts state step loop parallel",

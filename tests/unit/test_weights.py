@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from scipy.special import logsumexp
 
+from efm_jax import weights
 from efm_jax.weights import (
     beta_for_ess,
     bisect,
@@ -450,3 +451,19 @@ def test_gradients_in_beta_are_finite_at_infinite_gaps(energy):
     energy, values = jnp.array(energy, jnp.float32), jnp.arange(3.0)
     gradient = jax.grad(lambda beta: (energy_weights(energy, beta) * values).sum())(1.0)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)  # the best takes all at any beta > 0
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e17])
+def test_effective_sample_size_of_weights_of_any_scale(scale):
+    w = np.random.default_rng(0).exponential(size=2000)
+    got = weights.effective_sample_size(jnp.asarray(scale * w, jnp.float32))
+    np.testing.assert_allclose(got, w.sum() ** 2 / (w**2).sum(), rtol=1e-5)
+    many = weights.effective_sample_size(jnp.full(3, 2**30, jnp.int32))
+    assert float(many) == pytest.approx(3)
+
+
+def test_beta_for_ess_of_all_devices_energies(x64):
+    energy = jnp.asarray(np.random.default_rng(0).normal(size=(4, 25)))
+    whole = weights.beta_for_ess(energy.ravel(), 0.3)
+    split = jax.vmap(lambda e: weights.beta_for_ess(e, 0.3, axis_name="i"), axis_name="i")
+    np.testing.assert_allclose(split(energy), np.full(4, whole), rtol=1e-10)
