@@ -241,13 +241,13 @@ class _ConditionalOT(GaussianPath):
         return self.sigma_min + (1 - self.sigma_min) * _wide(t)
 
     def mean_coef_dot(self, t: Time) -> Coefficient:
-        return _constant(-1, t)
+        return _constant(-1.0, t)
 
     def std_dot(self, t: Time) -> Coefficient:
         return _constant(1 - self.sigma_min, t)
 
     def _inverse_det(self, t: Time) -> Coefficient:
-        return _constant(1, t)
+        return _constant(1.0, t)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -316,16 +316,22 @@ def latest_time(path: GaussianPath) -> float:
         return 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
 
 
+def _quadratic_grid(t_start: float, t_end: float, num_steps: int, dtype: Any) -> jax.Array:
+    """Times ``[num_steps + 1]``, denser near the data.
+
+    Unlike steps of equal log-SNR they reach ``t = 0`` itself, and DPM-Solver++'s error falls at
+    second order on all three paths.
+    """
+    return t_end + (t_start - t_end) * jnp.linspace(1, 0, num_steps + 1, dtype=dtype) ** 2
+
+
 def _dpmpp_grid(
     path: GaussianPath, t_start: float, t_end: float, num_steps: int, dtype: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Times ``[num_steps]`` and per-step coefficients of ``x``, of ``x_hat0`` and of its
     extrapolation.
-
-    Times are quadratic in the step, denser near the data.  Unlike steps of equal log-SNR they reach
-    ``t = 0`` itself, and the error falls at second order on all three paths.
     """
-    grid = t_end + (t_start - t_end) * jnp.linspace(1, 0, num_steps + 1, dtype=dtype) ** 2
+    grid = _quadratic_grid(t_start, t_end, num_steps, dtype)
     mean, std = path.mean_coef(grid), path.std(grid)
     decay = std[1:] / std[:-1]
     gain = mean[1:] - mean[:-1] * decay
@@ -391,7 +397,7 @@ def sample_ancestral(
         t_start = 1.0 if prediction in ("velocity", "data") else latest_time(path)
     _check_descending(t_start, t_end)
     dtype = arrays.wide_type(*jax.tree.leaves(state))
-    times = jnp.linspace(t_start, t_end, num_steps + 1, dtype=dtype)
+    times = _quadratic_grid(t_start, t_end, num_steps, dtype)
     mean, std = path.mean_coef(times), path.std(times)
     # The forward process from s to t keeps a = mu_t / mu_s of a point and adds the variance
     # sigma_t^2 - a^2 sigma_s^2; given x_0 and x_t, that of x_s is this times (sigma_s / sigma_t)^2.
