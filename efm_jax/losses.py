@@ -27,7 +27,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Real
+from jaxtyping import Float, Real, Shaped
 
 from efm_jax import arrays, checks
 from efm_jax.paths import GaussianPath
@@ -39,7 +39,8 @@ TimeWeight = Callable[[jax.Array], jax.Array]
 # An array [*batch, *event], usually [B, d], or a pytree of such arrays.
 Data = Any
 Loss = Float[jax.Array, ""]
-PerSample = Real[Array, "*batch"]
+# Of any real type; a mask may be boolean.
+PerSample = Shaped[Array, "*batch"]
 
 
 def cfm_error(
@@ -339,7 +340,7 @@ def cefm(
       >>> 1.0 <= float(aux["ess"]) <= 8.0
       True
     """
-    weights, aux = _importance(energy, beta, log_normalizer, axis_name)
+    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
     options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
     return cfm(field, path, key, x0, **options)[0], aux
 
@@ -364,7 +365,7 @@ def ced(
 
     Reference: Zhang et al. 2025, Cor. 4.8 and Algorithm 1.
     """
-    weights, aux = _importance(energy, beta, log_normalizer, axis_name)
+    weights, aux = _importance(x0, energy, beta, log_normalizer, axis_name)
     options |= {"weights": weights, "time_weight": time_weight, "axis_name": axis_name}
     return dsm(score_field, path, key, x0, **options)[0], aux
 
@@ -434,7 +435,7 @@ def cep(
     key: Key,
     x0: Float[Array, "*group B d"],
     energy: Real[Array, "*group B"],
-    beta: Real[chex.Numeric, "*#group #B"],
+    beta: Real[chex.Numeric, "..."],
     *,
     axis_name: AxisName = None,
 ) -> tuple[Loss, Aux]:
@@ -462,7 +463,7 @@ def support_cefm(
     key: Key | None,
     actions: Float[Array, "B M d"],
     q_values: Real[Array, "B M"],
-    beta: Real[chex.Numeric, "*#B"],
+    beta: Real[chex.Numeric, "..."],
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
@@ -501,7 +502,7 @@ def support_ced(
     key: Key | None,
     actions: Float[Array, "B M d"],
     q_values: Real[Array, "B M"],
-    beta: Real[chex.Numeric, "*#B"],
+    beta: Real[chex.Numeric, "..."],
     *,
     time_weight: TimeWeight | None = None,
     axis_name: AxisName = None,
@@ -520,7 +521,7 @@ class LossEntry(NamedTuple):
     over samples that takes a key for each of them.
     """
 
-    loss: Callable[..., tuple[Array, Aux]]
+    loss: Callable[..., tuple[jax.Array, Aux]]
     prediction: str
 
 
@@ -604,9 +605,14 @@ def share(mean: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _importance(
-    energy: Array, beta: chex.Numeric, log_normalizer: Scalar | None, axis_name: AxisName
+    x0: Data,
+    energy: Array,
+    beta: chex.Numeric,
+    log_normalizer: Scalar | None,
+    axis_name: AxisName,
 ) -> tuple[jax.Array, Aux]:
     """Importance weights ``[B]``, of mean one over the global batch (or the dataset)."""
+    checks.check_shape("energy", energy, jnp.shape(jax.tree.leaves(x0)[0])[:1])
     weights = energy_weights(energy, beta, axis_name=axis_name)
     size = weights.size * (1 if axis_name is None else lax.axis_size(axis_name))
     # Ratios of weights are the softmax's for any normalizer, and no overflow reaches them.

@@ -135,8 +135,8 @@ def _grid(
     checks.check_number("t_end", t_end)
 
     def equal_steps(dtype: Any) -> jax.Array:
-        ends = (arrays.to_float("t", t).astype(dtype) for t in (t_start, t_end))
-        return jnp.linspace(*ends, num_steps + 1, dtype=dtype)
+        start, end = (arrays.to_float("t", t).astype(dtype) for t in (t_start, t_end))
+        return jnp.linspace(start, end, num_steps + 1, dtype=dtype)
 
     return equal_steps
 
@@ -192,7 +192,7 @@ def _solve(
     sharded = any(map(arrays.is_sharded, jax.tree.leaves(y0)))
     controller = {name: adaptive[name] for name in ("rtol", "atol")}
 
-    def slope(t: jax.Array, y: Any, _: Any) -> Any:
+    def slope(t: Any, y: Any, _: Any) -> Any:
         # Types with shardings change along diffrax's loop, so its state is on every device; and its
         # default adjoint does not know them.
         return arrays.replicate(f(t, jax.tree.map(arrays.shard_like, y, y0)))
