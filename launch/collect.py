@@ -29,6 +29,7 @@ from efm_jax.envs import (
     pendulum,
     play,
     pointmaze,
+    specs,
 )
 from efm_jax.runs.workdir import RunInfo, resolve
 from launch import cli
@@ -120,8 +121,8 @@ def _environment_spec() -> EnvSpec:
         info = RunInfo.load(resolve(_POLICY.value))
         if info is None:
             raise ValueError(f"{flag}: holds no run (no config.json)")
-        return environments.read_spec(flag, info.env_spec)
-    spec = environments.read_spec("--env", _ENV.value)
+        return specs.stated(flag, info.env_spec)
+    spec = specs.named("--env", _ENV.value)
     return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 
 

@@ -4,7 +4,10 @@
 where row ``i`` is in it, such as its episode.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,43 @@ Locate = Callable[[int], str]
 
 def _nowhere(index: int) -> str:
     return ""
+
+
+# Bytes of a number beside its own in the file: as float32, and as the mask of what is finite.
+_COPIES = 5
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or left of its container's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable:" in line)
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
+        free = min(free, limit - used + int(cache))
+    except (OSError, ValueError, IndexError):  # no container, or one without a limit
+        pass
+    return free
+
+
+def check_memory(what: str, shape: tuple[int, ...], dtype: np.dtype, *, at_least: int = 0) -> None:
+    """Refuse an array of a declared shape that does not fit into the memory that is free.
+
+    ``at_least`` are bytes that reading takes whatever the shape.
+    """
+    size = max(math.prod(shape) * (dtype.itemsize + _COPIES), at_least)
+    if size < 2**20:
+        return
+    free = available_memory()
+    if size > free:
+        raise DataError(
+            f"{what}: shape {shape} of {dtype} takes {size / 1e9:.3g} GB of memory; "
+            f"{free / 1e9:.3g} GB are free"
+        )
 
 
 def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import DataError
-from efm_jax.envs import environments, evaluate, play
+from efm_jax.envs import environments, evaluate, play, specs
 
 ROOT = Path(__file__).parents[2]
 MAZE = "PointMaze_UMaze-v3"
@@ -31,14 +31,14 @@ def still(observations, step):
 
 
 def test_a_found_spec_is_a_copy():
-    environments.read_spec("test", "Pendulum-v1").kwargs["g"] = 3.0
-    assert environments.read_spec("test", "Pendulum-v1").kwargs == {}
+    specs.named("test", "Pendulum-v1").kwargs["g"] = 3.0
+    assert specs.named("test", "Pendulum-v1").kwargs == {}
 
 
 def test_missing_robotics_is_named(without_robotics):
     hint = r"pip install -e \.\[robotics\]"
     with pytest.raises(DataError, match=f"{MAZE}.*{hint}"):
-        environments.read_spec("some/data-v0", MAZE)
+        specs.named("some/data-v0", MAZE)
     with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:
         evaluate(still, MAZE, episode_seeds=[0])
     assert "\n" not in str(caught.value)

@@ -61,7 +61,7 @@ def ogbench_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "ogbench.relabel_utils", module.relabel_utils)
     for name, goal in (("box-single-singletask-v0", 1), ("box-single-singletask-task4-v0", 5)):
         gymnasium.register(name, entry_point=Goal, kwargs={"goal": goal}, max_episode_steps=9)
-    # Specs with functions have no JSON; a real one has a path.
+
     monkeypatch.setattr(
         "efm_jax.envs.environments.spec_json",
         lambda source, spec: None if spec is None else f'{{"id": "{spec.id}"}}',

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = {
     "": "types checks errors files paths weights losses exact solvers sampling networks guidance "
     "distances envs data training rl runs",
-    "envs": "flatten environments rollout scores play video pendulum pointmaze",
+    "envs": "flatten specs environments rollout scores play video pendulum pointmaze",
     "training": "hosts state step loop parallel",
     "rl": "config batch model critics agents trainer memory",
     "rl.agents": "agent cloning qipo qgpo reweighting gaussian",
