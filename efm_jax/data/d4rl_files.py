@@ -44,7 +44,7 @@ from efm_jax.data.download import HDF5_SIGNATURE, fetch
 DEFAULT_FOLDER = "~/.d4rl/datasets"
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 
-# First word of a dataset's name -> today's version of its environment, with the same sizes (but Ant).
+# First word of a dataset's name -> today's version of its environment, of the same sizes but Ant's.
 ENVIRONMENTS = {
     "halfcheetah": "HalfCheetah-v5",
     "hopper": "Hopper-v5",

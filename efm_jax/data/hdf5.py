@@ -83,7 +83,7 @@ class Group:
             if name not in self._group.attrs:
                 return None
             stored = self._group.attrs.get_id(name)
-            if stored.shape not in ((), (1,)) or stored.dtype.itemsize > 4096:
+            if stored.shape not in (None, (), (1,)) or stored.dtype.itemsize > 4096:
                 raise DataError(
                     f"{self.label}: attribute {name!r}: expected a single value; got shape "
                     f"{stored.shape} of {stored.dtype}"
@@ -154,7 +154,9 @@ class StoredArray:
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
-        counts = [len(range(*part.indices(size))) for part, size in zip(index, self.shape)]
+        counts = [
+            len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=False)
+        ]
         shape = (*counts, *self.shape[len(index) :])
         validation.check_memory(self._what, shape, self.dtype, at_least=self._chunk)
         with problems_of(f"{self._what} cannot be read"):

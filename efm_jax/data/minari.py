@@ -56,7 +56,7 @@ def load_minari(name: str, *, env: str | None = None, rows: Rows = all_rows) -> 
         wanted = np.flatnonzero((ends > selected.start) & (starts < selected.stop))
         width = 2 * flat_size(source.observation_space) + len(low) + 2
         validation.check_memory(name, (int(lengths[wanted].sum()), width), np.dtype(np.float32))
-        episodes = [_transitions(name, file, i, source, int(lengths[i])) for i in wanted]
+        episodes = [_transitions(name, file, int(i), source, int(lengths[i])) for i in wanted]
 
     def locate(row: int) -> str:
         episode = int(np.searchsorted(ends, row, side="right"))
@@ -149,19 +149,21 @@ def _open(name: str) -> _Source:
         metadata = json.loads((data / "metadata.json").read_text(encoding="utf-8"))
         if not isinstance(metadata, dict) or metadata.get("data_format") != "hdf5":
             raise ValueError("metadata.json: expected an object with the data_format 'hdf5'")
-        spaces = [_space(name, metadata.get(key)) for key in ("observation_space", "action_space")]
-        if None in spaces:
+        texts = [metadata.get(key) for key in ("observation_space", "action_space")]
+        made = (None, None)
+        if None in texts:
             made = _spaces_of_environment(name, metadata.get("env_spec"))
-            spaces = [space or other for space, other in zip(spaces, made, strict=True)]
+        spaces = [
+            other if text is None else _space(name, text)
+            for text, other in zip(texts, made, strict=True)
+        ]
     return _Source(data, metadata, *spaces)
 
 
-def _space(name: str, text: str | None) -> gymnasium.Space | None:
+def _space(name: str, text: str) -> Any:
     """A space from the JSON that Minari writes of it, whose arrays are as large as it says."""
     from minari.serialization import deserialize_space
 
-    if text is None:
-        return None
     fields = json.loads(text)
     left = [fields]
     while left:
@@ -176,7 +178,7 @@ def _space(name: str, text: str | None) -> gymnasium.Space | None:
     return deserialize_space(fields)
 
 
-def _spaces_of_environment(name: str, text: str | None) -> tuple[gymnasium.Space, gymnasium.Space]:
+def _spaces_of_environment(name: str, text: str | None) -> tuple[Any, Any]:
     """The spaces of the environment that the metadata names, where it has none itself."""
     if text is None:
         raise ValueError("metadata.json: neither spaces nor an environment")
@@ -188,12 +190,15 @@ def _spaces_of_environment(name: str, text: str | None) -> tuple[gymnasium.Space
 
 def _environment(name: str, source: _Source, env: str | None, notes: list[str]) -> EnvSpec | None:
     """The environment to evaluate in: ``env``, else what the metadata names, else none."""
-    text = source.metadata.get("eval_env_spec") or source.metadata.get("env_spec")
-    if env is None and text is None:
+    text: Any = source.metadata.get("eval_env_spec") or source.metadata.get("env_spec")
+    if env is not None:
+        spec = specs.named(name, env)
+    elif isinstance(text, str):
+        spec = specs.stated(name, text)
+    elif text is None:
         return None
-    if env is None and not isinstance(text, str):
+    else:
         raise DataError(f"{name}: env_spec: expected text; got {text!r:.100}")
-    spec = specs.stated(name, text) if env is None else specs.named(name, env)
     limit = d4rl_files.own_limit(name)
     if limit is not None and limit != spec.max_episode_steps:
         notes.append(d4rl_files.cut(spec, limit, f"D4RL's {name}"))

@@ -112,7 +112,8 @@ def bounded_spec(
     if isinstance(env, EnvSpec):
         spec = copy.deepcopy(env)
     elif callable(env):
-        spec = EnvSpec(f"{getattr(env, '__name__', type(env).__name__).strip('<>')}-v0", env)
+        name = getattr(env, "__name__", type(env).__name__).strip("<>")
+        spec = EnvSpec(f"{name}-v0", lambda **arguments: env(**arguments))
     elif env.lstrip().startswith("{"):
         spec = specs.stated("env_spec", env)
     else:

@@ -27,8 +27,8 @@ _TASKS: dict[str, tuple[float, float]] = {
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
 }
-# Steps of the episodes that they were measured on.  It matters not in mazes of ants and in kitchens,
-# where a return is what was reached at all.
+# Steps of the episodes that they were measured on.  In mazes of ants and in kitchens a return is
+# what was reached at all, so that it matters less.
 _TASK_STEPS = {
     **{"pen": 100, "door": 200, "hammer": 200, "relocate": 200},
     **{"hopper": 1000, "halfcheetah": 1000, "walker2d": 1000, "ant": 1000},
@@ -153,10 +153,9 @@ def check_references(what: str, references: Any) -> tuple[float, float]:
     """Refuse returns of scores 0 and 100 that are not two finite numbers, the first the lower."""
     try:
         low, high = (float(x) for x in references if not isinstance(x, (bool, str)))
-        valid = np.isfinite(low) and np.isfinite(high) and low < high
     except (TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
+        low, high = np.nan, np.nan
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise DataError(
             f"{what}: expected finite numbers, the first lower than the second; got {references!r}"
         )

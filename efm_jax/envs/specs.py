@@ -36,6 +36,7 @@ WRAPPERS = (
     *("DelayObservation", "MaxAndSkipObservation"),
 )
 
+_NOT_A_SPEC = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 # Fields that older Gymnasium versions wrote into a spec and newer ones refuse.
 _REMOVED_FIELDS = ("apply_api_compatibility", "autoreset")
 _INSTALL = {ROBOTICS: "Gymnasium Robotics need pip install -e .[robotics]"}
@@ -87,16 +88,15 @@ def stated(source: str, text: str) -> EnvSpec:
         with ``source`` and says what was asked for, and how to allow it.
     """
     is_json = text.lstrip().startswith("{")
-    what = "the JSON of its EnvSpec" if is_json else f"environment {text!r}"
+    what = "the JSON of its EnvSpec" if is_json else f"environment {text!r:.100}"
+    asked = None
     try:
         # Builds records of texts and numbers, and runs nothing.
         asked = EnvSpec.from_json(_modern(text)) if is_json else EnvSpec(text)
-        if asked.entry_point is not None:
-            _check_package(source, asked.id, asked.entry_point)
         spec = _registered(asked.id)
-    except DataError:
-        raise
-    except (gymnasium.error.Error, ImportError, *_NOT_A_SPEC) as error:
+    except (gymnasium.error.Error, *_NOT_A_SPEC) as error:
+        if asked is not None and asked.entry_point is not None:
+            _check_package(source, asked.id, asked.entry_point)
         raise DataError(
             f"{source}: {what} is not known to Gymnasium ({reason(error)}); an environment of "
             "another package needs --allow_env=PACKAGE"
@@ -106,8 +106,8 @@ def stated(source: str, text: str) -> EnvSpec:
         return spec
     if asked.entry_point is not None and _origin(asked.entry_point) != _origin(spec.entry_point):
         raise DataError(
-            f"{source}: asks for the code {asked.entry_point!r} under the id {spec.id}, which is "
-            f"{_path(spec.entry_point)!r}; a file may only name what is registered"
+            f"{source}: asks for the code {asked.entry_point!r:.100} under the id {spec.id}, which "
+            f"is {_path(spec.entry_point)!r}; to evaluate in that one, give --env={spec.id}"
         )
     _check_values(source, asked)
     asked.entry_point, asked.vector_entry_point = spec.entry_point, spec.vector_entry_point
@@ -117,7 +117,13 @@ def stated(source: str, text: str) -> EnvSpec:
     return asked
 
 
-_NOT_A_SPEC = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
+def id_of(text: str) -> str | None:
+    """The id in the JSON of a spec, known or not; None for a text that is no such JSON."""
+    try:
+        env_id = json.loads(text)["id"]
+    except _NOT_A_SPEC:
+        return None
+    return env_id if isinstance(env_id, str) else None
 
 
 def to_json(source: str, spec: EnvSpec) -> str:
