@@ -9,6 +9,8 @@ callbacks, and an external link or damage in it then ends the interpreter.
 
 import contextlib
 import math
+import mmap
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from efm_jax.errors import DataError
 
 # HDF5's own filters and h5py's lzf: deflate, shuffle, fletcher32, szip, nbit, scaleoffset.
 _FILTERS = {1, 2, 3, 4, 5, 6, 32000}
+_HEAP = b"GCOL\x01\x00\x00\x00"
 _MOST_LINKS = 8  # soft links one after another
 _CHUNK_SLACK = 1.1, 4096  # a chunk that does not compress grows by less than this
 
@@ -88,6 +91,8 @@ class Group:
                     f"{self.label}: attribute {name!r}: expected a single value; got shape "
                     f"{stored.shape} of {stored.dtype}"
                 )
+            if stored.dtype.kind == "O":
+                _check_heaps(f"{self.label}: attribute {name!r}", self._group.file)
             return self._group.attrs[name]
 
     def _find(self, name: str) -> Any:
@@ -113,6 +118,27 @@ def _follow(what: str, group: h5py.Group, path: str, links: int = _MOST_LINKS) -
         else:
             raise DataError(f"{what} is a link out of the file; only what is in it is read")
     return place
+
+
+def _check_heaps(what: str, file: h5py.File) -> None:
+    """Refuse damaged heaps of texts, in which HDF5 would search without an end."""
+    with (
+        open(file.filename, "rb") as handle,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise DataError(f"{what}: expected a file with addresses of 8 bytes")
+        start = data.find(_HEAP)
+        while start >= 0:
+            place, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+            while place + 16 <= end <= len(data):
+                number, size = struct.unpack_from("<H6xQ", data, place)
+                # Object 0 is the free rest, whose size counts its own header.
+                step = size if number == 0 else 16 + -(-size // 8) * 8
+                if step < 16 or place + step > end:
+                    raise DataError(f"{what}: the file's heap of texts is damaged")
+                place += step
+            start = data.find(_HEAP, start + 8)
 
 
 class StoredArray:

@@ -150,7 +150,7 @@ def _open(name: str) -> _Source:
         if not isinstance(metadata, dict) or metadata.get("data_format") != "hdf5":
             raise ValueError("metadata.json: expected an object with the data_format 'hdf5'")
         texts = [metadata.get(key) for key in ("observation_space", "action_space")]
-        made = (None, None)
+        made: tuple[Any, Any] = (None, None)
         if None in texts:
             made = _spaces_of_environment(name, metadata.get("env_spec"))
         spaces = [

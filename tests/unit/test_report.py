@@ -270,7 +270,7 @@ def test_options_of_a_plugin_are_fields(tmp_path, monkeypatch):
     load_plugins(["report_plugin"])
     differing = page_of(old, new).rows("Fields of the configuration that differ")[1:]
     assert sorted(differing) == [
-        ["deeper.deep", "none", "true"],
+        ["deeper.deep", "false", "true"],
         ["plugins", "[]", '["report_plugin"]'],
     ]
 
