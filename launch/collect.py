@@ -69,7 +69,7 @@ def main(_: list[str]) -> int:
         spec = _environment_spec()
         dataset_id = _DATASET.value or _default_id(spec)
         _check_flags(spec, dataset_id)
-        env = environments.make(spec)
+        env = environments.make(specs.by_name(spec))
         recording.check_environment(env)
         begin, description = _policy(env)
     steps = None if _EPISODES.value else _STEPS.value or _DEFAULT_STEPS

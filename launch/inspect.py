@@ -44,6 +44,7 @@ def main(_: list[str]) -> int:
         references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
         returns = summary["returns"]
         scores = {key: normalized_score(value, references) for key, value in returns.items()}
+        summary["problems"] += dataset.notes
         summary |= {"references": references, "scores": None if references is None else scores}
         if _PLOT.value is not None:
             plot = epath.Path(_PLOT.value).expanduser()

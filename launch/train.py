@@ -20,6 +20,7 @@ data or checkpoint, 143 stopped by SIGTERM and saved.
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,7 +142,9 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     # In parallel=seeds every host has read everything, and has nothing to ask the others.
     gather = hosts.gather if layout.mode == "data" else one_host
     dataset = gather_episodes(dataset, gather)
-    normalizer = fit_normalizer(dataset, gather)
+    notes: list[str] = []
+    normalizer = fit_normalizer(dataset, gather, notes)
+    _print_notes(notes)
     agent = make_agent(config, dataset.observation_size, dataset.action_size)
     info = RunInfo(
         config=config,
@@ -187,13 +190,17 @@ def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, str, int]:
     if dataset.env_spec is None:
         raise ValueError(
             f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID"
+            + "".join(f" ({note})" for note in dataset.notes)
         )
-    notes = [*dataset.notes, horizon(dataset.env_spec)]
-    if hosts.index() == 0:
-        print("\n".join(f"note: {note}" for note in notes), flush=True)
+    _print_notes([*dataset.notes, horizon(dataset.env_spec)])
     bounds = dataset.action_low, dataset.action_high
     check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size, bounds)
     return dataset, dataset.env_spec, total
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes if hosts.index() == 0 else ():
+        print(f"note: {note}", flush=True)
 
 
 @multihost.agreed_errors()

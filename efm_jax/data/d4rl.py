@@ -96,6 +96,12 @@ def load_d4rl(
         actions = columns.numbers("actions", start, stop)
         actions = validation.clip_actions(path, actions, low, high, first_row=start)
         observations, next_observations = _observations(columns, ends, start, stop)
+        reach = float(np.abs(actions).max(initial=0.0))
+        if spec is not None and 0.99 < reach <= 1.0 and np.abs([low, high]).min() > 1.0:
+            notes.append(
+                f"actions reach {reach:g}, as those do that were normalized to [-1, 1], and "
+                f"{spec.id} has bounds up to {high.max():g}: they are taken as they are"
+            )
 
     firsts, returns, lengths = episodes(rewards, ends, terminals)
     begun = (firsts >= start) & (firsts < stop)

@@ -126,6 +126,16 @@ def id_of(text: str) -> str | None:
     return env_id if isinstance(env_id, str) else None
 
 
+def by_name(spec: EnvSpec) -> EnvSpec:
+    """The spec with a class or function as ``module:Name``, but Gymnasium's own as they are."""
+    spec = copy.copy(spec)
+    if callable(spec.entry_point) and _module(spec.entry_point).split(".")[0] != "gymnasium":
+        spec.entry_point = _path(spec.entry_point)
+    if callable(spec.vector_entry_point):
+        spec.vector_entry_point = None  # because episodes are played one by one
+    return spec
+
+
 def to_json(source: str, spec: EnvSpec) -> str:
     """The spec as JSON, for :func:`stated`: a class or function is written as its name.
 
@@ -133,11 +143,7 @@ def to_json(source: str, spec: EnvSpec) -> str:
       DataError: one of Gymnasium's functions, as retired environments have, or keyword arguments
         that are not plain.
     """
-    spec = copy.copy(spec)
-    if callable(spec.entry_point) and _module(spec.entry_point).split(".")[0] != "gymnasium":
-        spec.entry_point = _path(spec.entry_point)
-    if callable(spec.vector_entry_point):
-        spec.vector_entry_point = None  # because episodes are played one by one
+    spec = by_name(spec)
     try:
         return spec.to_json()
     except (ValueError, TypeError) as error:

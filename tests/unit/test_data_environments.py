@@ -48,7 +48,6 @@ def test_missing_robotics_is_named(without_robotics):
     with pytest.raises(ValueError, match=f"not known.*PointMaze_UMaze.*{hint}") as caught:
         evaluate(still, spec.to_json(), episode_seeds=[0])
     assert "\n" not in str(caught.value)
-    assert environments.make_spaces(spec) is None
 
 
 def test_what_cannot_be_made_is_one_line():
