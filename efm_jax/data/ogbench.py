@@ -184,6 +184,9 @@ def _read(path: str) -> dict[str, np.ndarray]:
 def _read_member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """An array whose declared size is checked before memory is taken for it."""
     what = f"{path}: {member.filename!r}"
+    # NumPy writes no others, and LZMA takes the memory that its header asks for.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{what}: expected no compression but deflate")
     # Unpacking stops at this size, whatever the compressed bytes hold.
     validation.check_memory(what, (member.file_size,), np.dtype(np.uint8))
     with archive.open(member) as file:

@@ -110,6 +110,7 @@ def stated(source: str, text: str) -> EnvSpec:
             f"is {_path(spec.entry_point)!r}; to evaluate in that one, give --env={spec.id}"
         )
     _check_values(source, asked)
+    asked.kwargs.pop("render_mode", None)  # because it may open a window
     asked.entry_point, asked.vector_entry_point = spec.entry_point, spec.vector_entry_point
     asked.additional_wrappers = tuple(
         _wrapper(source, asked, wrapper) for wrapper in asked.additional_wrappers

@@ -307,7 +307,7 @@ def growing_chunk(folder):
     return path
 
 
-def npz(folder, **members):
+def npz(folder, compression=zipfile.ZIP_DEFLATED, **members):
     """An npz file whose members are what is given: bytes, or arrays."""
     arrays = {
         "observations": np.zeros((4, 3), np.float32),
@@ -316,7 +316,7 @@ def npz(folder, **members):
         "rewards": np.zeros(4, np.float32),
         "masks": np.ones(4, np.float32),
     } | members
-    with zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(folder / "a.npz", "w", compression) as archive:
         for name, content in arrays.items():
             if isinstance(content, np.ndarray):
                 buffer = io.BytesIO()
@@ -364,6 +364,7 @@ SIZES = {
         lambda folder: npz(folder, rewards=header((10**13,), version=2)), "GB",
     ),
     "zip bomb": (zip_bomb, "GB"),
+    "lzma": (lambda folder: npz(folder, zipfile.ZIP_LZMA), "deflate"),
     "pickled objects": (
         lambda folder: npz(folder, rewards=np.array([print] * 4, object)), "object",
     ),
