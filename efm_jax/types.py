@@ -79,6 +79,7 @@ class Dataset(NamedTuple):
     env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
     reference_scores: tuple[float, float] | None  # mean returns at the scores 0 and 100
     first_row: int = 0
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read, a line each
 
     @property
     def observation_size(self) -> int:

@@ -29,13 +29,11 @@ from efm_jax.envs import (
     pendulum,
     play,
     pointmaze,
+    specs,
 )
 from efm_jax.runs.workdir import RunInfo, resolve
-from launch import cli
+from launch import cli, datasets
 
-_ENV = flags.DEFINE_string(
-    "env", None, "A Gymnasium id, such as PointMaze_UMaze-v3; by default a work directory's."
-)
 _POLICY = flags.DEFINE_string(
     "policy", None, "random, waypoints, or the work directory of launch.train."
 )
@@ -54,6 +52,9 @@ _NOISE = flags.DEFINE_float(
     "its mean over episodes, by default 0.5; a work directory: by default 0.",
 )
 
+flags.adopt_module_key_flags(cli)
+flags.adopt_module_key_flags(datasets)
+
 _DEFAULT_STEPS = 100_000
 _DEFAULT_NOISE = 0.5  # of waypoints; D4RL's
 _SCRIPTED = ("random", "waypoints")
@@ -68,7 +69,7 @@ def main(_: list[str]) -> int:
         spec = _environment_spec()
         dataset_id = _DATASET.value or _default_id(spec)
         _check_flags(spec, dataset_id)
-        env = environments.make(spec)
+        env = environments.make(specs.by_name(spec))
         recording.check_environment(env)
         begin, description = _policy(env)
     steps = None if _EPISODES.value else _STEPS.value or _DEFAULT_STEPS
@@ -89,7 +90,9 @@ def main(_: list[str]) -> int:
         raise cli.UsageError(str(error)) from error
     if not recorded.published:
         raise cli.UsageError(f"dataset {dataset_id}: another process has recorded it meanwhile")
-    references = dataset_references(recorded.reference_scores, dataset_id, spec.id)
+    references = dataset_references(
+        recorded.reference_scores, dataset_id, specs.to_json("--env", spec)
+    )
     mean = float(recorded.returns.mean())
     line = {
         "dataset": dataset_id,
@@ -106,22 +109,29 @@ def main(_: list[str]) -> int:
 
 
 def _environment_spec() -> EnvSpec:
-    """The spec of ``--env``, else of the training run."""
+    """The spec of ``--env``, else of the training run, with the limit of --max_episode_steps."""
+    datasets.allow_environments()
+    spec = _named_spec()
+    spec.max_episode_steps = datasets.MAX_EPISODE_STEPS.value or spec.max_episode_steps
+    return spec
+
+
+def _named_spec() -> EnvSpec:
     expected = "expected random, waypoints or a work directory"
     if not _POLICY.value:
         raise ValueError(f"--policy: {expected}; got none")
     flag = f"--policy={_POLICY.value}"
     if _POLICY.value in _SCRIPTED:
-        if not _ENV.value:
+        if not datasets.ENV.value:
             raise ValueError(f"--env: expected a Gymnasium id for {flag}; got none")
     elif not resolve(_POLICY.value).exists():
         raise ValueError(f"{flag}: {expected}; there is no such folder")
-    elif not _ENV.value:
+    elif not datasets.ENV.value:
         info = RunInfo.load(resolve(_POLICY.value))
         if info is None:
             raise ValueError(f"{flag}: holds no run (no config.json)")
-        return environments.read_spec(flag, info.env_spec)
-    spec = environments.read_spec("--env", _ENV.value)
+        return specs.stated(flag, info.env_spec)
+    spec = specs.named("--env", datasets.ENV.value)
     return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 
 

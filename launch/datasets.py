@@ -1,8 +1,35 @@
-"""Datasets for the entry points: where the environment says that files are."""
+"""Datasets and environments for the entry points: where files are, what the user allows."""
 
 import os
 
+from absl import flags
+
 from efm_jax.data import Folders
+from efm_jax.envs import specs
+
+ENV = flags.DEFINE_string(
+    "env",
+    None,
+    "Gymnasium id to evaluate in, as for gymnasium.make (module:Name-v0 imports the module), "
+    "instead of the one that the dataset or the run names.",
+)
+MAX_EPISODE_STEPS = flags.DEFINE_integer(
+    "max_episode_steps",
+    None,
+    "Steps of an evaluated episode, instead of the dataset's or the environment's.",
+    1,
+)
+_ALLOW_ENV = flags.DEFINE_list(
+    "allow_env",
+    [],
+    "Packages whose environments a dataset or a run may name, beside Gymnasium's, Gymnasium "
+    "Robotics' and OGBench's; imported first.",
+)
+
+
+def allow_environments() -> None:
+    """Let files name the environments of --allow_env; a ``ValueError`` if it is no package."""
+    specs.allow(_ALLOW_ENV.value)
 
 
 def dataset_folders() -> Folders:

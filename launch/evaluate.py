@@ -8,21 +8,30 @@ policy on the first episode.
 Exit status: 0 done, 2 bad flags or no usable checkpoint.
 """
 
+import dataclasses
 import os
 import sys
 import time
 
+import numpy as np
 from absl import flags
 from etils import epath
 
+from efm_jax.envs import dataset_references, specs
 from efm_jax.envs.video import record_video
 from efm_jax.rl.config import ACTION_SELECTIONS
 from efm_jax.rl.model import SOLVERS
-from efm_jax.runs.evaluation import Evaluator, check_environment, episode_seeds, result_line
+from efm_jax.runs.evaluation import (
+    Evaluator,
+    check_environment,
+    episode_seeds,
+    horizon,
+    result_line,
+)
 from efm_jax.runs.loading import restore
 from efm_jax.runs.metrics import write_returns
-from efm_jax.runs.workdir import resolve
-from launch import cli
+from efm_jax.runs.workdir import RunInfo, resolve
+from launch import cli, datasets
 from launch.evaluation import print_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
@@ -47,6 +56,8 @@ _CANDIDATES = flags.DEFINE_integer(
 _VIDEO = flags.DEFINE_string(
     "video", None, "An .mp4 or .gif file to record (needs the extra video)."
 )
+flags.adopt_module_key_flags(cli)
+flags.adopt_module_key_flags(datasets)
 
 
 def main(_: list[str]) -> int:
@@ -57,6 +68,7 @@ def main(_: list[str]) -> int:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     with cli.usage_errors():
+        datasets.allow_environments()
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
         workdir = resolve(_WORKDIR.value)
@@ -71,8 +83,10 @@ def main(_: list[str]) -> int:
             lambda text: print(text, file=sys.stderr),
             **{name: value for name, value in options.items() if value is not None},
         )
-        info, params = restored.info, restored.state.params()
-        check_environment(info.env_spec, info.observation_size, info.action_size)
+        info, params = _in_environment(restored.info), restored.state.params()
+        low, high = (np.asarray(bound) for bound in restored.normalizer[2:])
+        check_environment(info.env_spec, info.observation_size, info.action_size, (low, high))
+        print(f"note: {horizon(info.env_spec)}")
     episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
     evaluator = Evaluator(info, restored.agent, restored.normalizer)
     if _VIDEO.value:
@@ -88,6 +102,20 @@ def main(_: list[str]) -> int:
     line = result_line(info, workdir, restored.step, rollouts, time.perf_counter() - start)
     print_report(info, line | {"episodes": len(episodes)})
     return 0
+
+
+def _in_environment(info: RunInfo) -> RunInfo:
+    """The run in the environment, and with the limit, that the flags give; scores are of those."""
+    env, limit = datasets.ENV.value, datasets.MAX_EPISODE_STEPS.value
+    if env is None and limit is None:
+        return info
+    spec = specs.named("--env", env) if env else specs.stated("config.json", info.env_spec)
+    spec.max_episode_steps = limit or spec.max_episode_steps
+    env_spec = specs.to_json("--env", spec)
+    if env_spec == info.env_spec:
+        return info
+    references = dataset_references(None, "", env_spec)
+    return dataclasses.replace(info, env_spec=env_spec, reference_scores=references)
 
 
 if __name__ == "__main__":

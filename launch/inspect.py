@@ -16,16 +16,13 @@ from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summari
 from efm_jax.data.summary_plot import draw_summary
 from efm_jax.envs import dataset_references, normalized_score
 from efm_jax.files import write_whole
-from launch import cli
-from launch.datasets import dataset_folders
+from launch import cli, datasets
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_ENV = flags.DEFINE_string(
-    "env", None, "Gymnasium id of the environment, instead of the one that the dataset names."
-)
 _PLOT = flags.DEFINE_string(
     "plot", None, "A .png file, local or gs://, that the picture is saved in."
 )
+flags.adopt_module_key_flags(datasets)
 
 _STATS = ("min", "q25", "median", "mean", "q75", "max")
 _MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
@@ -36,11 +33,18 @@ def main(_: list[str]) -> int:
     with cli.usage_errors():
         if _PLOT.value is not None and not _PLOT.value.lower().endswith(".png"):
             raise ValueError(f"--plot: expected a path ending in .png; got {_PLOT.value!r}")
-        dataset = load_dataset(_DATASET.value, env=_ENV.value, folders=dataset_folders())
+        datasets.allow_environments()
+        dataset = load_dataset(
+            _DATASET.value,
+            env=datasets.ENV.value,
+            folders=datasets.dataset_folders(),
+            max_episode_steps=datasets.MAX_EPISODE_STEPS.value,
+        )
         summary = summarize(dataset)
         references = dataset_references(dataset.reference_scores, dataset.name, dataset.env_spec)
         returns = summary["returns"]
         scores = {key: normalized_score(value, references) for key, value in returns.items()}
+        summary["problems"] += dataset.notes
         summary |= {"references": references, "scores": None if references is None else scores}
         if _PLOT.value is not None:
             plot = epath.Path(_PLOT.value).expanduser()

@@ -20,6 +20,7 @@ data or checkpoint, 143 stopped by SIGTERM and saved.
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ from efm_jax.runs.evaluation import (
     Evaluator,
     check_environment,
     episode_seeds,
+    horizon,
     result_line,
 )
 from efm_jax.runs.learning_curve import LOW_ESS
@@ -56,8 +58,7 @@ from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import MODES, Layout
 from efm_jax.types import Dataset, Normalizer, Transitions, one_host
-from launch import cli, multihost
-from launch.datasets import dataset_folders
+from launch import cli, datasets, multihost
 from launch.evaluation import print_report
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
@@ -65,9 +66,6 @@ _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 _MAX_SEED = 2**32 - 1
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_ENV = flags.DEFINE_string(
-    "env", None, "Gymnasium id to evaluate in, instead of the one the dataset names."
-)
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -84,6 +82,7 @@ _PARALLEL = flags.DEFINE_enum(
     "Over devices: data splits batches and dataset, seeds spreads whole seeds.",
 )
 flags.adopt_module_key_flags(cli)
+flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(multihost)
 _NUM_SEEDS = flags.DEFINE_integer(
     "num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1
@@ -103,6 +102,7 @@ def main(_: list[str]) -> int:
 
 @multihost.agreed_errors()
 def _read_config() -> QIPOConfig:
+    datasets.allow_environments()
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     problem = cli.preset_problem(path)
     if problem is not None:
@@ -142,7 +142,9 @@ def _read_dataset(config: QIPOConfig) -> _Data:
     # In parallel=seeds every host has read everything, and has nothing to ask the others.
     gather = hosts.gather if layout.mode == "data" else one_host
     dataset = gather_episodes(dataset, gather)
-    normalizer = fit_normalizer(dataset, gather)
+    notes: list[str] = []
+    normalizer = fit_normalizer(dataset, gather, notes)
+    _print_notes(notes)
     agent = make_agent(config, dataset.observation_size, dataset.action_size)
     info = RunInfo(
         config=config,
@@ -178,13 +180,27 @@ def _load(config: QIPOConfig, layout: Layout) -> tuple[Dataset, str, int]:
             )
         return layout.host_rows(total)
 
-    dataset = load_dataset(_DATASET.value, env=_ENV.value, rows=rows, folders=dataset_folders())
+    dataset = load_dataset(
+        _DATASET.value,
+        env=datasets.ENV.value,
+        rows=rows,
+        folders=datasets.dataset_folders(),
+        max_episode_steps=datasets.MAX_EPISODE_STEPS.value,
+    )
     if dataset.env_spec is None:
         raise ValueError(
             f"dataset {dataset.name}: names no environment to evaluate in; give --env=ID"
+            + "".join(f" ({note})" for note in dataset.notes)
         )
-    check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size)
+    _print_notes([*dataset.notes, horizon(dataset.env_spec)])
+    bounds = dataset.action_low, dataset.action_high
+    check_environment(dataset.env_spec, dataset.observation_size, dataset.action_size, bounds)
     return dataset, dataset.env_spec, total
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes if hosts.index() == 0 else ():
+        print(f"note: {note}", flush=True)
 
 
 @multihost.agreed_errors()

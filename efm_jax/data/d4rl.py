@@ -20,31 +20,25 @@ does.
 What differs for D4RL's own files, such as AntMaze's terminals inside episodes, is in
 :mod:`.d4rl_files`; a file is known by the name that D4RL gave it.
 
-Action bounds are the environment's.  Where its simulator is not installed (MuJoCo, for the four
-locomotion families below) or the file names no environment, they are [-1, 1], to which D4RL
-normalizes every action.
+Action bounds are the environment's.  Where its simulator is not installed or the file names no
+environment, they are [-1, 1], to which D4RL normalizes every action.
+
+Evaluated episodes are as long as the data's: as D4RL's are where the name is D4RL's (its Pen ends
+after 100 steps, today's after 200), else as long as every episode that ``timeouts`` ended, else as
+the environment says.
 """
 
 import contextlib
-import warnings
 
-import h5py
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import d4rl_files, validation
-from efm_jax.data.rows import Columns, episodes, open_file
-from efm_jax.envs import environments
+from efm_jax.data.hdf5 import StoredArray, open_hdf5
+from efm_jax.data.rows import Columns, episodes
+from efm_jax.envs import dataset_references, environments, specs
 from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
-
-# First word of a D4RL file's name -> today's version of its environment.
-CLASSIC_ENVIRONMENTS = {
-    "halfcheetah": "HalfCheetah-v5",
-    "hopper": "Hopper-v5",
-    "walker2d": "Walker2d-v5",
-    "ant": "Ant-v5",
-}
 
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 _OPTIONAL = ("timeouts", "next_observations")
@@ -57,10 +51,10 @@ def load_d4rl(
 
     ``name`` is what to call the dataset, such as D4RL's classic name of it; by default its path.
 
-    The environment is ``env``, else the file's ``env_id``, else the one its name begins with
-    (``CLASSIC_ENVIRONMENTS``), else none.  One that only the name suggests is passed over, with a
-    warning, when its sizes are not the data's (D4RL's Ant has 111 observation dimensions, Ant-v5
-    has 105).
+    The environment is ``env``, else the file's ``env_id``, else the one that its name suggests
+    (:func:`.d4rl_files.environment_of`), else none.  One that only the name suggests is passed
+    over, with a note, when its sizes are not the data's (D4RL's Ant has 111 observation dimensions,
+    Ant-v5 has 105).
 
     ``rows`` selects transitions, given their number: of observations and actions only those rows
     are read from the file and checked.
@@ -72,16 +66,14 @@ def load_d4rl(
     """
     task = d4rl_files.task_of_file(path)
     family = d4rl_files.family_of(task)
-    # What h5py raises for damage.
-    with (
-        open_file(path, "HDF5", RuntimeError, KeyError) as handle,
-        h5py.File(handle, "r") as file,
-    ):
-        columns = _columns(path, file)
+    notes: list[str] = []
+    with open_hdf5(path) as file:
+        stored = {name: file.array(name) for name in (*_REQUIRED, *_OPTIONAL) if name in file}
+        columns = Columns(path, stored, _REQUIRED)
         sizes = columns["observations"].shape[1], columns["actions"].shape[1]
         # With an environment given, the file's own is not asked for.
-        stated = env or _text_attribute(path, "env_id", file.attrs.get("env_id"))
-        spec, low, high = _environment(path, task, stated, *sizes)
+        stated = None if env else _text(path, "env_id", file.attribute("env_id"))
+        spec, low, high = _environment(path, task, env, stated, *sizes, notes)
         validation.check_bounds(path, low, high)
 
         terminals = columns.flags("terminals")
@@ -92,6 +84,8 @@ def load_d4rl(
         if family.jumps_end:
             timeouts |= _jumps(columns["observations"])
         ends = timeouts if family.terminals_pass else terminals | timeouts
+        if spec is not None:
+            _set_horizon(spec, task, family, timeouts & ~terminals, ends, notes)
         rewards = columns.numbers("rewards")
         kept = _kept_rows(path, terminals, timeouts, "next_observations" in columns)
         selected = rows(len(kept))
@@ -102,9 +96,16 @@ def load_d4rl(
         actions = columns.numbers("actions", start, stop)
         actions = validation.clip_actions(path, actions, low, high, first_row=start)
         observations, next_observations = _observations(columns, ends, start, stop)
+        reach = float(np.abs(actions).max(initial=0.0))
+        if spec is not None and 0.99 < reach <= 1.0 and np.abs([low, high]).min() > 1.0:
+            notes.append(
+                f"actions reach {reach:g}, as those do that were normalized to [-1, 1], and "
+                f"{spec.id} has bounds up to {high.max():g}: they are taken as they are"
+            )
 
     firsts, returns, lengths = episodes(rewards, ends, terminals)
     begun = (firsts >= start) & (firsts < stop)
+    env_spec = None if spec is None else specs.to_json(path, spec)
     return Dataset(
         name=name or path,
         transitions=Transitions(
@@ -118,19 +119,11 @@ def load_d4rl(
         episode_lengths=lengths[begun],
         action_low=low,
         action_high=high,
-        env_spec=environments.spec_json(path, spec),
-        reference_scores=None,
+        env_spec=env_spec,
+        reference_scores=dataset_references(None, task, env_spec),
         first_row=selected.start,
+        notes=tuple(notes),
     )
-
-
-def _columns(path: str, file: h5py.File) -> Columns:
-    """Every array of the layout that the file has, not read yet."""
-    stored = {name: file[name] for name in (*_REQUIRED, *_OPTIONAL) if name in file}
-    for name, dataset in stored.items():
-        if not isinstance(dataset, h5py.Dataset):
-            raise DataError(f"{path}: {name!r} is a group; expected a dataset")
-    return Columns(path, stored, _REQUIRED)
 
 
 def _observations(
@@ -161,7 +154,7 @@ def _kept_rows(
     return np.flatnonzero(keep)
 
 
-def _text_attribute(path: str, name: str, value: object) -> str | None:
+def _text(path: str, name: str, value: object) -> str | None:
     """An attribute that is text, stored as such or as UTF-8 bytes, or is not there."""
     if value is None or isinstance(value, str):
         return value
@@ -172,32 +165,65 @@ def _text_attribute(path: str, name: str, value: object) -> str | None:
 
 
 def _environment(
-    path: str, task: str, stated: str | None, observation_size: int, action_size: int
+    path: str,
+    task: str,
+    env: str | None,
+    stated: str | None,
+    observation_size: int,
+    action_size: int,
+    notes: list[str],
 ) -> tuple[EnvSpec | None, np.ndarray, np.ndarray]:
-    """The environment's spec or None, and action bounds ``[A]`` float32; ``stated`` is an id."""
+    """The environment's spec or None, and action bounds ``[A]`` float32.
+
+    ``env`` is the user's id, ``stated`` the file's.
+    """
     unit = np.ones(action_size, np.float32)
-    chosen = stated or CLASSIC_ENVIRONMENTS.get(d4rl_files.first_word(task))
-    if chosen is None:
+    suggested = None if env or stated else d4rl_files.environment_of(task)
+    if not (env or stated or suggested):
         return None, -unit, unit
-    spec = environments.read_spec(path, chosen)
-    spaces = environments.make_spaces(spec)
-    if spaces is None:
-        if spec.id not in CLASSIC_ENVIRONMENTS.values():
-            raise DataError(
-                f"{path}: environment {spec.id} cannot be made here: its action bounds are unknown"
-            )
-        return spec, -unit, unit
     try:
+        user = env or suggested
+        spec = specs.named(path, user) if user else specs.stated(path, stated or "")
+        spaces = environments.make_spaces(spec)
+        if spaces is None:
+            if spec.id not in d4rl_files.ENVIRONMENTS.values():
+                raise DataError(
+                    f"{path}: environment {spec.id} cannot be made here: its action bounds are "
+                    "unknown"
+                )
+            return spec, -unit, unit
         box = validation.check_action_space(path, spaces[1])
+        low, high = np.asarray(box.low, np.float32), np.asarray(box.high, np.float32)
         environments.check_sizes(path, spec, observation_size, action_size)
     except DataError as error:
-        if stated:
+        if not suggested:
             raise
-        warnings.warn(
-            f"{error}; the environment suggested by the file's name is not used", stacklevel=4
-        )
+        notes.append(f"{error}; the environment suggested by the file's name is not used")
         return None, -unit, unit
-    return spec, np.asarray(box.low, np.float32), np.asarray(box.high, np.float32)
+    return spec, low, high
+
+
+def _set_horizon(
+    spec: EnvSpec,
+    task: str,
+    family: d4rl_files.Family,
+    timeouts: np.ndarray,
+    ends: np.ndarray,
+    notes: list[str],
+) -> None:
+    """Limit evaluated episodes to the steps of the data's, where that is known."""
+    last = np.flatnonzero(ends)
+    lengths = np.diff(last, prepend=-1)
+    timed = lengths[timeouts[last]]
+    limit, reason = d4rl_files.own_limit(task), f"D4RL's {task}"
+    # More than one, because a single one may be where a recording was stopped.
+    if limit is None and len(timed) > 1 and timed.min() == lengths.max():
+        limit, reason = int(timed[0]), "its timeouts say"
+        if abs(limit - (spec.max_episode_steps or 0)) <= 1:  # files of D4RL differ by one
+            return
+    limit = limit or family.step_limit
+    if limit is not None and limit != spec.max_episode_steps:
+        notes.append(d4rl_files.cut(spec, limit, reason))
 
 
 def _timeouts(
@@ -218,7 +244,7 @@ def _timeouts(
     return (step + 1) % limit == 0
 
 
-def _jumps(observations: h5py.Dataset) -> np.ndarray:
+def _jumps(observations: StoredArray) -> np.ndarray:
     """Rows ``[N]`` bool after which the ant is elsewhere: the next row is of another trajectory."""
     position = observations[:, :2].astype(np.float64)
     jumps = np.zeros(len(position), bool)

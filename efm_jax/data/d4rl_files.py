@@ -37,10 +37,22 @@ import posixpath
 from pathlib import Path
 from typing import NamedTuple
 
+from gymnasium.envs.registration import EnvSpec
+
 from efm_jax.data.download import HDF5_SIGNATURE, fetch
 
 DEFAULT_FOLDER = "~/.d4rl/datasets"
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+
+# First word of a dataset's name -> today's version of its environment, of the same sizes but Ant's.
+ENVIRONMENTS = {
+    "halfcheetah": "HalfCheetah-v5",
+    "hopper": "Hopper-v5",
+    "walker2d": "Walker2d-v5",
+    "ant": "Ant-v5",
+    **{task: f"AdroitHand{task.capitalize()}-v1" for task in ("pen", "door", "hammer", "relocate")},
+}
+_MAZES = {"umaze": "UMaze", "medium": "Medium", "large": "Large", "open": "Open"}
 
 # In a step an ant moves by some tenths; cells of its mazes are 4 wide.
 ANT_JUMP = 1.0
@@ -144,6 +156,41 @@ def family_of(task: str) -> Family:
     family = _FAMILIES.get(first_word(task), Family())
     early = task.lower().replace("_", "-").endswith(("-v0", "-v1"))
     return family._replace(jumps_end=True) if family.terminals_pass and early else family
+
+
+def environment_of(task: str) -> str | None:
+    """Today's version of a task's environment, or None for a name that is not like D4RL's.
+
+    Observations of kitchens and mazes are not laid out as D4RL's were.
+    """
+    word = first_word(task)
+    maze = next((maze for maze in _MAZES if maze in task.lower()), None)
+    if word in ("antmaze", "maze2d"):
+        return maze and (
+            f"AntMaze_{_MAZES[maze]}-v5" if word == "antmaze" else f"PointMaze_{_MAZES[maze]}-v3"
+        )
+    return ENVIRONMENTS.get(word) or {"kitchen": "FrankaKitchen-v1"}.get(word)
+
+
+def own_limit(name: str) -> int | None:
+    """Steps after which D4RL ends an episode of a dataset, where today's environment may differ.
+
+    ``name`` is D4RL's, or Minari's of a recording of it, such as ``D4RL/pen/human-v2``.
+    """
+    namespace, _, rest = name.lower().partition("/")
+    if name in D4RL_FILES or (namespace == "d4rl" and rest):
+        return _FAMILIES.get(first_word(rest.replace("/", "-") or name), Family()).step_limit
+    return None
+
+
+def cut(spec: EnvSpec, limit: int, reason: str) -> str:
+    """Limit a spec's episodes to the steps of the data's; returns the line that says so."""
+    note = (
+        f"episodes of {spec.id} are cut at {limit} steps, as {reason}, not at "
+        f"{spec.max_episode_steps}; --max_episode_steps sets another limit"
+    )
+    spec.max_episode_steps = limit
+    return note
 
 
 def first_word(task: str) -> str:

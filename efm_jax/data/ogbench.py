@@ -32,6 +32,7 @@ Actions are in [-1, 1], as in all of OGBench's environments that have continuous
 
 import contextlib
 import importlib
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -42,7 +43,7 @@ import numpy as np
 from efm_jax.data import validation
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
 from efm_jax.data.rows import Columns, episodes, open_file
-from efm_jax.envs import environments
+from efm_jax.envs import environments, specs
 from efm_jax.errors import DataError, reason
 from efm_jax.types import Dataset, Rows, Transitions, all_rows
 
@@ -110,9 +111,9 @@ def load_ogbench_name(
     fetch(name, URL + task.file, path, NPZ_SIGNATURE)
     dataset = load_ogbench(str(path), env=task.env, rows=rows)
     if env is not None:
-        spec = environments.read_spec(name, env)
+        spec = specs.named(name, env)
         environments.check_sizes(name, spec, dataset.observation_size, dataset.action_size)
-        dataset = dataset._replace(env_spec=environments.spec_json(name, spec))
+        dataset = dataset._replace(env_spec=specs.to_json(name, spec))
     return dataset._replace(name=name)
 
 
@@ -133,7 +134,7 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
     if env is not None:
         if "-singletask" in env:
             _import_ogbench(path)
-        spec = environments.read_spec(path, env)
+        spec = specs.named(path, env)
         sizes = observations.shape[1], columns["actions"].shape[1]
         environments.check_sizes(path, spec, *sizes)
     if "rewards" not in columns:
@@ -167,20 +168,45 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
         episode_lengths=lengths[begun],
         action_low=-high,
         action_high=high,
-        env_spec=environments.spec_json(path, spec),
+        env_spec=None if spec is None else specs.to_json(path, spec),
         reference_scores=None,
         first_row=selected.start,
     )
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
-    # ValueError: pickled objects, or a damaged header.
-    with open_file(path, "npz", ValueError, EOFError, zipfile.BadZipFile) as handle:
-        file = np.load(handle, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: expected an npz file; got a single array")
-        with file:
-            return {n: file[n] for n in (*_REQUIRED, *_OPTIONAL, *_STATE) if n in file}
+    with open_file(path, "npz") as handle, zipfile.ZipFile(handle) as archive:
+        wanted = {f"{name}.npy": name for name in (*_REQUIRED, *_OPTIONAL, *_STATE)}
+        found = [member for member in archive.infolist() if member.filename in wanted]
+        return {wanted[m.filename]: _read_member(path, archive, m) for m in found}
+
+
+def _read_member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array whose declared size is checked before memory is taken for it."""
+    what = f"{path}: {member.filename!r}"
+    # NumPy writes no others, and LZMA takes the memory that its header asks for.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{what}: expected no compression but deflate")
+    # Unpacking stops at this size, whatever the compressed bytes hold.
+    validation.check_memory(what, (member.file_size,), np.dtype(np.uint8))
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise DataError(f"{what}: expected numbers; got an array of version {version}")
+        shape, _, dtype = readers[version](file)
+        if dtype.kind not in "biuf":
+            raise DataError(f"{what}: expected real numbers; got type {dtype}")
+        validation.check_memory(what, shape, dtype)
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise DataError(
+                f"{what}: shape {shape} of {dtype} is more than its {member.file_size} bytes"
+            )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _layout(path: str, columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -220,7 +246,7 @@ def _relabel(path: str, env: str | None, arrays: dict[str, np.ndarray]) -> dict[
     except ImportError as error:
         raise DataError(f"{path}: rewards need ogbench >= 1.1 ({reason(error)})") from error
     dataset = {name: arrays[name] for name in _STATE if name in arrays}
-    environment = environments.make(environments.read_spec(path, env))
+    environment = environments.make(specs.named(path, env))
     with contextlib.closing(environment):
         try:
             relabel(env, environment, dataset)

@@ -1,10 +1,11 @@
 """From a dataset in the environment's units to what networks are trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from efm_jax import checks
+from efm_jax.data import validation
 from efm_jax.errors import DataError
 from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
 
@@ -12,16 +13,31 @@ from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
 # up to float32 rounding: it is centered only (std 1), for dividing by its std would amplify nothing
 # but rounding.
 CONSTANT_TOLERANCE = 1e-6
+# A dimension with a value farther than this many standard deviations hardly varies but for rare
+# events, and its std is no scale of them: it is divided so that the farthest lies at _FARTHEST.
+_RARE = 50.0
+_FARTHEST = 10.0
+# A dimension whose float32 numbers are farther apart than this share of its std has lost some of
+# it, as a time in seconds since 1970 has, whose float32 steps are 128.
+_COARSE = 0.01
 
 
-def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
-    """Mean and standard deviation of the observations, ``[S]`` float32, and the action bounds,
-    ``[A]``.
+def fit_normalizer(
+    dataset: Dataset, gather: Gather = one_host, notes: list[str] | None = None
+) -> Normalizer:
+    """Mean and scale of the observations, ``[S]`` float32, and the action bounds, ``[A]``.
 
-    The std of a (nearly) constant dimension is 1; see ``CONSTANT_TOLERANCE``.  Where each host has
-    some of the rows, ``gather`` brings their sums together and the result is that of the whole
-    dataset.
+    The scale is the standard deviation, but 1 in a (nearly) constant dimension
+    (``CONSTANT_TOLERANCE``), and a tenth of the farthest value's distance from the mean where that
+    is more than 50 standard deviations, or 10 in a dimension that is constant but for its size, as
+    a date is.  Where each host has some of the rows, ``gather`` brings
+    their sums together and the result is that of the whole dataset.  ``notes`` get a line on
+    dimensions that are scaled by their farthest value or that float32 is too coarse for.
+
+    Raises:
+      DataError: what :func:`.validation.check_dataset` refuses.
     """
+    validation.check_dataset(dataset)
     # A column at a time, because that keeps the float64 copies small.
     columns = dataset.transitions.observations.T
     count = np.sum(gather(np.asarray(float(columns.shape[1]))))
@@ -29,13 +45,44 @@ def fit_normalizer(dataset: Dataset, gather: Gather = one_host) -> Normalizer:
     mean = np.sum(gather(sums), axis=0) / count
     squares = [np.sum((column - m) ** 2) for column, m in zip(columns, mean, strict=True)]
     std = np.sqrt(np.sum(gather(np.array(squares)), axis=0) / count)
+    ends = [(column.min(), column.max()) for column in columns]
+    low, high = np.array(ends, np.float64).reshape(-1, 2).T
+    far = np.max(gather(np.maximum(high - mean, mean - low)), axis=0)
     constant = std <= CONSTANT_TOLERANCE * np.maximum(1.0, np.abs(mean))
+    rare = far > np.where(constant, _FARTHEST, _RARE * std)
+    if notes is not None:
+        apart = np.spacing(np.abs(mean).astype(np.float32))
+        notes.extend(_notes(rare, (apart > _COARSE * std) & (far > 2 * apart)))
+    scale = np.where(rare, far / _FARTHEST, np.where(constant, 1.0, std))
     return Normalizer(
         observation_mean=mean.astype(np.float32),
-        observation_std=np.where(constant, 1.0, std).astype(np.float32),
+        observation_std=scale.astype(np.float32),
         action_low=np.asarray(dataset.action_low, np.float32),
         action_high=np.asarray(dataset.action_high, np.float32),
     )
+
+
+def _notes(rare: np.ndarray, coarse: np.ndarray) -> Iterator[str]:
+    if rare.any():
+        yield (
+            f"observation dimensions {named(rare)} hardly vary but for values farther than "
+            f"{_RARE:g} standard deviations from their mean: they are scaled to at most "
+            f"{_FARTHEST:g}, not to a deviation of 1"
+        )
+    if coarse.any():
+        yield (
+            f"observation dimensions {named(coarse)} lie so far from 0 that float32 loses more "
+            f"than {_COARSE:.0%} of their variation: subtract a constant from them, in the data "
+            "and in the environment"
+        )
+
+
+def named(chosen: np.ndarray, most: int = 8) -> str:
+    """The indices that are chosen in ``[D]`` bool, or the first of them and how many more."""
+    indices = np.flatnonzero(chosen)
+    more = len(indices) - most
+    first = ", ".join(str(i) for i in indices[:most].tolist())
+    return first + (f" and {more} more" if more > 0 else "")
 
 
 def gather_episodes(dataset: Dataset, gather: Gather) -> Dataset:
@@ -56,8 +103,10 @@ def preprocess(
 
     Raises:
       ValueError: unknown ``reward_transform``, or a normalizer of other sizes.
-      DataError: the transform cannot be applied to this dataset.
+      DataError: the transform cannot be applied to this dataset, or its arrays are refused by
+        :func:`.validation.check_dataset`.
     """
+    validation.check_dataset(dataset)
     checks.check_choice("reward_transform", reward_transform, REWARD_TRANSFORMS)
     checks.check_shape(
         "normalizer.observation_mean", normalizer.observation_mean, (dataset.observation_size,)

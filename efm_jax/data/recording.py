@@ -124,7 +124,8 @@ def check_environment(env: gymnasium.Env) -> None:
     validation.check_action_space(name, env.action_space)
     if spec.max_episode_steps is None:
         raise DataError(
-            f"{name}: expected a limit on the length of an episode (max_episode_steps); got none"
+            f"{name}: expected a limit on the length of an episode; got none: give "
+            "--max_episode_steps"
         )
 
 

@@ -24,20 +24,32 @@ _RANKS = {
 
 
 @contextlib.contextmanager
-def open_file(path: str, kind: str, *damages: type[Exception]) -> Iterator[IO[bytes]]:
-    """A file, local or remote, for reading; its ``damages`` become a :class:`DataError`."""
-    file = epath.Path(path).expanduser()
+def problems_of(what: str) -> Iterator[None]:
+    """Say ``what`` failed in one line, whatever a reader of a foreign format raised.
+
+    Everything is caught, because damage comes out of h5py, zipfile, zlib, NumPy's header parser and
+    the clients of storage clouds as exceptions that have nothing in common.
+    """
     try:
-        if not file.exists():
-            raise DataError(f"{path}: no such file")
-        if file.is_dir():
-            raise DataError(f"{path}: expected an {kind} file; got a folder")
-        with file.open("rb") as handle:
-            yield handle
+        yield
     except DataError:
         raise
-    except (OSError, ImportError, *damages) as error:  # ImportError: no client for such a path
-        raise DataError(f"{path}: cannot be read as an {kind} file ({reason(error)})") from error
+    except Exception as error:
+        raise DataError(f"{what} ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def open_file(path: str, kind: str, label: str | None = None) -> Iterator[IO[bytes]]:
+    """A file, local or remote, for reading; ``label`` is what messages begin with, or the path."""
+    label = label or path
+    with problems_of(f"{label}: cannot be read as an {kind} file"):
+        file = epath.Path(path).expanduser()
+        if not file.exists():
+            raise DataError(f"{label}: no such file")
+        if file.is_dir():
+            raise DataError(f"{label}: expected an {kind} file; got a folder")
+        with file.open("rb") as handle:
+            yield handle
 
 
 class Columns:

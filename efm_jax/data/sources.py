@@ -1,7 +1,9 @@
 """From a dataset's name to the dataset."""
 
+import json
 from typing import NamedTuple
 
+from efm_jax import checks
 from efm_jax.data import builtin, d4rl_files, ogbench
 from efm_jax.data.d4rl import load_d4rl
 from efm_jax.data.minari import load_minari, local_path
@@ -25,7 +27,12 @@ class Folders(NamedTuple):
 
 
 def load_dataset(
-    name: str, *, env: str | None = None, rows: Rows = all_rows, folders: Folders | None = None
+    name: str,
+    *,
+    env: str | None = None,
+    rows: Rows = all_rows,
+    folders: Folders | None = None,
+    max_episode_steps: int | None = None,
 ) -> Dataset:
     """Read and validate a dataset of the ``DATASET_SOURCES``, in the environment's own units.
 
@@ -38,12 +45,28 @@ def load_dataset(
         rest, little more than the rewards is read; what it raises is raised.
       folders: where D4RL's and OGBench's files are; by default ``~/.d4rl/datasets`` and
         ``~/.ogbench/data``. Minari finds its own (``MINARI_DATASETS_PATH``).
+      max_episode_steps: of an evaluated episode, instead of the data's own limit or the
+        environment's; the reference scores of another limit are dropped.
 
     Raises:
       DataError: an unknown name, a failed download, or data that cannot be used; one line, what and
         where.
     """
-    folders = folders or Folders()
+    dataset = _load(name, env, rows, folders or Folders())
+    if max_episode_steps is None or dataset.env_spec is None:
+        return dataset
+    checks.check_integer("max_episode_steps", max_episode_steps, 1)
+    spec = json.loads(dataset.env_spec)
+    if spec["max_episode_steps"] == max_episode_steps:
+        return dataset
+    return dataset._replace(
+        env_spec=json.dumps(spec | {"max_episode_steps": max_episode_steps}),
+        reference_scores=None,
+        notes=tuple(note for note in dataset.notes if "--max_episode_steps" not in note),
+    )
+
+
+def _load(name: str, env: str | None, rows: Rows, folders: Folders) -> Dataset:
     if name.lower().endswith(".npz"):
         return ogbench.load_ogbench(name, env=env, rows=rows)
     if name.lower().endswith((".hdf5", ".h5")):

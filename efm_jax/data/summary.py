@@ -1,12 +1,11 @@
 """What is in a dataset, in numbers, and what looks wrong with it."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from efm_jax.data.preprocess import CONSTANT_TOLERANCE
+from efm_jax.data.preprocess import CONSTANT_TOLERANCE, fit_normalizer, named
 from efm_jax.types import Dataset, Transitions
 
 # Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay
@@ -20,7 +19,6 @@ _OUTLIER = 100.0  # standard deviations
 _JUMP = 20.0  # times the 99th percentile of a dimension's steps
 _SAMPLE = 100_000  # rows that percentiles of steps are taken of
 _SPARSE = 3  # so many different rewards, or fewer
-_MOST_NAMED = 8  # dimensions in a message
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
@@ -139,15 +137,25 @@ def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> 
     unmarked = len(starts) - episodes - 1
     # An episode of one step that timed out may have no transition, and so no trajectory.
     continued = int(np.sum(dataset.episode_lengths > 1)) - len(starts)
-    short = int(np.sum(dataset.episode_lengths == 1))
+    # An episode ends at its goal, also where the recording goes on after it.
+    goes_on = np.diff(starts, append=dataset.transitions.size) > 1
+    at_goal = int(np.sum((dataset.transitions.terminated[starts] > 0) & goes_on))
+    short = int(np.sum(dataset.episode_lengths == 1)) - at_goal
     same_returns = episodes > 1 and returns["min"] == returns["max"]
     same_rewards = rewards["min"] == rewards["max"]
 
     columns = summary["observations"]
     least, most, mean, std = (np.array(columns[key]) for key in ("min", "max", "mean", "std"))
     outliers = np.maximum(most - mean, mean - least) > _OUTLIER * std
-    outliers[columns["constant"]] = False
-    jumps = _jumps(dataset.transitions, std)
+    constant = np.zeros(len(std), bool)
+    constant[columns["constant"]] = True
+    outliers &= ~constant
+    jumps = _jumps(dataset.transitions, std, starts)
+    scaling: list[str] = []
+    fit_normalizer(dataset, notes=scaling)
+
+    def dimensions(chosen: np.ndarray) -> str:
+        return f"dimensions {named(chosen)}"
 
     actions = summary["actions"]
     least, most, low, high = (np.array(actions[key]) for key in ("min", "max", "low", "high"))
@@ -167,24 +175,27 @@ def _problems(dataset: Dataset, summary: dict[str, Any], starts: np.ndarray) -> 
         f"{short} of {episodes} episodes have a single step": short > _MANY_SHORT * episodes,
         f"every episode returned {returns['max']:g}": same_returns,
         f"every reward is {rewards['max']:g}: there is nothing to learn from": same_rewards,
-        f"observation {_dimensions(columns['constant'])} never change": bool(columns["constant"]),
-        f"observation {_dimensions(np.flatnonzero(outliers))} have values farther than "
+        f"observation {dimensions(constant)} never change": constant.any(),
+        f"observation {dimensions(outliers)} have values farther than "
         f"{_OUTLIER:g} standard deviations from their mean": outliers.any(),
         f"{jumps} transitions lead {_JUMP:g} times as far as nearly all others: ends of "
         "trajectories may not be marked there": jumps > 0,
-        f"action {_dimensions(np.flatnonzero(still))} never change": still.any(),
-        f"action {_dimensions(np.flatnonzero(narrow))} use less than {_NARROW:.0%} of their "
-        "interval": narrow.any(),
-        f"action {_dimensions(np.flatnonzero(full))} are at a bound in more than "
+        f"action {dimensions(still)} never change": still.any(),
+        f"action {dimensions(narrow)} use less than {_NARROW:.0%} of their interval": narrow.any(),
+        f"action {dimensions(full)} are at a bound in more than "
         f"{_MANY_AT_BOUND:.0%} of steps": full.any(),
         f"{copies} transitions ({copies / summary['transitions']:.1%}) are exact copies of earlier "
         "ones": copies > _MANY_COPIES * summary["transitions"],
     }
-    return [text for text, is_so in found.items() if is_so]
+    return [*(text for text, is_so in found.items() if is_so), *scaling]
 
 
-def _jumps(data: Transitions, std: np.ndarray) -> int:
-    """Transitions with a step in some dimension that no other step of that dimension comes near."""
+def _jumps(data: Transitions, std: np.ndarray, starts: np.ndarray) -> int:
+    """Transitions with a step in some dimension that no other step of that dimension comes near.
+
+    Where ends are marked, a jump is as far, over all dimensions, as half of the ways from an end to
+    the next start: not that of a teleport, or of a rotation that changes its sign.
+    """
     jumped = np.zeros(data.size, bool)
     every = max(1, data.size // _SAMPLE)
     for column, following, spread in zip(
@@ -195,10 +206,15 @@ def _jumps(data: Transitions, std: np.ndarray) -> int:
         # Where hardly any step is not 0 (a switch, a goal), a step is an event and no jump.
         if usual > 0.0:
             jumped |= steps > max(_JUMP * usual, float(spread))
-    return int(jumped.sum())
+    scale = np.where(std > 0, std, np.inf)
 
+    def far(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+        # Limited, because a dimension that hardly varies would count for all.
+        return np.linalg.norm(np.minimum(np.abs(there - here) / scale, 3.0), axis=1)
 
-def _dimensions(indices: Sequence[int] | np.ndarray) -> str:
-    named = ", ".join(str(int(i)) for i in indices[:_MOST_NAMED])
-    more = len(indices) - _MOST_NAMED
-    return f"dimensions {named}" + (f" and {more} more" if more > 0 else "")
+    rows = np.flatnonzero(jumped)
+    ends = starts[1:][~jumped[starts[1:] - 1]]
+    ways = far(data.next_observations[ends - 1], data.observations[ends])
+    if len(rows) and len(ways):
+        rows = rows[far(data.observations[rows], data.next_observations[rows]) >= np.median(ways)]
+    return len(rows)

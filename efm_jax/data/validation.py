@@ -4,7 +4,10 @@
 where row ``i`` is in it, such as its episode.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,59 @@ from gymnasium import spaces
 
 from efm_jax.envs.flatten import box_leaves
 from efm_jax.errors import DataError
+from efm_jax.types import Dataset
 
 # An action this far outside its bounds, relative to their distance, is rounding and is clipped.
 ACTION_TOLERANCE = 1e-5
+
+# A bound of this size or more is none.
+_NO_BOUND = 1e15
+# Scaled by bounds farther apart than this many times what the actions use, they would be rounded
+# to a handful of float32 numbers.
+_WIDEST = 1e5
 
 Locate = Callable[[int], str]
 
 
 def _nowhere(index: int) -> str:
     return ""
+
+
+# Bytes of a number beside its own in the file: as float32, and as the mask of what is finite.
+_COPIES = 5
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or left of its container's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable:" in line)
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
+        free = min(free, limit - used + int(cache))
+    except (OSError, ValueError, IndexError):  # no container, or one without a limit
+        pass
+    return free
+
+
+def check_memory(what: str, shape: tuple[int, ...], dtype: np.dtype, *, at_least: int = 0) -> None:
+    """Refuse an array of a declared shape that does not fit into the memory that is free.
+
+    ``at_least`` are bytes that reading takes whatever the shape.
+    """
+    size = max(math.prod(shape) * (dtype.itemsize + _COPIES), at_least)
+    if size < 2**20:
+        return
+    free = available_memory()
+    if size > free:
+        raise DataError(
+            f"{what}: shape {shape} of {dtype} takes {size / 1e9:.3g} GB of memory; "
+            f"{free / 1e9:.3g} GB are free"
+        )
 
 
 def check_lengths(source: str, arrays: Mapping[str, np.ndarray], ranks: Mapping[str, int]) -> None:
@@ -90,10 +137,16 @@ def check_action_space(source: str, space: spaces.Space) -> spaces.Box:
 
 
 def check_bounds(source: str, low: np.ndarray, high: np.ndarray) -> None:
-    """Refuse action bounds ``[A]`` that are not finite with ``low < high``: actions are scaled."""
+    """Refuse action bounds ``[A]`` that are not finite with ``low < high``: actions are scaled.
+
+    Bounds such as those of float32 itself are a way to say that there are none.
+    """
     for i, (lower, upper) in enumerate(zip(low, high, strict=True)):
-        if not (np.isfinite(lower) and np.isfinite(upper)):
-            problem = f"infinite bounds [{lower!s}, {upper!s}]"
+        if not max(abs(lower), abs(upper)) < _NO_BOUND:
+            problem = (
+                f"infinite bounds [{lower!s}, {upper!s}], by which actions cannot be scaled: put "
+                "RescaleAction or ClipAction around the environment before recording"
+            )
         elif lower >= upper:
             problem = f"empty bounds: low {lower!s} >= high {upper!s}"
         else:
@@ -136,7 +189,42 @@ def clip_actions(
             f"{source}: {place} is outside its bounds [{low[column]!s}, {high[column]!s}]: "
             f"{actions[row, column]!s}{locate(first_row + row)}"
         )
+    used = np.ptp(actions.astype(np.float64), axis=0) if len(actions) else np.zeros(len(low))
+    wide = (used > 0) & (high.astype(np.float64) - low > _WIDEST * used)
+    if wide.any():
+        i = int(np.argmax(wide))
+        raise DataError(
+            f"{source}: action dimension {i} has bounds [{low[i]!s}, {high[i]!s}], of which its "
+            f"actions use {used[i]:.3g}: too wide to scale by"
+        )
     return np.clip(actions, low, high)
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Refuse arrays given in Python that no file may have; the loaders have refused them before."""
+    name, data = dataset.name, dataset.transitions
+    ranks = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2, "terminated": 1}
+    arrays = {key: np.asarray(array) for key, array in zip(ranks, data, strict=True)}
+    check_action_dtype(name, arrays["actions"])
+    check_lengths(name, arrays, ranks)
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{name}: {key}: expected real numbers; got type {array.dtype}")
+        check_finite(name, key, array)
+    as_flags(name, "terminated", arrays["terminated"])
+    shapes = arrays["observations"].shape, arrays["next_observations"].shape
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"{name}: observations have shape {shapes[0]}, next_observations {shapes[1]}"
+        )
+    low, high = np.asarray(dataset.action_low), np.asarray(dataset.action_high)
+    if low.shape != high.shape or low.shape != arrays["actions"].shape[1:]:
+        raise DataError(
+            f"{name}: actions have shape {arrays['actions'].shape}, their bounds {low.shape} and "
+            f"{high.shape}"
+        )
+    check_bounds(name, low, high)
+    clip_actions(name, arrays["actions"], low, high)
 
 
 def as_float32(source: str, name: str, array: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Returns of policies in a Gymnasium environment, one batched policy call a step for all."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from efm_jax import checks
-from efm_jax.envs import environments
+from efm_jax.envs import environments, specs
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.types import Array
 
@@ -29,7 +30,7 @@ def make_quietly(spec: EnvSpec) -> gymnasium.Env:
 
 def evaluate(
     act: Callable[[np.ndarray, int], Array],
-    env_spec: str,
+    env_spec: str | EnvSpec | Callable[[], gymnasium.Env],
     *,
     num_policies: int = 1,
     episode_seeds: Sequence[int],
@@ -69,7 +70,7 @@ def evaluate(
         raise ValueError("episode_seeds: expected at least one seed; got none")
     for seed in episode_seeds:
         checks.check_integer("episode_seeds", seed, 0)
-    spec, limit = _bounded_spec(env_spec, max_steps)
+    spec, limit = bounded_spec(env_spec, max_steps)
     seeds = [int(seed) for seed in episode_seeds]
     batch = (num_policies, len(seeds))
     returns = np.zeros(batch, np.float64)
@@ -104,9 +105,19 @@ def evaluate(
     return Rollouts(returns, lengths)
 
 
-def _bounded_spec(env_spec: str, max_steps: int | None) -> tuple[EnvSpec, int]:
+def bounded_spec(
+    env: str | EnvSpec | Callable[[], gymnasium.Env], max_steps: int | None = None
+) -> tuple[EnvSpec, int]:
     """What is played, and its limit: the smaller of its spec's limit of steps and ``max_steps``."""
-    spec = environments.read_spec("env_spec", env_spec)
+    if isinstance(env, EnvSpec):
+        spec = copy.deepcopy(env)
+    elif callable(env):
+        name = getattr(env, "__name__", type(env).__name__).strip("<>")
+        spec = EnvSpec(f"{name}-v0", lambda **arguments: env(**arguments))
+    elif env.lstrip().startswith("{"):
+        spec = specs.stated("env_spec", env)
+    else:
+        spec = specs.named("env_spec", env)
     # Dropped, because evaluation shows nothing, and a recorded spec may ask for windows or images.
     spec.kwargs.pop("render_mode", None)
     if max_steps is not None:
@@ -114,7 +125,8 @@ def _bounded_spec(env_spec: str, max_steps: int | None) -> tuple[EnvSpec, int]:
     limits = [limit for limit in (spec.max_episode_steps, max_steps) if limit is not None]
     if not limits:
         raise ValueError(
-            f"environment {spec.id} has no limit on the length of an episode: max_steps is needed"
+            f"environment {spec.id} has no limit on the length of an episode: max_steps is needed "
+            "(on the command line --max_episode_steps)"
         )
     spec.max_episode_steps = min(limits)
     return spec, min(limits)

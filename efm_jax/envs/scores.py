@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from efm_jax import checks
+from efm_jax.errors import DataError
 
 # Mean returns of (random, expert), from `d4rl/infos.py` of Farama-Foundation/D4RL (Fu et al. 2020,
 # arXiv 2004.07219). The same pair holds for every dataset of a task, except in Maze2D.
@@ -25,6 +26,12 @@ _TASKS: dict[str, tuple[float, float]] = {
     "door": (-56.512833, 2880.5693087298737),
     "hammer": (-274.856578, 12794.134825156867),
     "relocate": (-6.425911, 4233.877797728884),
+}
+# Steps of the episodes that they were measured on.  In mazes of ants and in kitchens a return is
+# what was reached at all, so that it matters less.
+_TASK_STEPS = {
+    **{"pen": 100, "door": 200, "hammer": 200, "relocate": 200},
+    **{"hopper": 1000, "halfcheetah": 1000, "walker2d": 1000, "ant": 1000},
 }
 # Maze2D pays for every step at the goal, so each maze has references of its own (the same source).
 _MAZE2D: dict[str, tuple[float, float]] = {
@@ -100,11 +107,16 @@ def reference_scores(env_id: str) -> tuple[float, float] | None:
         return _MAZE2D[f"maze2d-{match.group(1)}-v1"]
     if any(re.fullmatch(pattern, name) for pattern in _OGBENCH_PATTERNS):
         return (0.0, 1.0)
+    return _TASKS.get(_task(name))
+
+
+def _task(name: str) -> str:
+    """D4RL's task of an id or name; empty if it is none."""
     for pattern in _ID_PATTERNS:
-        match = re.fullmatch(pattern, name)
+        match = re.fullmatch(pattern, name.lower())
         if match is not None:
-            return _TASKS[match.group(1)]
-    return None
+            return match.group(1)
+    return ""
 
 
 def dataset_references(
@@ -118,11 +130,36 @@ def dataset_references(
       env: a Gymnasium ``EnvSpec`` as JSON, or an id, or None where no environment is named.
 
     Returns:
-      ``(minimum, maximum)``; None where all three are silent.
+      ``(minimum, maximum)``; None where all three are silent, and where D4RL measured them on
+      episodes of another length than those of ``env``.
+
+    Raises:
+      DataError: ``own`` is not two finite numbers, the first lower than the second.
     """
+    steps = None
     if env is not None and env.lstrip().startswith("{"):
-        env = json.loads(env)["id"]
-    return own or reference_scores(name) or (reference_scores(env) if env else None)
+        spec = json.loads(env)
+        env, steps = spec["id"], spec.get("max_episode_steps")
+    if own is not None:
+        return check_references("reference_scores", own)
+    for key in filter(None, (name, env)):
+        if (found := reference_scores(key)) is not None:
+            measured = _TASK_STEPS.get(_task(key))
+            return found if None in (steps, measured) or steps == measured else None
+    return None
+
+
+def check_references(what: str, references: Any) -> tuple[float, float]:
+    """Refuse returns of scores 0 and 100 that are not two finite numbers, the first the lower."""
+    try:
+        low, high = (float(x) for x in references if not isinstance(x, (bool, str)))
+    except (TypeError, ValueError, OverflowError):
+        low, high = np.nan, np.nan
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise DataError(
+            f"{what}: expected finite numbers, the first lower than the second; got {references!r}"
+        )
+    return low, high
 
 
 @overload

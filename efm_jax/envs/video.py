@@ -26,7 +26,7 @@ _DEFAULT_FPS = 30
 
 def record_video(
     act: Callable[[np.ndarray, int], Array],
-    env_spec: str,
+    env_spec: str | EnvSpec | Callable[[], gymnasium.Env],
     path: epath.PathLike,
     *,
     seed: int,
@@ -40,7 +40,7 @@ def record_video(
 
     Args:
       act: ``(observations [1, 1, S] float32, step) -> actions [1, 1, A]`` in environment units.
-      env_spec: a Gymnasium ``EnvSpec`` as JSON, or the id of a registered environment.
+      env_spec: as for ``evaluate``.
       path: the file, local or on ``gs://``; ``.mp4`` (H.264) or ``.gif`` (bigger, 256 colors). It
         is replaced in one rename, after the episode has ended.
       seed: of the environment's initial state and noise.
@@ -143,7 +143,10 @@ def _make(spec: EnvSpec) -> gymnasium.Env:
     spec.kwargs["render_mode"] = "rgb_array"
     try:
         return make_quietly(spec)
-    except AssertionError as error:  # Gymnasium's own template asserts its render modes
+    except ValueError as error:
+        if not isinstance(error.__cause__, AssertionError):
+            raise
+        # Gymnasium's own template asserts its render modes.
         raise ValueError(f"environment {spec.id}: renders no images: {reason(error)}") from error
 
 

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.envs import Rollouts, evaluate, mean_and_interval, normalized_score
+from efm_jax.envs import Rollouts, environments, evaluate, mean_and_interval, normalized_score
+from efm_jax.envs.rollout import bounded_spec, make_quietly
 from efm_jax.rl.agents import Agent, AgentParams, player
 from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.runs.workdir import RunInfo
@@ -25,12 +27,30 @@ def episode_seeds(count: int) -> list[int]:
     return list(range(_FIRST_EPISODE_SEED, _FIRST_EPISODE_SEED + count))
 
 
-def check_environment(env_spec: str, observation_size: int, action_size: int) -> None:
+def check_environment(
+    env_spec: str,
+    observation_size: int,
+    action_size: int,
+    bounds: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
     """Play one step, so that what is missing shows before hours of training.
 
+    Args:
+      env_spec: a Gymnasium ``EnvSpec`` as JSON.
+      observation_size, action_size: of the data.
+      bounds: the lowest and highest actions ``[A]`` of the data; None: not compared.
+
     Raises:
-      ValueError: if the environment cannot be made or does not fit the data.
+      ValueError: if the environment cannot be made, has no limit of steps, or does not fit the
+        data.
     """
+    bounded_spec(env_spec)
+
+    def make(spec: EnvSpec) -> gymnasium.Env:
+        env = make_quietly(spec)
+        if bounds is not None:
+            environments.check_bounds("data", spec, env.action_space, *bounds)
+        return env
 
     def act(observations: np.ndarray, _: int) -> np.ndarray:
         if observations.shape[-1] != observation_size:
@@ -40,7 +60,13 @@ def check_environment(env_spec: str, observation_size: int, action_size: int) ->
             )
         return np.zeros((1, 1, action_size), np.float32)
 
-    evaluate(act, env_spec, episode_seeds=[0], max_steps=1)
+    evaluate(act, env_spec, episode_seeds=[0], max_steps=1, make=make)
+
+
+def horizon(env_spec: str) -> str:
+    """Say in one line where episodes are played, and how long."""
+    spec, limit = bounded_spec(env_spec)
+    return f"episodes are evaluated in {spec.id}, of at most {limit} steps"
 
 
 class Evaluator:

@@ -8,9 +8,10 @@ from typing import Any
 from etils import epath
 
 from efm_jax import __version__
+from efm_jax.envs import specs
 from efm_jax.files import write_whole
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.runs.plugins import load_plugins
+from efm_jax.runs.plugins import check_loaded
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
@@ -97,7 +98,7 @@ class RunInfo:
         values = read_json(path)
         try:
             del values["version"]
-            load_plugins(values["plugins"])
+            check_loaded(values["plugins"])
             values["config"] = QIPOConfig.from_dict(values["config"])
             if isinstance(values["reference_scores"], list):
                 values["reference_scores"] = tuple(values["reference_scores"])
@@ -106,7 +107,7 @@ class RunInfo:
             return cls(**values)
         except KeyError as error:
             raise ValueError(f"{path}: cannot be read: no field {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
 
     @classmethod
@@ -145,6 +146,8 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
     if name == "reference_scores":
         numbers = value is None or all(isinstance(end, (int, float)) for end in value)
         fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))
+    elif name == "env_spec":
+        fits = isinstance(value, str) and specs.id_of(value) is not None
     else:
         fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:

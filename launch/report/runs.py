@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from efm_jax.envs import mean_and_interval, normalized_score
+from efm_jax.envs import mean_and_interval, normalized_score, specs
 from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, Run
 from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json
 
@@ -138,7 +138,7 @@ def load_runs(workdirs: Sequence[str]) -> list[ReportRun]:
             index=index,
             name=name,
             run=run,
-            environment=_environment(run),
+            environment=specs.id_of(run.info.env_spec) or "",
             curves=_curves(run),
             evaluations=_evaluations(run),
             videos=_videos(run.path),
@@ -154,16 +154,6 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-def _environment(run: Run) -> str:
-    try:
-        return str(json.loads(run.info.env_spec)["id"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{run.path / CONFIG_FILE}: field 'env_spec': expected a Gymnasium EnvSpec as JSON; "
-            f"got {run.info.env_spec!r}"
-        ) from error
 
 
 def _curves(run: Run) -> dict[tuple[str, str], Curve]:

@@ -169,6 +169,7 @@ def _become(request):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])  # as python -m does
     os.environ.update(request["env"])
     sys.argv = [f"launch.{request['module']}", *request["args"]]
     code = 1

@@ -57,7 +57,7 @@ def test_a_trained_policy(launcher, minari, dataset, tmp_path):
     assert result.status == 0, result.err
     assert result.line["env"] == "Pendulum-v1"  # the run's
     actions = load_dataset("mine/policy-v0").transitions.actions
-    assert actions.shape == (400, 1)
+    assert actions.shape == (200, 1)  # episodes are as long as those of the run's dataset
     assert len(np.unique(actions)) > 100
     result = launcher.run(
         "collect", f"--policy={workdir}", "--env=MountainCarContinuous-v0", env=minari
@@ -134,3 +134,50 @@ def test_point_maze(launcher, minari):
     datasets = [load_dataset(run.line["dataset"]).transitions for run in (result, again)]
     for first, second in zip(*datasets, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+MODULE = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+class Mine(PendulumEnv): pass
+gymnasium.register("Mine-v3", entry_point=Mine)
+"""
+
+
+def test_an_environment_of_the_users_own_module(launcher, minari, tmp_path):
+    """``--env=module:Name-v0`` as in ``gymnasium.make``, without a limit of its own."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    env = {"env": minari, "cwd": tmp_path}
+    collect = ("--env=mine:Mine-v3", "--policy=random", "--dataset=mine/any-v0", "--episodes=2")
+    refused = launcher.run("collect", *collect, **env)
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert "give --max_episode_steps" in refused.err
+    assert launcher.run("collect", *collect, "--max_episode_steps=30", **env).line["steps"] == 60
+
+    # The recording names it, and that alone makes nobody import it.
+    train = train_flags("mine/any-v0", tmp_path / "run", batch_size=16)
+    refused = launcher.run("train", *train, **env)
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert "'mine:Mine'" in refused.err
+    assert "--allow_env=mine" in refused.err
+    refused = launcher.run("train", *train, "--env=mine:Mine-v3", **env)
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert "no limit on the length of an episode" in refused.err
+    assert "--max_episode_steps" in refused.err
+    trained = launcher.run("train", *train, "--allow_env=mine", **env)
+    assert trained.status == 0, trained.err
+    assert "note: episodes are evaluated in Mine-v3, of at most 30 steps" in trained.out
+
+    # Nor does the run, which does not remember what was allowed.
+    evaluate = ("evaluate", f"--workdir={tmp_path / 'run'}", "--episodes=1")
+    refused = launcher.run(*evaluate, **env)
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert "--allow_env=mine" in refused.err
+    again = launcher.run(*evaluate, "--allow_env=mine", **env)
+    assert again.status == 0, again.err
+    other = launcher.run(*evaluate, "--env=mine:Mine-v3", "--max_episode_steps=7", **env)
+    assert "note: episodes are evaluated in Mine-v3, of at most 7 steps" in other.out
+    assert launcher.run(*evaluate, "--env=Pendulum-v1", **env).status == 0
+    refused = launcher.run(*evaluate, "--env=MountainCarContinuous-v0", **env)
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert "observation" in refused.err or "bounds" in refused.err

@@ -28,10 +28,13 @@ def test_a_users_parts_train_evaluate_resume_and_export(launcher, dataset, tmp_p
     config = json.loads((workdir / "config.json").read_text())
     assert config["plugins"] == PLUGINS
     assert config["config"]["best_q"] == {"pessimism": 0.25}
-    # The other commands find the plugins in the run.
-    again = launcher.run("evaluate", f"--workdir={workdir}")
+    # The other commands are told of the plugins: a file does not choose code to run.
+    refused = launcher.run("evaluate", f"--workdir={workdir}")
+    assert (refused.status, len(refused.complaints)) == (2, 1)
+    assert f"give --plugins={','.join(PLUGINS)}" in refused.err
+    again = launcher.run("evaluate", f"--workdir={workdir}", train[-1])
     assert again.line["policy_return"] == first.line["policy_return"]
-    exported = launcher.run("export", f"--workdir={workdir}").line["file"]
+    exported = launcher.run("export", f"--workdir={workdir}", train[-1]).line["file"]
     policy = jax.export.deserialize(bytearray(pathlib.Path(exported).read_bytes()))
     actions = policy.call(np.zeros((4, 3), np.float32), np.uint32(0))
     assert actions.shape == (4, 1)

@@ -112,24 +112,25 @@ def test_environment_argument_before_attribute_before_file_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "env_id", "sizes"),
+    ("name", "env_id", "sizes", "expert"),
     [
-        ("halfcheetah_medium-v2.hdf5", "HalfCheetah-v5", (17, 6)),
-        ("hopper-medium-replay-v2.hdf5", "Hopper-v5", (11, 3)),
-        ("walker2d_expert.h5", "Walker2d-v5", (17, 6)),
-        ("Ant_random.hdf5", "Ant-v5", (105, 8)),
-        ("antmaze-umaze-v2.hdf5", None, (29, 8)),
-        ("pen-human-v1.hdf5", None, (45, 24)),
+        ("halfcheetah_medium-v2.hdf5", "HalfCheetah-v5", (17, 6), 12135.0),
+        ("hopper-medium-replay-v2.hdf5", "Hopper-v5", (11, 3), 3234.3),
+        ("walker2d_expert.h5", "Walker2d-v5", (17, 6), 4592.3),
+        ("Ant_random.hdf5", "Ant-v5", (105, 8), 3879.7),
+        ("antmaze-umaze-v2.hdf5", None, (29, 8), 1.0),
+        ("maze2d-umaze-sparse-v1.hdf5", None, (4, 2), 161.86),
+        ("pen-human-v1.hdf5", "AdroitHandPen-v1", (45, 24), 3076.8331017826877),
     ],
 )
-def test_classic_file_names_without_simulator(tmp_path, monkeypatch, name, env_id, sizes):
+def test_classic_file_names_without_simulator(tmp_path, monkeypatch, name, env_id, sizes, expert):
     monkeypatch.setattr(environments_module, "make_spaces", lambda spec: None)
     arrays = d4rl_arrays([0, 1], [0, 0], observation_size=sizes[0], action_size=sizes[1])
     dataset = load(tmp_path, arrays, name=name)
     assert (dataset.env_spec is None) if env_id is None else (f'"{env_id}"' in dataset.env_spec)
     np.testing.assert_array_equal(dataset.action_low, -np.ones(sizes[1]))
     np.testing.assert_array_equal(dataset.action_high, np.ones(sizes[1]))
-    assert dataset.reference_scores is None
+    assert dataset.reference_scores[1] == expert
 
 
 def test_environment_without_simulator_and_without_documented_bounds(tmp_path, monkeypatch):
@@ -189,9 +190,9 @@ def test_environment_of_other_sizes_that_only_the_name_suggests(tmp_path, monkey
     other = pendulum.observation_space, pendulum.action_space
     monkeypatch.setattr(environments_module, "make_spaces", lambda spec: other)
     arrays = d4rl_arrays([0, 0, 1], [0, 0, 0], observation_size=111, action_size=8)
-    with pytest.warns(UserWarning, match="Ant-v5"):
-        dataset = load(tmp_path, arrays, name="ant_medium.hdf5")
+    dataset = load(tmp_path, arrays, name="ant_medium.hdf5")
     assert dataset.env_spec is None
+    assert "Ant-v5 has 3 observation dimensions" in dataset.notes[0]
 
 
 @pytest.mark.parametrize("name", ["observations", "actions", "rewards", "next_observations"])

@@ -1,8 +1,12 @@
+import json
+
+import gymnasium
 import numpy as np
 import pytest
 
 from efm_jax.data import DataError, Folders, d4rl_files, load_dataset
 from efm_jax.envs import environments as environments_module
+from efm_jax.envs import specs
 from tests.unit.data_fixtures import (
     box,
     d4rl_arrays,
@@ -98,7 +102,64 @@ def test_the_default_folder_is_that_of_d4rl(tmp_path, monkeypatch):
     arrays = d4rl_arrays([0, 1], [0, 0], observation_size=45, action_size=24)
     write_d4rl(folder / "pen-human-v1.hdf5", arrays)
     dataset = load_dataset("pen-human-v1")
-    assert (dataset.name, dataset.transitions.size, dataset.env_spec) == ("pen-human-v1", 2, None)
+    assert (dataset.name, dataset.transitions.size) == ("pen-human-v1", 2)
+    assert '"AdroitHandPen-v1"' in dataset.env_spec
+
+
+def limit_of(dataset):
+    return json.loads(dataset.env_spec)["max_episode_steps"]
+
+
+def test_evaluated_episodes_are_as_long_as_the_datas(tmp_path):
+    long = [0] * 9 + [1]
+
+    def load(name, timeouts, env_id="Pendulum-v1", **options):
+        arrays = d4rl_arrays(np.zeros(len(timeouts)), timeouts, action_size=1)
+        return load_dataset(write_d4rl(tmp_path / name, arrays, env_id=env_id), **options)
+
+    dataset = load("a.hdf5", long * 3)
+    assert limit_of(dataset) == 10
+    assert "cut at 10 steps, as its timeouts say, not at 200" in dataset.notes[0]
+    assert limit_of(load("a.hdf5", long * 3, max_episode_steps=50)) == 50
+    assert limit_of(load("a.hdf5", long)) == 200  # a recording that stops
+    assert limit_of(load("a.hdf5", [*long, 0, 1])) == 200
+    assert limit_of(load("a.hdf5", [*long, *long, *[0] * 20, 1])) == 200
+    # D4RL's name says it before the timeouts, for a path as for a name.
+    arrays = d4rl_arrays([0] * 20, long * 2, observation_size=45, action_size=24)
+    dataset = load_dataset(write_d4rl(tmp_path / "pen-human-v1.hdf5", arrays))
+    assert limit_of(dataset) == 100
+    assert dataset.reference_scores == (96.262799, 3076.8331017826877)
+    path = write_d4rl(tmp_path / "pen-mine.hdf5", arrays)
+    assert limit_of(load_dataset(path)) == 10
+    assert load_dataset(path).reference_scores is None
+
+
+def test_actions_normalized_for_an_environment_with_other_bounds(tmp_path):
+    arrays = d4rl_arrays([0, 0, 1], [0, 0, 0], action_size=1)
+    arrays["actions"][1] = 1
+    dataset = load_dataset(write_d4rl(tmp_path / "a.hdf5", arrays, env_id="Pendulum-v1"))
+    assert "actions reach 1, as those do that were normalized" in dataset.notes[0]
+    arrays["actions"][1] = 1.3
+    dataset = load_dataset(write_d4rl(tmp_path / "a.hdf5", arrays, env_id="Pendulum-v1"))
+    assert dataset.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("pen-human-v1", "AdroitHandPen-v1"),
+        ("door-cloned-v0", "AdroitHandDoor-v1"),
+        ("kitchen-mixed-v0", "FrankaKitchen-v1"),
+        ("antmaze-umaze-diverse-v2", "AntMaze_UMaze-v5"),
+        ("maze2d-large-dense-v1", "PointMaze_Large-v3"),
+        ("maze2d-open-v0", "PointMaze_Open-v3"),
+        ("mine", None),
+        ("antmaze", None),
+    ],
+)
+def test_environments_of_names(name, environment):
+    assert d4rl_files.environment_of(name) == environment
+    assert environment is None or gymnasium.spec(specs.named("test", environment).id)
 
 
 def test_misspelled_names(tmp_path, monkeypatch):

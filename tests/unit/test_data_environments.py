@@ -13,7 +13,8 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import DataError
-from efm_jax.envs import environments, evaluate, play
+from efm_jax.envs import environments, evaluate, play, specs
+from efm_jax.runs.evaluation import check_environment
 
 ROOT = Path(__file__).parents[2]
 MAZE = "PointMaze_UMaze-v3"
@@ -31,24 +32,33 @@ def still(observations, step):
 
 
 def test_a_found_spec_is_a_copy():
-    environments.read_spec("test", "Pendulum-v1").kwargs["g"] = 3.0
-    assert environments.read_spec("test", "Pendulum-v1").kwargs == {}
+    specs.named("test", "Pendulum-v1").kwargs["g"] = 3.0
+    assert specs.named("test", "Pendulum-v1").kwargs == {}
 
 
 def test_missing_robotics_is_named(without_robotics):
     hint = r"pip install -e \.\[robotics\]"
     with pytest.raises(DataError, match=f"{MAZE}.*{hint}"):
-        environments.read_spec("some/data-v0", MAZE)
+        specs.named("some/data-v0", MAZE)
     with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:
         evaluate(still, MAZE, episode_seeds=[0])
     assert "\n" not in str(caught.value)
     spec = EnvSpec(
         MAZE, "gymnasium_robotics.envs.maze.point_maze:PointMazeEnv", max_episode_steps=3
     )
-    with pytest.raises(ValueError, match=f"{MAZE} cannot run here.*{hint}") as caught:
+    with pytest.raises(ValueError, match=f"not known.*PointMaze_UMaze.*{hint}") as caught:
         evaluate(still, spec.to_json(), episode_seeds=[0])
     assert "\n" not in str(caught.value)
-    assert environments.make_spaces(spec) is None
+
+
+def test_bounds_and_limits_are_checked_at_the_start():
+    text = specs.to_json("test", specs.named("test", "Pendulum-v1"))
+    two = np.full(1, 2, np.float32)
+    check_environment(text, 3, 1, (-two, two))
+    with pytest.raises(DataError, match=r"\[-1, 1\] in the data and \[-2, 2\] in Pendulum-v1"):
+        check_environment(text, 3, 1, (-two / 2, two / 2))
+    with pytest.raises(ValueError, match=r"no limit .*--max_episode_steps"):
+        check_environment(text.replace("200", "null"), 3, 1)
 
 
 def test_what_cannot_be_made_is_one_line():

@@ -9,6 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from efm_jax.data import DataError, load_dataset
+from efm_jax.envs import dataset_references
 from efm_jax.envs.flatten import flat_size, flatten_observation
 from tests.unit.data_fixtures import SHARED_DATA, box, episode, fails, write_minari
 
@@ -221,12 +222,46 @@ def test_actions_outside_bounds_are_clipped_only_if_rounding():
         (spaces.Box(-1, 1, (2, 2)), "one axis"),
         (spaces.Dict(a=box(1)), "one axis"),
         (spaces.Box(np.array([-1, -np.inf]), np.array([1, 1]), dtype=np.float32), "infinite"),
+        (spaces.Box(-np.finfo("f4").max, np.finfo("f4").max, (2,), np.float32), "infinite"),
+        (spaces.Box(-np.finfo("f8").max, np.finfo("f8").max, (2,), np.float64), "infinite"),
         (spaces.Box(np.array([-1, 1]), np.array([1, 1]), dtype=np.float32), "low 1.0 >= high 1.0"),
     ],
 )
 def test_action_spaces_that_are_refused(space, word):
     write_minari("test/space-v0", [], action_space=space)
     fails("test/space-v0", word)
+
+
+def test_bounds_too_wide_to_scale_by():
+    write_minari("test/wide-v0", [episode(3, rows(0, 3))], action_space=box(2, 1e7))
+    fails("test/wide-v0", "action dimension 0", "[-1e+07, 1e+07]", "too wide")
+
+
+@pytest.mark.parametrize("pair", [(1, 1), (2, 1), (np.nan, 1), ("a", 1), ("1", "2"), (0, np.inf)])
+def test_reference_scores_that_are_none(folder, pair):
+    write_minari("test/a-v0", [episode(3, rows(0, 3))])
+    path = folder / "test/a-v0/data/metadata.json"
+    scores = dict(zip(("ref_min_score", "ref_max_score"), pair, strict=True))
+    path.write_text(json.dumps(json.loads(path.read_text()) | scores))
+    fails("test/a-v0", "ref_min_score, ref_max_score: expected finite numbers")
+
+
+def test_pen_ends_where_d4rls_does():
+    options = {"observation_space": box(45, np.inf), "action_space": box(24)}
+    steps = [episode(3, rows(0, 3, 45), actions=np.zeros((3, 24), np.float32))]
+    write_minari("D4RL/pen/human-v2", steps, **options, env="AdroitHandPen-v1")
+    dataset = load_dataset("D4RL/pen/human-v2")
+    assert json.loads(dataset.env_spec)["max_episode_steps"] == 100
+    assert "cut at 100 steps, as D4RL's D4RL/pen/human-v2, not at 200" in dataset.notes[0]
+    longer = load_dataset("D4RL/pen/human-v2", max_episode_steps=200)
+    assert json.loads(longer.env_spec)["max_episode_steps"] == 200
+    assert longer.notes == ()
+    # D4RL's references are of 100 steps.
+    names = "D4RL/pen/human-v2", "AdroitHandPen-v1"
+    assert dataset_references(None, names[0], dataset.env_spec) == (96.262799, 3076.8331017826877)
+    assert dataset_references(None, names[0], longer.env_spec) is None
+    assert dataset_references(None, "mine", longer.env_spec) is None
+    assert dataset_references(None, *names) == (96.262799, 3076.8331017826877)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +314,9 @@ def test_damaged_datasets(folder):
     data = folder / "test/a-v0/data"
     whole = (data / "main_data.hdf5").read_bytes()
     (data / "main_data.hdf5").write_bytes(whole[: len(whole) // 2])
-    fails("test/a-v0", "episodes", "truncated file")
+    fails("test/a-v0", "truncated file")
     (data / "main_data.hdf5").unlink()
-    fails("test/a-v0", "cannot read")
+    fails("test/a-v0", "no such file")
     (data / "metadata.json").write_text("{")
     fails("test/a-v0", "cannot read")
     (data / "metadata.json").unlink()

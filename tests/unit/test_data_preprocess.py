@@ -60,6 +60,65 @@ def test_bounds_become_exactly_one():
     )
 
 
+def test_dimensions_that_hardly_vary_are_scaled_by_their_farthest_value():
+    rng = np.random.default_rng(0)
+    observations = rng.normal(0, [1, 2e-4, 1], (50_000, 3))
+    observations[7, 1] = 0.02  # a hundred deviations
+    observations[7, 2] = -40
+    dataset = make_dataset(50_000, observations=observations, rewards=np.zeros(50_000))
+    notes = []
+    normalizer = fit_normalizer(dataset, notes=notes)
+    exact = dataset.transitions.observations.astype(np.float64)
+    far = np.abs(exact - exact.mean(0)).max(0)
+    expected = [exact[:, 0].std(), far[1] / 10, exact[:, 2].std()]
+    np.testing.assert_allclose(normalizer.observation_std, expected, rtol=1e-6)
+    assert np.abs(preprocess(dataset, normalizer).observations[:, 1]).max() <= 10.0001
+    assert len(notes) == 1
+    assert notes[0].startswith("observation dimensions 1 hardly vary")
+
+
+def test_dates_are_scaled_and_said_to_be_coarse():
+    time = 1.7e9 + np.arange(500) * 10.0
+    observations = np.stack([np.sin(time), time, np.cos(time)], axis=1)
+    dataset = make_dataset(observations=observations, next_observations=observations)
+    notes = []
+    normalizer = fit_normalizer(dataset, notes=notes)
+    assert np.abs(preprocess(dataset, normalizer).observations).max() < 10.5
+    assert "dimensions 1 lie so far from 0 that float32 loses more than 1%" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"observations": np.full((500, 3), np.nan)}, "observations[0][0] is not finite"),
+        ({"rewards": np.full(500, np.inf)}, "rewards[0] is not finite"),
+        ({"rewards": np.zeros((500, 1))}, "rewards: expected 1 axes"),
+        ({"terminated": np.full(500, 0.5)}, "terminated[0]: expected 0 or 1"),
+        ({"terminated": np.zeros(499)}, "lengths disagree"),
+        ({"next_observations": np.zeros((500, 4))}, "next_observations (500, 4)"),
+        ({"actions": np.full((500, 2), 2.5)}, "actions[0][0] is outside its bounds"),
+        ({"actions": np.zeros((500, 3))}, "actions have shape (500, 3), their bounds (2,)"),
+        ({"observations": np.zeros((500, 4, 4))}, "images"),
+    ],
+)
+def test_arrays_given_in_python_are_checked_as_files_are(changes, words):
+    good = make_dataset()
+    with pytest.raises(DataError) as caught:
+        fit_normalizer(make_dataset(**changes))
+    assert words in str(caught.value)
+    with pytest.raises(DataError):
+        preprocess(make_dataset(**changes), fit_normalizer(good))
+    for low, high in (
+        ([0, 0], [0, 1]),
+        ([-np.inf, 0], [1, 1]),
+        ([-3e38, 0], [3e38, 10]),
+        ([0], [9]),
+    ):
+        bounds = np.array(low, np.float32), np.array(high, np.float32)
+        with pytest.raises(DataError):
+            fit_normalizer(good._replace(action_low=bounds[0], action_high=bounds[1]))
+
+
 def test_constant_dimensions_are_only_centered():
     # 0, a value that float32 cannot hold, a large one; and small variations that are real.
     observations = np.tile(np.array([0, 0.1, 1e6], np.float32), (500, 1))

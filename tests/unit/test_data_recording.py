@@ -24,6 +24,8 @@ NAME = "efm/test/some-v0"
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(recording, "REFERENCE_EPISODES", 3)
+    # A recording names it, and files may only name what is registered.
+    monkeypatch.setitem(gymnasium.registry, "Walk-v0", EnvSpec("Walk-v0", entry_point=Walk))
     return tmp_path
 
 

@@ -226,6 +226,37 @@ def test_episodes_of_one_step():
     ]
 
 
+def test_ogbenchs_own_layout_has_no_false_problems(tmp_path):
+    """Quaternions that change their sign, and a task that is done where trajectories begin."""
+    rng = np.random.default_rng(0)
+    trajectories, steps, size = 40, 51, 16
+    walks = rng.normal(size=(trajectories, 1, size))
+    walks = walks + 0.02 * np.cumsum(rng.normal(size=(trajectories, steps, size)), axis=1)
+    flips = rng.random((trajectories, steps, 1)) < 0.002
+    walks[..., :4] *= np.where(np.cumsum(flips, axis=1) % 2, -1, 1)
+    masks = np.ones((trajectories, steps), np.float32)
+    masks[:8, 0] = 0
+    path = tmp_path / "cube-single-play-v0.npz"
+    np.savez(
+        path,
+        observations=walks.reshape(-1, size).astype(np.float32),
+        actions=rng.uniform(-0.9, 0.9, (trajectories * steps, 2)).astype(np.float32),
+        terminals=np.tile(np.arange(steps) == steps - 1, trajectories).astype(np.float32),
+        rewards=masks.reshape(-1) - 1 + rng.normal(size=trajectories * steps).astype(np.float32),
+        masks=masks.reshape(-1),
+    )
+    assert flips.sum() > 0
+    dataset = load_dataset(str(path))
+    assert (dataset.episode_lengths == 1).sum() == 8
+    assert problems(dataset) == ["names no environment: training needs one to evaluate in"]
+    # An end that is not marked is found all the same: 25 and 26 are of two trajectories.
+    walks[3, 26:] = rng.normal(size=size)
+    with np.load(path) as file:
+        changed = dict(file) | {"observations": walks.reshape(-1, size).astype(np.float32)}
+    np.savez(path, **changed)
+    assert "1 transitions lead 20 times as far" in " ".join(problems(load_dataset(str(path))))
+
+
 def panels(png):
     return image.imread(io.BytesIO(png), format="png")
 

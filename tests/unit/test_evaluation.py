@@ -155,17 +155,16 @@ def test_episode_seeds_belong_to_episodes_not_to_policies():
 def test_nothing_leaks_into_a_finished_episode(truncates):
     seeds = [0, 4, 2]
     calls, frozen = [], []
-    spec = gymnasium.spec("efmtest/Countdown-v0")
+    spec = copy.deepcopy(gymnasium.spec("efmtest/Countdown-v0"))
     spec.kwargs = {"truncates": truncates}
 
     def act(observations, step):
         frozen.append(observations[0, 0].copy())
         return zeros(observations, step)
 
-    spec.entry_point = f"{__name__}:Countdown"
     result = evaluate(
         act,
-        spec.to_json(),
+        spec,
         num_policies=2,
         episode_seeds=seeds,
         progress=lambda *done: calls.append(done),
@@ -261,10 +260,12 @@ def test_missing_simulator_names_the_extra(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_package_is_named():
+def test_code_that_a_spec_names_is_refused():
     spec = json.loads(gymnasium.spec("Pendulum-v1").to_json())
     spec["entry_point"] = "no_such_package.envs:Thing"
-    with pytest.raises(ValueError, match="no-such-package"):
+    with pytest.raises(
+        ValueError, match=r"code .no_such_package.envs:Thing. under the id Pendulum-v1"
+    ):
         evaluate(zeros, json.dumps(spec), episode_seeds=[0])
 
 

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import load_dataset, recording
-from efm_jax.envs import environments, evaluate, normalized_score, pointmaze
+from efm_jax.envs import environments, evaluate, normalized_score, pointmaze, specs
 from efm_jax.envs.pointmaze import BEST, Gains, Maze, routes, steer, wanderer
 
 
@@ -197,7 +197,7 @@ def test_task_has_one_goal_and_continues():
 
 @pytest.mark.parametrize("name", ["UMaze", "Open", "Medium", "Large"])
 def test_real_map_and_positions(name):
-    env = environments.make(pointmaze.task(environments.read_spec("test", f"PointMaze_{name}-v3")))
+    env = environments.make(pointmaze.task(specs.named("test", f"PointMaze_{name}-v3")))
     maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.cells) > 5
     for cell in maze.cells:
@@ -211,7 +211,7 @@ def test_real_map_and_positions(name):
 def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(recording, "REFERENCE_EPISODES", 10)
-    env = environments.make(pointmaze.task(environments.read_spec("test", "PointMaze_UMaze-v3")))
+    env = environments.make(pointmaze.task(specs.named("test", "PointMaze_UMaze-v3")))
     maze = Maze.of(env)
     recording.record(
         "efm/maze/test-v0",

@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,7 @@ from etils import epath
 from efm_jax.envs import Rollouts
 from efm_jax.rl.config import OPTIONS, QIPOConfig
 from efm_jax.runs.metrics import MetricsWriter, write_returns
+from efm_jax.runs.plugins import load_plugins
 from efm_jax.runs.workdir import RunInfo
 from launch.report.page import build_page
 from launch.report.runs import load_runs
@@ -261,9 +263,14 @@ def test_options_of_a_plugin_are_fields(tmp_path, monkeypatch):
     new = write(tmp_path / "new", config=config, plugins=["report_plugin"])
     del OPTIONS["deeper"]
     old = write(tmp_path / "old")
+    with pytest.raises(ValueError, match="give --plugins=report_plugin") as caught:
+        page_of(old, new)
+    assert "\n" not in str(caught.value)
+    assert "report_plugin" not in sys.modules  # a file does not choose what is imported
+    load_plugins(["report_plugin"])
     differing = page_of(old, new).rows("Fields of the configuration that differ")[1:]
     assert sorted(differing) == [
-        ["deeper.deep", "none", "true"],
+        ["deeper.deep", "false", "true"],
         ["plugins", "[]", '["report_plugin"]'],
     ]
 

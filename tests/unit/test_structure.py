@@ -11,7 +11,7 @@ PACKAGES = {
     "": "types checks errors files arrays paths weights losses exact solvers sampling networks "
     "guidance "
     "distances envs data training rl runs",
-    "envs": "flatten environments rollout scores play video pendulum pointmaze",
+    "envs": "flatten specs environments rollout scores play video pendulum pointmaze",
     "training": "hosts state step loop parallel",
     "rl": "config batch model critics agents trainer memory",
     "rl.agents": "agent cloning qipo qgpo reweighting gaussian",
