@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from numpy.testing import assert_allclose
 
 from efm_jax import exact, losses, paths
 from efm_jax.sampling import log_likelihood, sample, sample_dpmpp
@@ -271,7 +272,7 @@ def test_loss_on_four_devices_sums_to_one(devices, on_devices):
             share, mesh=mesh, in_specs=(same, same, split), out_specs=same, check_vma=False
         )
         value, gradient = jax.jit(mapped)(params, key, batch)
-    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    assert_allclose(value, expected, rtol=1e-10)
     chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
 
 
@@ -336,7 +337,7 @@ def test_sampler_in_float64_with_its_gradient(sampling_pair):
     gradient, samples = run(make_params("float64"))
     assert samples.dtype == jnp.float64
     narrow = sampler(make_params("float32"), make_batch("float32")["x0"])
-    np.testing.assert_allclose(samples, narrow, rtol=1e-2, atol=1e-2)
+    assert_allclose(samples, narrow, rtol=1e-2, atol=1e-2)
     assert_finite(gradient)
     assert np.abs(gradient["bias"]).max() > 0
 
@@ -349,7 +350,7 @@ def test_sampler_under_pmap_of_vmap(devices, sampling_pair):
         params, batches
     )
     tolerance = 1e-2 if sampling_pair[1] == "dopri5" else 1e-4
-    np.testing.assert_allclose(mapped, alone, rtol=tolerance, atol=tolerance)
+    assert_allclose(mapped, alone, rtol=tolerance, atol=tolerance)
 
 
 # name -> function(x, t, other) of three arrays that a mesh splits along their first axis
@@ -397,7 +398,7 @@ def test_shard_map_with_its_checks(devices, name):
     got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x, t, x[::-1])
     shares = [slice(i, i + B // 4) for i in range(0, B, B // 4)]
     expected = np.concatenate([run(x[i], t[i], x[::-1][i]) for i in shares])
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- paths ---
@@ -433,4 +434,4 @@ def test_path_keeps_dtype_and_round_trips(path, dtype):
         for name, (got, expected) in jax.jit(run)(batch["x0"], noise, t).items():
             assert got.dtype == dtype
             tolerance = 2e-3 if dtype == "float32" else 1e-9
-            np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)
+            assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)

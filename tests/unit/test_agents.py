@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
@@ -71,7 +72,7 @@ def test_weights_of_advantages():
     advantages = np.random.default_rng(0).standard_normal(40).astype(np.float32) * 3
     weights = np.minimum(np.exp(2.0 * advantages.astype(np.float64)), 100)
     found, summary = weigh_advantages(jnp.asarray(advantages), 2.0)
-    np.testing.assert_allclose(found, weights / weights.mean(), rtol=1e-4)
+    assert_allclose(found, weights / weights.mean(), rtol=1e-4)
     assert (weights == 100).any()
     expected = {
         "advantage_mean": advantages.mean(), "advantage_std": advantages.std(),
@@ -84,9 +85,9 @@ def test_weights_of_advantages():
     halves, both = jax.vmap(lambda part: weigh_advantages(part, 2.0, "i"), axis_name="i")(
         jnp.asarray(advantages).reshape(2, 20)
     )
-    np.testing.assert_allclose(halves.ravel(), found, rtol=1e-5, atol=1e-6)
+    assert_allclose(halves.ravel(), found, rtol=1e-5, atol=1e-6)
     for name, value in summary.items():
-        np.testing.assert_allclose(both[name], [value, value], rtol=1e-4, err_msg=name)
+        assert_allclose(both[name], [value, value], rtol=1e-4, err_msg=name)
 
 
 def test_without_a_value_network_the_behaviors_mean_is_the_value():
@@ -102,7 +103,7 @@ def test_without_a_value_network_the_behaviors_mean_is_the_value():
     noise = rng.standard_normal((5, 4000, 2)).astype(np.float32)
     drawn = jax.jit(agent.model.sample)(params.behavior, observations[:, None], noise)
     every = agent.critic.q_values(params.critic, observations[:, None], drawn)
-    np.testing.assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
+    assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
 
 
 def test_names_and_phases():

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data.preprocess import n_step
 from efm_jax.networks import QEnsemble, Value, ValueEnsemble
@@ -119,9 +120,7 @@ def test_iql_is_semi_gradient_descent():
             jax.grad(surrogate)(p),
         )
     )(params)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected
-    )
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
@@ -136,7 +135,7 @@ def test_device_shares_sum_to_the_global_loss(critic):
     whole, expected = jax.jit(critic.loss)(params, target, None, batch())
     assert losses.sum() == pytest.approx(float(whole), rel=1e-5)
     for name, value in expected.items():
-        np.testing.assert_allclose(aux[name], np.full(4, value), rtol=1e-4, atol=1e-6)
+        assert_allclose(aux[name], np.full(4, value), rtol=1e-4, atol=1e-6)
 
 
 def test_q_values_are_the_least_of_the_ensemble():
@@ -146,7 +145,7 @@ def test_q_values_are_the_least_of_the_ensemble():
     q = jax.jit(critic.q_values)(params, b.observations[:, None], b.next_actions)
     every = apply(critic.q_network, params["q"], b.observations[:, None], b.next_actions)
     assert q.shape == (B, M)
-    np.testing.assert_allclose(q, every.min(0), rtol=1e-6)
+    assert_allclose(q, every.min(0), rtol=1e-6)
     assert len(set(every.argmin(0).ravel())) == 3
 
 
@@ -192,7 +191,7 @@ def solve(share_of_best):
 
 def test_solution_by_hand():
     """Always right is best: 1, then 0.9 - 0.1, then 0.9 * 0.8 - 0.1."""
-    np.testing.assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
+    assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_critic_solves_the_chain(options, share_of_best):
     state = TrainState.create(critic.init(jax.random.key(0), 3, 1), optimizer)
     state, _ = chunk(state, jax.random.key(0), data._replace(next_actions=next_actions))
     q = critic.q_values(state.average, data.observations, data.actions)
-    np.testing.assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
+    assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
 
 
 def test_critics_are_made_from_a_configuration():
@@ -261,10 +260,8 @@ def test_lower_confidence_bound_of_the_advantage():
     q = apply(ENSEMBLE.q_network, params["q"], np.repeat(states, M, 1), next_actions)
     v = apply(ENSEMBLE.v_network, params["v"], samples.observations)
     expected = q.mean(0) - 0.5 * (q - v[:, :, None]).std(0)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5
-    )
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5)
 
 
 # ---- n-step samples ----
@@ -284,23 +281,23 @@ def test_three_steps():
     found = as_batch(trajectory(), 3, g)
     # Sums of up to three rewards, never over an end.
     expected = [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16 + 16 + 16, 32 + 32, 64, 128]
-    np.testing.assert_array_equal(found.rewards, np.float32(expected))
-    np.testing.assert_array_equal(found.next_observations[:, 0], [3, 10, 10, 10, 13, 13, 13, 21])
-    np.testing.assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
-    np.testing.assert_array_equal(found.observations, trajectory().observations)
+    assert_array_equal(found.rewards, np.float32(expected))
+    assert_array_equal(found.next_observations[:, 0], [3, 10, 10, 10, 13, 13, 13, 21])
+    assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
+    assert_array_equal(found.observations, trajectory().observations)
 
 
 def test_one_step_is_the_transition():
     data = trajectory()
     found = as_batch(data, 1, 0.9)
-    np.testing.assert_array_equal(found.rewards, data.rewards)
-    np.testing.assert_array_equal(found.next_observations, data.next_observations)
-    np.testing.assert_allclose(found.discounts, 0.9 * (1 - data.terminated))
+    assert_array_equal(found.rewards, data.rewards)
+    assert_array_equal(found.next_observations, data.next_observations)
+    assert_allclose(found.discounts, 0.9 * (1 - data.terminated))
 
 
 def test_beyond_the_end_it_is_the_return():
     found = as_batch(trajectory(), 100, 1.0)
-    np.testing.assert_array_equal(found.rewards[:4], [15, 14, 12, 8])
-    np.testing.assert_array_equal(found.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
+    assert_array_equal(found.rewards[:4], [15, 14, 12, 8])
+    assert_array_equal(found.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
     with pytest.raises(ValueError, match=r"^n_step: "):
         n_step(trajectory(), 0, 1.0)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from numpy.testing import assert_array_equal
 
 from efm_jax.data import BUILTIN_DATASET, builtin, load_dataset, recording
 from efm_jax.envs.pendulum import BEST
@@ -44,7 +45,7 @@ def test_whole_default_dataset(folder):
     assert dataset.name == BUILTIN_DATASET
     assert dataset.transitions.terminated.sum() == 0
     assert set(dataset.episode_lengths) == {200}
-    np.testing.assert_array_equal((dataset.action_low, dataset.action_high), [[-2], [2]])
+    assert_array_equal((dataset.action_low, dataset.action_high), [[-2], [2]])
     assert EnvSpec.from_json(dataset.env_spec).id == "Pendulum-v1"
     metadata = json.loads((folder / BUILTIN_DATASET / "data" / "metadata.json").read_text())
     assert metadata["dataset_id"] == BUILTIN_DATASET
@@ -81,7 +82,7 @@ def test_more_episodes_begin_with_the_same_ones(quick, folder, monkeypatch):
         builtin.record(num_episodes=count)
         data.append(load_dataset(BUILTIN_DATASET).transitions)
     for few, many in zip(*data, strict=True):
-        np.testing.assert_array_equal(few, many[:400])
+        assert_array_equal(few, many[:400])
 
 
 def test_arguments():

@@ -84,11 +84,7 @@ def test_shows_progress(server, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [
-        ("absent", ("404",)),
-        ("cut", (str(len(CONTENT) - 10),)),
-        ("page", ("begins with", "<html>")),
-    ],
+    [("absent", ("404",)), ("cut", (str(len(CONTENT) - 10),)), ("page", ("begins with", "<html>"))],
 )
 def test_failures_leave_nothing_behind(server, tmp_path, place, words):
     fails(tmp_path / "file.hdf5", f"{server}/{place}", *words)

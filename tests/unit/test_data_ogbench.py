@@ -5,6 +5,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from numpy.testing import assert_array_equal
 
 from efm_jax.data import Folders, load_dataset, ogbench
 from tests.unit.data_fixtures import fails, serving_files
@@ -80,18 +81,16 @@ def test_rows_are_states(tmp_path, without_ogbench):
     content = labeled()
     dataset = load_dataset(write(tmp_path / "a.npz", content))
     data = dataset.transitions
-    np.testing.assert_array_equal(data.observations, content["observations"][STEPS])
-    np.testing.assert_array_equal(
-        data.next_observations, content["observations"][np.array(STEPS) + 1]
-    )
-    np.testing.assert_array_equal(data.actions, content["actions"][STEPS])
-    np.testing.assert_array_equal(data.rewards, REWARDS[STEPS])
-    np.testing.assert_array_equal(data.terminated, [0, 1, 0, 0, 0])  # masks, never terminals
+    assert_array_equal(data.observations, content["observations"][STEPS])
+    assert_array_equal(data.next_observations, content["observations"][np.array(STEPS) + 1])
+    assert_array_equal(data.actions, content["actions"][STEPS])
+    assert_array_equal(data.rewards, REWARDS[STEPS])
+    assert_array_equal(data.terminated, [0, 1, 0, 0, 0])  # masks, never terminals
     assert all(array.dtype == np.float32 for array in data)
     # Up to the first row where the task is done; the second trajectory never gets there.
-    np.testing.assert_array_equal(dataset.episode_returns, [-1, -2])
-    np.testing.assert_array_equal(dataset.episode_lengths, [2, 2])
-    np.testing.assert_array_equal((dataset.action_low, dataset.action_high), [[-1, -1], [1, 1]])
+    assert_array_equal(dataset.episode_returns, [-1, -2])
+    assert_array_equal(dataset.episode_lengths, [2, 2])
+    assert_array_equal((dataset.action_low, dataset.action_high), [[-1, -1], [1, 1]])
     assert dataset.env_spec is None
     assert dataset.reference_scores is None
 
@@ -112,9 +111,9 @@ def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
     for form in (compact, regular):
         other = load_dataset(write(tmp_path / "b.npz", form))
         for ours, theirs in zip(other.transitions, states.transitions, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        np.testing.assert_array_equal(other.episode_returns, states.episode_returns)
-        np.testing.assert_array_equal(other.episode_lengths, states.episode_lengths)
+            assert_array_equal(ours, theirs)
+        assert_array_equal(other.episode_returns, states.episode_returns)
+        assert_array_equal(other.episode_lengths, states.episode_lengths)
 
 
 def test_parts_are_the_whole(tmp_path):
@@ -123,10 +122,8 @@ def test_parts_are_the_whole(tmp_path):
     parts = [load_dataset(path, rows=lambda n, i=i: slice(i, min(i + 2, n))) for i in (0, 2, 4)]
     for field in whole.transitions._fields:
         joined = np.concatenate([getattr(part.transitions, field) for part in parts])
-        np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
-    np.testing.assert_array_equal(
-        np.concatenate([p.episode_returns for p in parts]), whole.episode_returns
-    )
+        assert_array_equal(joined, getattr(whole.transitions, field))
+    assert_array_equal(np.concatenate([p.episode_returns for p in parts]), whole.episode_returns)
     assert [part.first_row for part in parts] == [0, 2, 4]
 
 
@@ -189,8 +186,8 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch)
             dataset = load_dataset(name, folders=folders)
             assert dataset.name == name
             transitions = dataset.transitions
-            np.testing.assert_array_equal(transitions.terminated, np.array(STEPS) == done)
-            np.testing.assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
+            assert_array_equal(transitions.terminated, np.array(STEPS) == done)
+            assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
             env_id = name.removeprefix("ogbench:").replace("-play", "")
             assert dataset.env_spec == f'{{"id": "{env_id}"}}'
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["box-single-play-v0.npz"]
@@ -199,12 +196,12 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch)
 def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench_package):
     path = write(tmp_path / "mine.npz", arrays(qpos=np.arange(7.0)[:, None]))
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
-    np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
-    np.testing.assert_array_equal(dataset.episode_returns, [-3, -1])
+    assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
+    assert_array_equal(dataset.episode_returns, [-3, -1])
     # A file's own labels are not computed again.
     path = write(tmp_path / "labeled.npz", labeled())
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
-    np.testing.assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
+    assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
 
 
 def test_files_without_rewards(tmp_path, ogbench_package):

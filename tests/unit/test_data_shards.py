@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import h5py
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import DataError, fit_normalizer, gather_episodes, load_dataset
 from efm_jax.types import Dataset, Transitions
@@ -67,16 +68,16 @@ def test_parts_make_the_whole(name, hosts):
     whole, shards = load_dataset(name), parts(name, hosts)
     for field in Transitions._fields:
         joined = np.concatenate([getattr(shard.transitions, field) for shard in shards])
-        np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
+        assert_array_equal(joined, getattr(whole.transitions, field))
     assert [shard.first_row for shard in shards] == [
         sum(shard.transitions.size for shard in shards[:host]) for host in range(hosts)
     ]
     for field in ("episode_returns", "episode_lengths"):
         joined = np.concatenate([getattr(shard, field) for shard in shards])
-        np.testing.assert_array_equal(joined, getattr(whole, field))
+        assert_array_equal(joined, getattr(whole, field))
     for merged in on_every_host(gather_episodes, shards):
-        np.testing.assert_array_equal(merged.episode_returns, whole.episode_returns)
-        np.testing.assert_array_equal(merged.episode_lengths, whole.episode_lengths)
+        assert_array_equal(merged.episode_returns, whole.episode_returns)
+        assert_array_equal(merged.episode_lengths, whole.episode_lengths)
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
@@ -85,11 +86,11 @@ def test_fingerprint_and_statistics_do_not_depend_on_the_parts(name, hosts):
     assert set(on_every_host(Dataset.fingerprint, shards)) == {whole.fingerprint()}
     expected = fit_normalizer(whole)
     observations = whole.transitions.observations.astype(np.float64)
-    np.testing.assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
+    assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
+    assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
     for found in on_every_host(fit_normalizer, shards):
         for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6)
+            assert_allclose(a, b, rtol=1e-6)
 
 
 def test_fingerprint_sees_every_number_and_its_place(name):
@@ -112,7 +113,7 @@ def test_fingerprint_sees_every_number_and_its_place(name):
 def test_the_first_rows_alone(name):
     whole, (part,) = load_dataset(name), parts(name, 1, size=5)
     assert part.transitions.size == 5
-    np.testing.assert_array_equal(part.transitions.observations, whole.transitions.observations[:5])
+    assert_array_equal(part.transitions.observations, whole.transitions.observations[:5])
     assert 1 <= len(part.episode_returns) < len(whole.episode_returns)
 
 

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
+from numpy.testing import assert_allclose
 
 from efm_jax.data import load_dataset, summarize
 from efm_jax.data.summary_plot import draw_summary
@@ -75,8 +76,8 @@ def test_numbers():
     assert summary["rewards"]["values"] is None
     assert summary["rewards"]["zero_share"] == 0
     assert summary["rewards"]["max"] == pytest.approx(float(data.rewards.max()))
-    np.testing.assert_allclose(summary["observations"]["std"], data.observations.std(0), rtol=1e-4)
-    np.testing.assert_allclose(summary["actions"]["max"], data.actions.max(0))
+    assert_allclose(summary["observations"]["std"], data.observations.std(0), rtol=1e-4)
+    assert_allclose(summary["actions"]["max"], data.actions.max(0))
     assert summary["actions"]["low"] == [-1, -1]
     assert summary["actions"]["at_bounds"] == [0, 0]
     assert summary["copies"] == 0
@@ -89,7 +90,7 @@ def test_use_of_actions():
     actions[:, 0] = np.where(np.arange(150) < 90, -1, 0.5)
     actions[80:, 1] = 0.9995
     summary = summarize(changed(dataset, actions=actions))
-    np.testing.assert_allclose(summary["actions"]["at_bounds"], [90 / 150, 70 / 150])
+    assert_allclose(summary["actions"]["at_bounds"], [90 / 150, 70 / 150])
     assert summary["actions"]["any_at_bounds"] == 1.0
     assert summary["problems"] == ["action dimensions 0 are at a bound in more than 50% of steps"]
     actions[:, 0] = 1

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.envs import (
     dataset_references,
@@ -136,16 +137,16 @@ def test_pendulum_matches_a_plain_loop():
             environment.close()
     assert result.returns.dtype == np.float64
     assert result.lengths.dtype == np.int64
-    np.testing.assert_allclose(result.returns, expected, rtol=1e-12)
-    np.testing.assert_array_equal(result.lengths, 200)
+    assert_allclose(result.returns, expected, rtol=1e-12)
+    assert_array_equal(result.lengths, 200)
     assert len(set(result.returns.ravel())) == 6
 
 
 def test_episode_seeds_belong_to_episodes_not_to_policies():
     result = evaluate(zeros, "Pendulum-v1", num_policies=2, episode_seeds=SEEDS)
-    np.testing.assert_array_equal(result.returns[0], result.returns[1])
+    assert_array_equal(result.returns[0], result.returns[1])
     assert len(set(result.returns[0])) == 3
-    np.testing.assert_array_equal(
+    assert_array_equal(
         evaluate(zeros, "Pendulum-v1", episode_seeds=SEEDS[::-1]).returns[0],
         result.returns[0, ::-1],
     )
@@ -171,11 +172,11 @@ def test_nothing_leaks_into_a_finished_episode(truncates):
         progress=lambda *done: calls.append(done),
     )
     lengths = np.array([2, 6, 4])
-    np.testing.assert_array_equal(result.lengths, [lengths, lengths])
+    assert_array_equal(result.lengths, [lengths, lengths])
     # 1 for every step but the last, which pays 10.
-    np.testing.assert_array_equal(result.returns, [lengths - 1 + 10.0] * 2)
+    assert_array_equal(result.returns, [lengths - 1 + 10.0] * 2)
     assert calls == [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)]
-    np.testing.assert_array_equal(frozen[2:], [[2.0, 2.0]] * 4)
+    assert_array_equal(frozen[2:], [[2.0, 2.0]] * 4)
 
 
 def test_nan_in_a_finished_episode_is_no_error_but_in_a_running_one_is():
@@ -213,13 +214,11 @@ def test_infinite_action_is_not_clipped_to_a_bound():
 
 def test_dict_observations_are_flattened_by_key_and_actions_clipped():
     def act(observations, step):
-        np.testing.assert_array_equal(
-            observations, np.broadcast_to([1.0, 2.0, 5.0, 6.0], (2, 2, 4))
-        )
+        assert_array_equal(observations, np.broadcast_to([1.0, 2.0, 5.0, 6.0], (2, 2, 4)))
         return np.array([[[-5.0], [-0.5]], [[0.5], [5.0]]])
 
     result = evaluate(act, "efmtest/Maze-v0", num_policies=2, episode_seeds=[0, 1])
-    np.testing.assert_array_equal(result.returns, [[-8.0, -2.0], [2.0, 4.0]])
+    assert_array_equal(result.returns, [[-8.0, -2.0], [2.0, 4.0]])
 
 
 def test_length_must_be_bounded():
@@ -360,9 +359,7 @@ def test_normalized_score():
     references = reference_scores("Hopper-v5")
     assert normalized_score(-20.272305, references) == 0.0
     assert normalized_score(3234.3, references) == 100.0
-    np.testing.assert_allclose(
-        normalized_score(np.array([[0.5], [2.0]]), (0.0, 1.0)), [[50.0], [200.0]]
-    )
+    assert_allclose(normalized_score(np.array([[0.5], [2.0]]), (0.0, 1.0)), [[50.0], [200.0]])
     assert normalized_score(5.0, None) is None
     with pytest.raises(ValueError, match="references"):
         normalized_score(5.0, (1.0, 1.0))
@@ -372,7 +369,7 @@ def test_mean_and_interval():
     # Student's t with 4 degrees of freedom: 2.7764451 from the printed table; s = sqrt(2.5).
     mean, low, high = mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     margin = 2.7764451 * np.sqrt(2.5 / 5)
-    np.testing.assert_allclose([mean, low, high], [3.0, 3.0 - margin, 3.0 + margin], rtol=1e-7)
+    assert_allclose([mean, low, high], [3.0, 3.0 - margin, 3.0 + margin], rtol=1e-7)
     assert mean_and_interval([4.0]) == (4.0, 4.0, 4.0)
     for values, confidence in (
         ([], 0.95),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax import exact, paths, sampling
 from tests.reference import exact as reference
@@ -53,7 +54,7 @@ def test_posterior_mean_velocity_and_score_match_numpy(x64, name, n, weights):
             ref, x, t, data, *extra
         )
         assert got.dtype == jnp.float64
-        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9, err_msg=function)
+        assert_allclose(got, expected, rtol=1e-8, atol=1e-9, err_msg=function)
 
 
 @each_path
@@ -70,8 +71,8 @@ def test_energies_and_classifier_guidance_match_numpy(x64, name, n):
 
     got, guided = both(x, t, data, energy, probability)
     expected = reference.intermediate_energy(ref, x, t, data, energy, 1.7)
-    np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
-    np.testing.assert_allclose(
+    assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
+    assert_allclose(
         guided, reference.cg_score(ref, x, t, data, probability, 3.0), rtol=1e-8, atol=1e-9
     )
 
@@ -83,14 +84,10 @@ def test_infinite_energies(x64, name):
     energy[[0, 3]] = np.inf
     inputs = path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
     got = exact.intermediate_energy(*inputs, jnp.asarray(energy), 1.7)
-    np.testing.assert_allclose(
-        got, reference.intermediate_energy(ref, x, t, data, energy, 1.7), rtol=1e-8
-    )
+    assert_allclose(got, reference.intermediate_energy(ref, x, t, data, energy, 1.7), rtol=1e-8)
     probability = np.where(np.isinf(energy), 0.0, 0.5 + 0.1 * np.arange(7) / 7)
     got = exact.cg_score(*inputs, jnp.asarray(probability), 2.0)
-    np.testing.assert_allclose(
-        got, reference.cg_score(ref, x, t, data, probability, 2.0), rtol=1e-8
-    )
+    assert_allclose(got, reference.cg_score(ref, x, t, data, probability, 2.0), rtol=1e-8)
 
 
 def test_constant_energy_passes_through(x64):
@@ -99,7 +96,7 @@ def test_constant_energy_passes_through(x64):
     got = exact.intermediate_energy(
         path, jnp.asarray(x), t, jnp.asarray(data), jnp.full(7, 1e6), 2.0
     )
-    np.testing.assert_allclose(got, 2e6, rtol=1e-12)
+    assert_allclose(got, 2e6, rtol=1e-12)
 
 
 @each_path
@@ -111,7 +108,7 @@ def test_gradient_of_the_energy_is_the_difference_of_scores(x64, name):
         jax.grad(lambda x: exact.intermediate_energy(path, x, t, data, energy, 2.0).sum())
     )(x)
     expected = exact.score(path, x, t, data) - exact.score(path, x, t, data, -2.0 * energy)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
+    assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
 
 
 @each_path
@@ -127,7 +124,7 @@ def test_score_is_the_gradient_of_the_log_density(x64, name):
     got = exact.score(
         path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
     )
-    np.testing.assert_allclose(got, jax.grad(log_density)(jnp.asarray(x)), rtol=1e-7, atol=1e-8)
+    assert_allclose(got, jax.grad(log_density)(jnp.asarray(x)), rtol=1e-7, atol=1e-8)
 
 
 @each_path
@@ -145,7 +142,7 @@ def test_velocity_differentiates_in_x(x64, name):
         - reference.velocity(ref, x - h * direction, t, data, log_weights)
     ) / (2 * h)
     tangent = jax.jvp(field, (jnp.asarray(x),), (jnp.asarray(direction),))[1]
-    np.testing.assert_allclose(tangent, difference, rtol=1e-5, atol=1e-5)
+    assert_allclose(tangent, difference, rtol=1e-5, atol=1e-5)
     pulled = jax.grad(lambda x: (field(x) * direction).sum())(jnp.asarray(x))
     assert np.isfinite(pulled).all()
 
@@ -162,7 +159,7 @@ def test_classifier_guidance_is_exact_only_at_zero_and_one(x64, name):
         return exact.cg_score(path, x, t, data, probability, beta), guided
 
     for beta in (0.0, 1.0):
-        np.testing.assert_allclose(*both(beta), rtol=1e-8, atol=1e-9)
+        assert_allclose(*both(beta), rtol=1e-8, atol=1e-9)
     classifier, guided = both(3.0)
     assert np.abs(classifier - guided)[:3].max() > 1e-3
 
@@ -173,9 +170,9 @@ def test_near_zero_one_point_takes_the_posterior(x64, name):
     data, t = 1.5 * normal(1, 7, D), np.full(7, 1e-4)
     x = reference_paths.sample(ref, data, normal(3, 7, D), t)
     got = exact.posterior(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
-    np.testing.assert_allclose(got, np.eye(7), atol=1e-8)
+    assert_allclose(got, np.eye(7), atol=1e-8)
     velocity = exact.velocity(path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data))
-    np.testing.assert_allclose(velocity, reference.velocity(ref, x, t, data), rtol=1e-6)
+    assert_allclose(velocity, reference.velocity(ref, x, t, data), rtol=1e-6)
 
 
 @each_path
@@ -189,7 +186,7 @@ def test_float32_near_zero(name):
     chex.assert_type(got, jnp.float32)
     chex.assert_tree_all_finite(got)
     near = np.argmin(((x[:, None] - data) ** 2).sum(-1), -1)
-    np.testing.assert_allclose(exact.posterior(path, x, t, data), np.eye(7)[near], atol=1e-6)
+    assert_allclose(exact.posterior(path, x, t, data), np.eye(7)[near], atol=1e-6)
 
 
 @each_path
@@ -202,17 +199,15 @@ def test_float32_towards_time_zero(name, time):
     x = reference_paths.sample(ref, data, noise, t).astype(np.float32)
     inputs = path, *(jnp.asarray(a, jnp.float32) for a in (x, t, data))
     log_weights = jnp.asarray(-energy, jnp.float32)
-    np.testing.assert_allclose(exact.posterior(*inputs, log_weights), np.eye(5), atol=1e-6)
-    np.testing.assert_allclose(exact.x0(*inputs, log_weights), data, rtol=1e-6, atol=1e-6)
+    assert_allclose(exact.posterior(*inputs, log_weights), np.eye(5), atol=1e-6)
+    assert_allclose(exact.x0(*inputs, log_weights), data, rtol=1e-6, atol=1e-6)
     intermediate = exact.intermediate_energy(*inputs, jnp.asarray(energy, jnp.float32), 1.0)
-    np.testing.assert_allclose(intermediate, energy, rtol=1e-5, atol=1e-5)
+    assert_allclose(intermediate, energy, rtol=1e-5, atol=1e-5)
     sigma, lost = ref.sigma(t)[0], 1e-6 / ref.sigma(t)[0]  # of the noise that x holds
     velocity, score = (getattr(exact, f)(*inputs, log_weights) for f in ("velocity", "score"))
     expected = reference_paths.velocity(ref, data, noise, t)
-    np.testing.assert_allclose(velocity, expected, atol=lost * ref.sigma_dot(t)[0] + 1e-5)
-    np.testing.assert_allclose(
-        score, reference_paths.score(ref, noise, t), atol=(lost + 1e-5) / sigma
-    )
+    assert_allclose(velocity, expected, atol=lost * ref.sigma_dot(t)[0] + 1e-5)
+    assert_allclose(score, reference_paths.score(ref, noise, t), atol=(lost + 1e-5) / sigma)
 
 
 @each_path
@@ -222,10 +217,10 @@ def test_posterior_mean_at_both_ends(x64, name):
     x, _, data, log_weights = problem(7)
     nearest = ((x[:, None] - data) ** 2).sum(-1).argmin(-1)
     inputs = jnp.asarray(data), jnp.asarray(log_weights)
-    np.testing.assert_allclose(exact.x0(path, x, jnp.zeros(B), *inputs), data[nearest], rtol=1e-12)
+    assert_allclose(exact.x0(path, x, jnp.zeros(B), *inputs), data[nearest], rtol=1e-12)
     if name != "vp_linear":
         expected = np.tile(np.exp(log_weights) @ data / np.exp(log_weights).sum(), (B, 1))
-        np.testing.assert_allclose(exact.x0(path, x, jnp.ones(B), *inputs), expected, rtol=1e-10)
+        assert_allclose(exact.x0(path, x, jnp.ones(B), *inputs), expected, rtol=1e-10)
 
 
 @each_path
@@ -241,9 +236,7 @@ def test_float32_energy_keeps_its_digits(name, time):
     )
     got = jax.jit(lambda x, t: exact.intermediate_energy(path, x, t, data, energy, 2.0))(x, t)
     wide = [a.astype(np.float64) for a in (x, t, data, energy)]
-    np.testing.assert_allclose(
-        got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3
-    )
+    assert_allclose(got, reference.intermediate_energy(ref, *wide, 2.0), rtol=2e-3, atol=2e-3)
 
 
 @each_path
@@ -254,7 +247,7 @@ def test_float32_keeps_its_digits(name):
         path, jnp.asarray(x), jnp.asarray(t), jnp.asarray(data), jnp.asarray(log_weights)
     )
     expected = reference.velocity(ref, *(a.astype(np.float64) for a in (x, t, data, log_weights)))
-    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
 
 
 @each_path
@@ -262,13 +255,13 @@ def test_at_time_zero_on_a_data_point(x64, name):
     path, _ = PATHS[name]
     data, zero = 1.5 * normal(1, 7, D), np.zeros(7)
     posterior = exact.posterior(path, jnp.asarray(data), jnp.asarray(zero), jnp.asarray(data))
-    np.testing.assert_allclose(posterior, np.eye(7), atol=1e-12)
+    assert_allclose(posterior, np.eye(7), atol=1e-12)
     velocity = exact.velocity(path, jnp.asarray(data), jnp.asarray(zero), jnp.asarray(data))
     assert np.isfinite(velocity).all()
     energy = exact.intermediate_energy(
         path, jnp.asarray(data), zero, jnp.asarray(data), jnp.arange(7.0), 2.0
     )
-    np.testing.assert_allclose(energy, 2.0 * np.arange(7), rtol=1e-9)
+    assert_allclose(energy, 2.0 * np.arange(7), rtol=1e-9)
 
 
 @pytest.mark.parametrize("block_elements", [1, 4 * 37, 4 * 5003])
@@ -281,16 +274,12 @@ def test_streaming_in_several_blocks(x64, monkeypatch, block_elements):
     log_weights[: n // 4] = log_weights[-n // 4 :] = -np.inf
     inputs = jnp.asarray(x), jnp.asarray(t), jnp.asarray(data)
     got = exact.x0(path, *inputs, jnp.asarray(log_weights))
-    np.testing.assert_allclose(
-        got, reference.posterior_mean(ref, x, t, data, log_weights), rtol=1e-8
-    )
+    assert_allclose(got, reference.posterior_mean(ref, x, t, data, log_weights), rtol=1e-8)
     got = exact.velocity(path, *inputs, jnp.asarray(log_weights))
-    np.testing.assert_allclose(
-        got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9
-    )
+    assert_allclose(got, reference.velocity(ref, x, t, data, log_weights), rtol=1e-8, atol=1e-9)
     got = exact.intermediate_energy(path, *inputs, jnp.asarray(-log_weights), 1.3)
     expected = reference.intermediate_energy(ref, x, t, data, -log_weights, 1.3)
-    np.testing.assert_allclose(got, expected, rtol=1e-8)
+    assert_allclose(got, expected, rtol=1e-8)
 
 
 def test_two_hundred_thousand_points():
@@ -304,7 +293,7 @@ def test_two_hundred_thousand_points():
         ref, *(a.astype(np.float64) for a in (x, t, data[:some], -energy[:some]))
     )
     chex.assert_shape(velocity, (B, 4))
-    np.testing.assert_allclose(velocity[1:], expected[1:], atol=0.15)
+    assert_allclose(velocity[1:], expected[1:], atol=0.15)
     assert np.isfinite(exact.intermediate_energy(path, x, t, data, energy, 1.0)).all()
 
 
@@ -339,9 +328,9 @@ def test_a_million_points():
     data = normal(6, 1_000_000, 2).astype(np.float32)
     x, t = np.stack([data[700_000], np.ones(2, np.float32)]), np.array([1e-4, 0.6], np.float32)
     got = jax.jit(lambda *inputs: exact.x0(path, *inputs))(x, t, data)
-    np.testing.assert_allclose(got[0], data[700_000], atol=1e-3)
+    assert_allclose(got[0], data[700_000], atol=1e-3)
     # Standard normal data: E[x_0 | x] = mu x / (mu^2 + sigma^2).
-    np.testing.assert_allclose(got[1], 0.4 / (0.4**2 + 0.6**2) * x[1], atol=0.01)
+    assert_allclose(got[1], 0.4 / (0.4**2 + 0.6**2) * x[1], atol=0.01)
 
 
 @each_path
@@ -360,5 +349,5 @@ def test_the_guided_flow_reaches_the_weighted_data(name):
 
     distance = jnp.linalg.norm(jax.jit(run)(noise)[:, None] - data, axis=-1)
     frequency = np.bincount(np.asarray(distance.argmin(-1)), minlength=4) / 2000
-    np.testing.assert_allclose(frequency, np.exp(log_weights), atol=0.045)
+    assert_allclose(frequency, np.exp(log_weights), atol=0.045)
     assert np.median(distance.min(-1)) < 0.1

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax import exact, guidance, paths
 
@@ -53,8 +54,8 @@ def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta
 
     by_classifier = guidance.classifier_guided(plain, exact_logit(path, data, energy), beta)
     without = guidance.classifier_free_guided(plain, conditional, beta)
-    np.testing.assert_allclose(jax.jit(by_classifier)(x, t), expected, rtol=1e-7)
-    np.testing.assert_allclose(without(x, t), expected, rtol=1e-9)
+    assert_allclose(jax.jit(by_classifier)(x, t), expected, rtol=1e-7)
+    assert_allclose(without(x, t), expected, rtol=1e-9)
 
 
 @each_path
@@ -66,9 +67,7 @@ def test_contrastive_guidance_gives_the_guided_score_at_every_beta(path, problem
         # Any function of t may be added: it has no gradient in x.
         lambda x, t: 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta),
     )
-    np.testing.assert_allclose(
-        guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7
-    )
+    assert_allclose(guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7)
 
 
 def test_classifier_free_guidance_commutes_with_conversions(problem):
@@ -80,7 +79,7 @@ def test_classifier_free_guidance_commutes_with_conversions(problem):
     velocities = [lambda x, t, w=w: exact.velocity(path, x, t, data, w) for w in (None, -energy)]
     score = guidance.classifier_free_guided(*scores, 3.0)(x, t)
     velocity = guidance.classifier_free_guided(*velocities, 3.0)(x, t)
-    np.testing.assert_allclose(path.velocity_from_score(score, x, t), velocity, rtol=1e-9)
+    assert_allclose(path.velocity_from_score(score, x, t), velocity, rtol=1e-9)
 
 
 def test_classifier_loss_is_least_at_the_posterior_probability(x64):
@@ -112,7 +111,7 @@ def test_classifier_loss_is_least_at_the_posterior_probability(x64):
     x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=400_000)
     cell = np.digitize(x, np.asarray(edges))
     expected = np.array([np.asarray(prob)[which[cell == i]].mean() for i in range(5)])
-    np.testing.assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
+    assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
 
 
 def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_probability():
@@ -125,7 +124,7 @@ def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_
 
     value, gradient = jax.value_and_grad(loss)(prob)
     assert jnp.isfinite(value)
-    np.testing.assert_array_equal(gradient, 0.0)
+    assert_array_equal(gradient, 0.0)
 
 
 def test_labels_are_dropped_at_the_stated_rate():
@@ -133,8 +132,8 @@ def test_labels_are_dropped_at_the_stated_rate():
     dropped = guidance.drop_labels(jax.random.key(0), labels, 0.2, null_label=2)
     assert dropped.dtype == labels.dtype
     assert set(np.unique(dropped)) == {1, 2}
-    np.testing.assert_allclose((dropped == 2).mean(), 0.2, atol=4 * np.sqrt(0.2 * 0.8 / 20_000))
-    np.testing.assert_array_equal(guidance.drop_labels(jax.random.key(0), labels, 0.0, 2), labels)
+    assert_allclose((dropped == 2).mean(), 0.2, atol=4 * np.sqrt(0.2 * 0.8 / 20_000))
+    assert_array_equal(guidance.drop_labels(jax.random.key(0), labels, 0.0, 2), labels)
 
 
 def test_bad_arguments_are_named():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import quad
 from scipy.special import softmax
 
@@ -100,11 +101,9 @@ def test_errors_per_sample(x64, name):
         return linear(x, t)
 
     velocity = jax.vmap(lambda *a: losses.cfm_error(field, path, *a))(x0, noise, t)
-    np.testing.assert_allclose(
-        velocity, reference.cfm_errors(ref, predict, x0, noise, t), rtol=1e-10
-    )
+    assert_allclose(velocity, reference.cfm_errors(ref, predict, x0, noise, t), rtol=1e-10)
     score = jax.vmap(lambda *a: losses.dsm_error(field, path, *a))(x0, noise, t)
-    np.testing.assert_allclose(score, reference.dsm_errors(ref, predict, noise, t), rtol=1e-10)
+    assert_allclose(score, reference.dsm_errors(ref, predict, noise, t), rtol=1e-10)
     alone = losses.cfm_error(
         field, path, jnp.asarray(x0[0]), jnp.asarray(noise[0]), jnp.asarray(t[0])
     )
@@ -130,9 +129,9 @@ def test_cfm_and_dsm_match_numpy(x64, name):
     path, ref = PATHS[name]
     x0, key = normal(2, B, D), jax.random.key(KEY)
     value, _, x, t, noise = recorded(ref, x0, losses.cfm, path, key, jnp.asarray(x0))
-    np.testing.assert_allclose(value, reference.cfm(ref, linear(x, t), x0, noise, t), rtol=1e-8)
+    assert_allclose(value, reference.cfm(ref, linear(x, t), x0, noise, t), rtol=1e-8)
     value, _, x, t, noise = recorded(ref, x0, losses.dsm, path, key, jnp.asarray(x0))
-    np.testing.assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t), rtol=1e-8)
+    assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t), rtol=1e-8)
 
 
 @each_path
@@ -154,10 +153,10 @@ def test_any_prediction_with_importance_weights_matches_numpy(x64, name, predict
         "data": x0,
     }[prediction]
     errors = ((np.asarray(linear(x, t)) - target) ** 2).sum(-1)
-    np.testing.assert_allclose(value, (w * errors).mean(), rtol=1e-7)
+    assert_allclose(value, (w * errors).mean(), rtol=1e-7)
     ess, top = w.sum(-1) ** 2 / (w**2).sum(-1), w.max(-1) / w.sum(-1)
-    np.testing.assert_allclose(aux["ess"], ess.mean(), rtol=1e-10)
-    np.testing.assert_allclose(aux["top_weight"], top.mean(), rtol=1e-10)
+    assert_allclose(aux["ess"], ess.mean(), rtol=1e-10)
+    assert_allclose(aux["top_weight"], top.mean(), rtol=1e-10)
 
 
 def test_a_mask_is_the_mean_over_what_it_keeps(x64):
@@ -167,14 +166,14 @@ def test_a_mask_is_the_mean_over_what_it_keeps(x64):
     for loss in (losses.cfm, losses.dsm):
         masked, aux = loss(linear, path, keys, x0, weights=mask * B / 3)
         kept, _ = loss(linear, path, keys[:3], x0[:3])
-        np.testing.assert_allclose(masked, kept, rtol=1e-12)
+        assert_allclose(masked, kept, rtol=1e-12)
         assert float(aux["ess"]) == pytest.approx(3)
 
 
 def test_no_gradient_flows_into_importance_weights():
     path, x0 = PATHS["ot"][0], jnp.asarray(normal(2, B, D), jnp.float32)
     loss = lambda w: losses.cfm(linear, path, jax.random.key(KEY), x0, weights=w)[0]  # noqa: E731
-    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(B)), np.zeros(B))
+    assert_array_equal(jax.grad(loss)(jnp.ones(B)), np.zeros(B))
 
 
 def test_contrast_with_weights_of_its_own_is_ceps(x64):
@@ -188,7 +187,7 @@ def test_contrast_with_weights_of_its_own_is_ceps(x64):
         jax.tree.leaves(losses.cep(log_ratio, path, key, x0, energy, 2.0)),
         strict=True,
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
+        assert_allclose(a, b, rtol=1e-12)
 
 
 @each_path
@@ -200,13 +199,11 @@ def test_cefm_and_ced_match_numpy(x64, name, beta):
     ess = 1.0 / (softmax(-beta * energy) ** 2).sum()
     value, aux, x, t, noise = recorded(ref, x0, losses.cefm, *arguments)
     expected = reference.cefm(ref, linear(x, t), x0, noise, t, energy, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
-    np.testing.assert_allclose(aux["ess"], ess, rtol=1e-8)
+    assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(aux["ess"], ess, rtol=1e-8)
     value, aux, x, t, noise = recorded(ref, x0, losses.ced, *arguments)
-    np.testing.assert_allclose(
-        value, reference.ced(ref, linear(x, t), noise, t, energy, beta), rtol=1e-8
-    )
-    np.testing.assert_allclose(aux["ess"], ess, rtol=1e-8)
+    assert_allclose(value, reference.ced(ref, linear(x, t), noise, t, energy, beta), rtol=1e-8)
+    assert_allclose(aux["ess"], ess, rtol=1e-8)
 
 
 @pytest.mark.parametrize("beta", [0.0, 3.0])
@@ -218,16 +215,16 @@ def test_a_dataset_normalizer_matches_numpy(x64, beta):
     total = np.exp(-beta * energy - log_z).mean()
     value, aux, x, t, noise = recorded(ref, x0, losses.cefm, *arguments, log_normalizer=log_z)
     expected = total * reference.cefm(ref, linear(x, t), x0, noise, t, energy, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(value, expected, rtol=1e-8)
     shares = softmax(-beta * energy)
     expected_aux = {"ess": 1 / (shares**2).sum(), "top_weight": shares.max(), "weight_sum": total}
     assert aux.keys() == expected_aux.keys()
     for name, number in expected_aux.items():
-        np.testing.assert_allclose(aux[name], number, rtol=1e-10)
+        assert_allclose(aux[name], number, rtol=1e-10)
     value, aux, x, t, noise = recorded(ref, x0, losses.ced, *arguments, log_normalizer=log_z)
     expected = total * reference.ced(ref, linear(x, t), noise, t, energy, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
-    np.testing.assert_allclose(aux["weight_sum"], total, rtol=1e-10)
+    assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(aux["weight_sum"], total, rtol=1e-10)
 
 
 def test_time_weight_replaces_sigma_squared(x64):
@@ -240,10 +237,10 @@ def test_time_weight_replaces_sigma_squared(x64):
     value, _, x, t, noise = recorded(
         ref, x0, losses.dsm, path, key, jnp.asarray(x0), time_weight=weight
     )
-    np.testing.assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t, weight), rtol=1e-8)
+    assert_allclose(value, reference.dsm(ref, linear(x, t), noise, t, weight), rtol=1e-8)
     arguments = (path, key, jnp.asarray(x0), jnp.asarray(energy), 2.0)
     value, _, x, t, noise = recorded(ref, x0, losses.ced, *arguments, time_weight=weight)
-    np.testing.assert_allclose(
+    assert_allclose(
         value, reference.ced(ref, linear(x, t), noise, t, energy, 2.0, weight), rtol=1e-8
     )
 
@@ -256,15 +253,15 @@ def test_support_losses_match_numpy(x64, name, beta):
     arguments = (path, key, jnp.asarray(actions), jnp.asarray(q_values), beta)
     value, aux, x, t, noise = recorded(ref, actions, losses.support_cefm, *arguments)
     expected = reference.support_cefm(ref, linear(x, t), actions, noise, t, q_values, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(value, expected, rtol=1e-8)
     assert 1.0 <= np.mean(aux["ess"]) <= M + 1e-6
     if beta == 0.0:
         errors = reference.cfm_errors(ref, linear(x, t), actions, noise, t)
-        np.testing.assert_allclose(value, errors.mean(), rtol=1e-8)
+        assert_allclose(value, errors.mean(), rtol=1e-8)
     assert len(np.unique(t)) == B * M  # a time for every action, drawn apart
     value, aux, x, t, noise = recorded(ref, actions, losses.support_ced, *arguments)
     expected = reference.support_ced(ref, linear(x, t), actions * 0 + noise, t, q_values, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(value, expected, rtol=1e-8)
     assert 1.0 <= np.mean(aux["ess"]) <= M + 1e-6
 
 
@@ -276,8 +273,8 @@ def test_high_q_value_takes_its_state(x64):
     arguments = (path, jax.random.key(KEY), jnp.asarray(actions), jnp.asarray(q_values), 3.0)
     value, aux, x, t, noise = recorded(ref, actions, losses.support_cefm, *arguments)
     errors = reference.cfm_errors(ref, linear(x, t), actions, noise, t)
-    np.testing.assert_allclose(value, errors[np.arange(B), best].mean(), rtol=1e-8)
-    np.testing.assert_allclose(aux["ess"], 1.0, rtol=1e-8)
+    assert_allclose(value, errors[np.arange(B), best].mean(), rtol=1e-8)
+    assert_allclose(aux["ess"], 1.0, rtol=1e-8)
 
 
 @each_path
@@ -295,7 +292,7 @@ def test_cep_matches_numpy(x64, name):
     assert 0.0 <= t[0] <= 1.0
     assert len(np.unique(noise.round(6))) == B * D
     expected = reference.cep((np.sin(x).sum(-1) * (1.0 + t)), energy, beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
+    assert_allclose(value, expected, rtol=1e-8)
 
 
 def test_cep_is_stationary_at_its_weights(x64):
@@ -306,14 +303,12 @@ def test_cep_is_stationary_at_its_weights(x64):
     def loss(c):
         return losses.cep(lambda x, t: x.sum(-1) + c, path, jax.random.key(1), x0, energy, 1.0)[0]
 
-    np.testing.assert_allclose(loss(0.0), loss(5.0), rtol=1e-10)
+    assert_allclose(loss(0.0), loss(5.0), rtol=1e-10)
 
     def at(f):
         return losses.cep(lambda x, t: f, path, jax.random.key(1), x0, energy, 2.0)[0]
 
-    np.testing.assert_allclose(
-        jax.grad(at)(-2.0 * energy), 0.0, atol=1e-12
-    )  # f = -beta E is stationary
+    assert_allclose(jax.grad(at)(-2.0 * energy), 0.0, atol=1e-12)  # f = -beta E is stationary
     assert np.abs(jax.grad(at)(2.0 * energy)).max() > 0.01
 
 
@@ -328,13 +323,13 @@ def test_beta_zero_is_the_plain_mean_with_the_same_key(x64, name):
         losses.cfm(linear, path, key, x0)[0],
         losses.cefm(linear, path, key, x0, energy, 0.0),
     )
-    np.testing.assert_allclose(weighted[0], plain, rtol=1e-12)
-    np.testing.assert_allclose(weighted[1]["ess"], B, rtol=1e-12)
+    assert_allclose(weighted[0], plain, rtol=1e-12)
+    assert_allclose(weighted[1]["ess"], B, rtol=1e-12)
     plain, weighted = (
         losses.dsm(linear, path, key, x0)[0],
         losses.ced(linear, path, key, x0, energy, 0.0),
     )
-    np.testing.assert_allclose(weighted[0], plain, rtol=1e-12)
+    assert_allclose(weighted[0], plain, rtol=1e-12)
 
 
 @pytest.mark.parametrize("lowest", [-np.inf, -1e6])
@@ -344,10 +339,8 @@ def test_one_lowest_energy_picks_one_sample(x64, lowest):
     energy[5] = lowest
     arguments = (path, jax.random.key(KEY), jnp.asarray(x0), jnp.asarray(energy), 1.0)
     value, aux, x, t, noise = recorded(ref, x0, losses.cefm, *arguments)
-    np.testing.assert_allclose(
-        value, reference.cfm_errors(ref, linear(x, t), x0, noise, t)[5], rtol=1e-8
-    )
-    np.testing.assert_allclose(aux["ess"], 1.0)
+    assert_allclose(value, reference.cfm_errors(ref, linear(x, t), x0, noise, t)[5], rtol=1e-8)
+    assert_allclose(aux["ess"], 1.0)
 
 
 def test_gradient_is_the_hand_weighted_one(x64):
@@ -365,7 +358,7 @@ def test_gradient_is_the_hand_weighted_one(x64):
             lambda x, t: x @ theta, path, key, jnp.asarray(x0), jnp.asarray(energy), beta
         )[0]
 
-    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(theta)), expected, rtol=1e-7, atol=1e-9)
+    assert_allclose(jax.grad(loss)(jnp.asarray(theta)), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_keys_matter_and_repeat(x64):
@@ -376,7 +369,7 @@ def test_keys_matter_and_repeat(x64):
     _, _, _, other, other_noise = recorded(
         ref, x0, losses.cfm, path, jax.random.key(1), jnp.asarray(x0)
     )
-    np.testing.assert_array_equal(t, again)
+    assert_array_equal(t, again)
     assert not np.intersect1d(t, other).size
     assert np.abs(np.corrcoef(noise.ravel(), other_noise.ravel())[0, 1]) < 0.3
     assert len(np.unique(t)) == 64
@@ -400,7 +393,7 @@ def test_parts_of_a_batch_draw_what_it_draws_at_once(x64, name):
     whole, *parts = (
         SEPARABLE[name](lambda x, t: x * t[..., None], path, *batch) for batch in batches
     )
-    np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-12)
+    assert_allclose(np.mean(parts), whole, rtol=1e-12)
     with pytest.raises(ValueError, match=r"key: expected shape \(6,\)"):
         SEPARABLE[name](lambda x, t: x, path, keys[:2], x0)
 
@@ -457,13 +450,13 @@ def test_shares_of_four_parts_sum_to_the_whole(x64, name):
     )
     parts = jax.jit(jax.vmap(lambda x, e: gradient(x, e, "i"), axis_name="i"))
     (value, aux), share = parts(x0.reshape(4, B // 4, D), energy.reshape(4, B // 4))
-    np.testing.assert_allclose(value.sum(), expected, rtol=1e-10)
-    np.testing.assert_allclose(share.sum(0), expected_gradient, rtol=1e-9)
+    assert_allclose(value.sum(), expected, rtol=1e-10)
+    assert_allclose(share.sum(0), expected_gradient, rtol=1e-9)
     assert np.ptp(value) > 1e-6  # a share, not the sum everywhere
     assert aux.keys() == expected_aux.keys()
     assert ("ess" in aux) == name.startswith("ce")
     for statistic, number in expected_aux.items():
-        np.testing.assert_allclose(aux[statistic], np.full(4, number), rtol=1e-10)
+        assert_allclose(aux[statistic], np.full(4, number), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["cfm", "ced", "cefm_log_normalizer", "ced_log_normalizer"])
@@ -478,7 +471,7 @@ def test_shard_map_with_its_replication_check_on(devices, name):
 
     mapped = jax.shard_map(share, mesh=mesh, in_specs=(same, split, split), out_specs=split)
     expected = jax.jit(lambda k, x, e: loss(linear, path, k, x, e, None)[0])(key, x0, energy)
-    np.testing.assert_allclose(jax.jit(mapped)(key, x0, energy).sum(), expected, rtol=1e-5)
+    assert_allclose(jax.jit(mapped)(key, x0, energy).sum(), expected, rtol=1e-5)
 
 
 # --- expectations ---
@@ -642,7 +635,7 @@ def test_no_gradient_flows_into_the_weights(x64):
         ]
 
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(energy, 1.0, 0.3):
-        np.testing.assert_array_equal(gradient, 0)
+        assert_array_equal(gradient, 0)
 
 
 def test_cep_does_not_hide_a_nan_energy():
@@ -673,6 +666,6 @@ def test_contrast_of_groups_over_devices():
     assert shares.sum() == pytest.approx(float(whole), rel=1e-5)
     assert slopes.sum() == pytest.approx(float(slope), rel=1e-5)
     for name, value in aux.items():
-        np.testing.assert_allclose(others[name], [value, value], rtol=1e-5)
+        assert_allclose(others[name], [value, value], rtol=1e-5)
     with pytest.raises(ValueError, match="x0: "):
         jax.vmap(lambda x, e: loss(0.3, x, e, "i"), axis_name="i")(x0, energy)

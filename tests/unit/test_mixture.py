@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -82,16 +83,14 @@ def test_fields_match_numpy(x64, name, k):
 def test_density_guided_mixture_and_normalizer_match_numpy(x64, d):
     mixture, energy, ref_mixture, ref_energy = problem(d)
     x = normal(1, B, d)
-    np.testing.assert_allclose(energy(x), reference.energy_at(ref_energy, x), rtol=1e-12)
-    np.testing.assert_allclose(
-        mixture.log_density(x), reference.log_density(ref_mixture, x), rtol=1e-10
-    )
+    assert_allclose(energy(x), reference.energy_at(ref_energy, x), rtol=1e-12)
+    assert_allclose(mixture.log_density(x), reference.log_density(ref_mixture, x), rtol=1e-10)
     (weights, means, variances), log_z = reference.guided(ref_mixture, ref_energy, BETA)
     guided = mixture.guided(energy, BETA)
-    np.testing.assert_allclose(np.exp(guided.log_weights), weights, rtol=1e-9)
-    np.testing.assert_allclose(guided.means, means, rtol=1e-10)
-    np.testing.assert_allclose(guided.variances, variances, rtol=1e-10)
-    np.testing.assert_allclose(mixture.log_normalizer(energy, BETA), log_z, rtol=1e-10)
+    assert_allclose(np.exp(guided.log_weights), weights, rtol=1e-9)
+    assert_allclose(guided.means, means, rtol=1e-10)
+    assert_allclose(guided.variances, variances, rtol=1e-10)
+    assert_allclose(mixture.log_normalizer(energy, BETA), log_z, rtol=1e-10)
 
 
 # --- against numerical integration ---
@@ -124,11 +123,11 @@ def test_normalizer_and_guided_density_by_integration(x64):
     mixture, energy, _, _ = problem(d=1)
     p, e = in_one_dimension(mixture, energy)
     z = integral(lambda x: p(x) * np.exp(-BETA * e(x)), mixture)
-    np.testing.assert_allclose(mixture.log_normalizer(energy, BETA), np.log(z), rtol=1e-9)
+    assert_allclose(mixture.log_normalizer(energy, BETA), np.log(z), rtol=1e-9)
     grid = np.linspace(-4, 4, 9)
     expected = [np.log(p(x)) - BETA * e(x) - np.log(z) for x in grid]
     got = mixture.guided(energy, BETA).log_density(grid[:, None])
-    np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
+    assert_allclose(got, expected, rtol=1e-8, atol=1e-9)
 
 
 @each_path
@@ -156,11 +155,11 @@ def test_fields_by_integration_over_the_posterior(x64, name, time):
         / total
     )
     got = everything(path, mixture, energy, jnp.full((1, 1), x), jnp.full(1, t))
-    np.testing.assert_allclose(got["marginal_log_density"], np.log(total), rtol=1e-7)
-    np.testing.assert_allclose(got["intermediate_energy"], -np.log(tilt), rtol=1e-7)
-    np.testing.assert_allclose(got["x0"], mean, rtol=1e-7)
-    np.testing.assert_allclose(got["velocity"], plain, rtol=1e-7)
-    np.testing.assert_allclose(got["guided velocity"], flux / tilt, rtol=1e-7)
+    assert_allclose(got["marginal_log_density"], np.log(total), rtol=1e-7)
+    assert_allclose(got["intermediate_energy"], -np.log(tilt), rtol=1e-7)
+    assert_allclose(got["x0"], mean, rtol=1e-7)
+    assert_allclose(got["velocity"], plain, rtol=1e-7)
+    assert_allclose(got["guided velocity"], flux / tilt, rtol=1e-7)
 
 
 # --- consistency ---
@@ -173,9 +172,9 @@ def test_fields_agree_by_the_conversions_of_the_path(x64, name):
     x, t = jnp.asarray(normal(0, B, D)), jnp.asarray(INNER)
     got = everything(path, mixture, energy, x, t)
     velocity, score, x0 = (got[f"guided {field}"] for field in ("velocity", "score", "x0"))
-    np.testing.assert_allclose(velocity, path.velocity_from_score(score, x, t), rtol=1e-8)
-    np.testing.assert_allclose(velocity, path.velocity_from_x0(x0, x, t), rtol=1e-8)
-    np.testing.assert_allclose(score, path.score_from_velocity(velocity, x, t), rtol=1e-8)
+    assert_allclose(velocity, path.velocity_from_score(score, x, t), rtol=1e-8)
+    assert_allclose(velocity, path.velocity_from_x0(x0, x, t), rtol=1e-8)
+    assert_allclose(score, path.score_from_velocity(velocity, x, t), rtol=1e-8)
 
 
 @each_path
@@ -196,24 +195,22 @@ def test_scores_are_gradients(x64, name):
     for t in (INNER, ENDS):
         got = everything(path, mixture, energy, x, t)
         plain, tilted, pulled = gradients(x, t)
-        np.testing.assert_allclose(got["score"], plain, rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(got["guided score"], tilted, rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(pulled, got["score"] - got["guided score"], rtol=1e-8, atol=1e-8)
+        assert_allclose(got["score"], plain, rtol=1e-9, atol=1e-10)
+        assert_allclose(got["guided score"], tilted, rtol=1e-9, atol=1e-10)
+        assert_allclose(pulled, got["score"] - got["guided score"], rtol=1e-8, atol=1e-8)
         ratio = got["marginal_log_density"] - got["guided marginal_log_density"]
         expected = ratio - mixture.log_normalizer(energy, BETA)
-        np.testing.assert_allclose(got["intermediate_energy"], expected, rtol=1e-9, atol=1e-10)
+        assert_allclose(got["intermediate_energy"], expected, rtol=1e-9, atol=1e-10)
 
 
 def test_guidance_composes(x64):
     """``beta = 0`` changes nothing, and two guidances in turn are one with both scales' sum."""
     mixture, energy, _, _ = problem()
     unchanged = mixture.guided(energy, 0.0)
-    np.testing.assert_allclose(
-        unchanged.log_weights, jax.nn.log_softmax(mixture.log_weights), rtol=1e-12
-    )
-    np.testing.assert_allclose(unchanged.means, mixture.means, rtol=1e-12)
-    np.testing.assert_allclose(unchanged.variances, mixture.variances, rtol=1e-12)
-    np.testing.assert_allclose(mixture.log_normalizer(energy, 0.0), 0.0, atol=1e-12)
+    assert_allclose(unchanged.log_weights, jax.nn.log_softmax(mixture.log_weights), rtol=1e-12)
+    assert_allclose(unchanged.means, mixture.means, rtol=1e-12)
+    assert_allclose(unchanged.variances, mixture.variances, rtol=1e-12)
+    assert_allclose(mixture.log_normalizer(energy, 0.0), 0.0, atol=1e-12)
     twice, once = mixture.guided(energy, 0.5).guided(energy, 1.2), mixture.guided(energy, 1.7)
     chex.assert_trees_all_close(twice, once, rtol=1e-10)
 
@@ -223,7 +220,7 @@ def test_weights_need_not_be_normalized(x64):
     mixture, energy, _, _ = problem()
     shifted = mixture._replace(log_weights=mixture.log_weights + 700.0)
     x, t = normal(0, B, D), INNER
-    np.testing.assert_allclose(shifted.log_density(x), mixture.log_density(x), rtol=1e-9)
+    assert_allclose(shifted.log_density(x), mixture.log_density(x), rtol=1e-9)
     plain, moved = (everything(path, which, energy, x, t) for which in (mixture, shifted))
     chex.assert_trees_all_close(moved, plain, rtol=1e-9, atol=1e-10)
     # A weight of 0 leaves its component out: as many of the same kind as one alone.
@@ -275,18 +272,16 @@ def test_values_at_the_ends_are_the_limits(x64, name):
     chex.assert_trees_all_close(at_ends, inside, rtol=2e-5, atol=2e-5)
     if name != "ot_sigma_min":  # all others start from the data themselves
         data = ENDS == 0
-        np.testing.assert_allclose(at_ends["x0"][data], x[data], rtol=1e-12)
-        np.testing.assert_allclose(
-            at_ends["intermediate_energy"][data], BETA * energy(x[data]), rtol=1e-12
-        )
-        np.testing.assert_allclose(
+        assert_allclose(at_ends["x0"][data], x[data], rtol=1e-12)
+        assert_allclose(at_ends["intermediate_energy"][data], BETA * energy(x[data]), rtol=1e-12)
+        assert_allclose(
             at_ends["marginal_log_density"][data], mixture.log_density(x[data]), rtol=1e-12
         )
     if name != "vp_linear":  # all others end in noise that knows nothing of the data
         noise = ENDS == 1
         mean = jax.nn.softmax(mixture.log_weights) @ mixture.means
-        np.testing.assert_allclose(at_ends["x0"][noise], np.tile(mean, (2, 1)), rtol=1e-10)
-        np.testing.assert_allclose(
+        assert_allclose(at_ends["x0"][noise], np.tile(mean, (2, 1)), rtol=1e-10)
+        assert_allclose(
             at_ends["intermediate_energy"][noise], -mixture.log_normalizer(energy, BETA), rtol=1e-10
         )
 
@@ -339,8 +334,8 @@ def test_many_samples_as_finite_data():
 
     velocity, intermediate = on_data(x, t, data)
     expected = everything(path, mixture, energy, x, t)
-    np.testing.assert_allclose(velocity, expected["guided velocity"], atol=0.1)
-    np.testing.assert_allclose(intermediate, expected["intermediate_energy"], atol=0.1)
+    assert_allclose(velocity, expected["guided velocity"], atol=0.1)
+    assert_allclose(intermediate, expected["intermediate_energy"], atol=0.1)
 
 
 # --- samples and flows ---
@@ -362,8 +357,8 @@ def test_samples_have_the_moments_of_the_mixture():
     mean, covariance = moments(guided)
     error = np.sqrt(np.diag(covariance) / number)
     assert (np.abs(samples.mean(0) - mean) < 4.5 * error).all()
-    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.05 * np.trace(covariance))
-    np.testing.assert_array_equal(samples, guided.sample(jax.random.key(3), number))
+    assert_allclose(np.cov(samples.T), covariance, atol=0.05 * np.trace(covariance))
+    assert_array_equal(samples, guided.sample(jax.random.key(3), number))
     assert not np.array_equal(samples[:10], guided.sample(jax.random.key(4), 10))
 
 
@@ -395,7 +390,7 @@ def test_the_guided_flow_takes_noise_to_the_guided_mixture(name):
     assert (
         np.abs(samples.mean(0) - mean) < 4.5 * np.sqrt(np.diag(covariance) / number) + slack
     ).all()
-    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.05 * np.trace(covariance))
+    assert_allclose(np.cov(samples.T), covariance, atol=0.05 * np.trace(covariance))
 
 
 def test_the_likelihood_of_the_flow_is_the_density(x64):
@@ -408,7 +403,7 @@ def test_the_likelihood_of_the_flow_is_the_density(x64):
     def likelihood(x):
         return sampling.log_likelihood(lambda x, t: guided.velocity(path, x, t), x, num_steps=150)
 
-    np.testing.assert_allclose(likelihood(x), guided.log_density(x), rtol=1e-5, atol=1e-5)
+    assert_allclose(likelihood(x), guided.log_density(x), rtol=1e-5, atol=1e-5)
 
 
 # --- numbers that overflow ---
@@ -432,15 +427,15 @@ def test_float32_with_huge_energies(name, offset):
     chex.assert_type(list(got.values()), jnp.float32)
     chex.assert_tree_all_finite(got)
     expected = reference.velocity(ref, tilted, *wide)
-    np.testing.assert_allclose(got["guided velocity"], expected, rtol=1e-3, atol=1e-2)
+    assert_allclose(got["guided velocity"], expected, rtol=1e-3, atol=1e-2)
     expected = reference.intermediate_energy(ref, ref_mixture, *wide, (center, 8.0, offset), 1.0)
-    np.testing.assert_allclose(got["intermediate_energy"], expected, rtol=1e-4)
+    assert_allclose(got["intermediate_energy"], expected, rtol=1e-4)
 
 
 def test_a_float32_offset_costs_no_digits():
     mixture, energy, _, _ = problem(dtype=np.float32)
     plain = mixture.guided(energy._replace(offset=0.0), BETA)
-    np.testing.assert_array_equal(
+    assert_array_equal(
         mixture.guided(energy._replace(offset=1e7), BETA).log_weights, plain.log_weights
     )
 
@@ -470,10 +465,10 @@ def test_any_leading_axes_compiled_and_mapped(x64):
     over_mixtures = jax.vmap(lambda mixture: fields(x, t, mixture))(pair)
     for field in one:
         value = expected[field]
-        np.testing.assert_allclose(several[field][1, :, 0], value, rtol=1e-10, err_msg=field)
-        np.testing.assert_allclose(one[field], value[0], rtol=1e-10, err_msg=field)
-        np.testing.assert_allclose(mapped[field], value, rtol=1e-10, err_msg=field)
-        np.testing.assert_allclose(over_mixtures[field][1], value, rtol=1e-10, err_msg=field)
+        assert_allclose(several[field][1, :, 0], value, rtol=1e-10, err_msg=field)
+        assert_allclose(one[field], value[0], rtol=1e-10, err_msg=field)
+        assert_allclose(mapped[field], value, rtol=1e-10, err_msg=field)
+        assert_allclose(over_mixtures[field][1], value, rtol=1e-10, err_msg=field)
 
 
 FIELDS = {

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax.losses import LOSSES
 from efm_jax.paths import PATHS, PREDICTIONS
@@ -44,7 +45,7 @@ def test_any_prediction_on_any_path_with_any_sampler(path, prediction):
                 gaussian_field(model.path, prediction), x, prediction
             )
         )
-        np.testing.assert_allclose(sample(noise), expected, atol=0.01, err_msg=solver)
+        assert_allclose(sample(noise), expected, atol=0.01, err_msg=solver)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -98,7 +99,7 @@ def test_samples_are_in_bounds_and_each_alone(path, solver):
     assert np.isfinite(actions).all()
     assert np.abs(actions).max() <= 1
     alone = jax.jit(model.sample)(params, observations[:1], noise[:1])
-    np.testing.assert_allclose(actions[:1], alone, rtol=1e-4, atol=1e-5)
+    assert_allclose(actions[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax import networks
 from efm_jax.networks import (
@@ -46,7 +47,7 @@ def test_fourier_features_are_octaves_of_a_quarter_turn():
     angles = np.pi * t.astype(np.float64)[:, None] / 2 * 2.0 ** np.arange(6)
     expected = np.stack([np.cos(angles), np.sin(angles)], -1).reshape(101, 12)
     assert features.dtype == jnp.float32
-    np.testing.assert_allclose(features, expected, atol=1e-4)
+    assert_allclose(features, expected, atol=1e-4)
     chex.assert_shape(fourier_features(jnp.ones((3, 4)), 6), (3, 4, 6))
 
 
@@ -61,7 +62,7 @@ def test_joint_dense_equals_dense_on_the_concatenation():
     params = randomized(init(layer, *inputs))
     kernel = np.concatenate([params["params"][f"kernel_{i}"] for i in range(3)])
     expected = np.concatenate(inputs, axis=-1) @ kernel + np.asarray(params["params"]["bias"])
-    np.testing.assert_allclose(apply(layer, params, *inputs), expected, rtol=1e-5, atol=1e-6)
+    assert_allclose(apply(layer, params, *inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_joint_dense_is_initialised_for_the_joint_fan_in():
@@ -85,7 +86,7 @@ def test_fields_on_any_leading_axes(name, layer_norm, conditional):
     out = apply(network, params, x, t, *conditions)
     assert out.shape == x.shape
     single = apply(network, params, x[2, 3], t[2, 3], *(c[2, 3] for c in conditions))
-    np.testing.assert_allclose(out[2, 3], single, rtol=2e-4, atol=2e-5)
+    assert_allclose(out[2, 3], single, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -99,7 +100,7 @@ def test_a_shared_state_equals_the_repeated_state(name):
     params = randomized(init(network, x, t, s))
     repeated = np.broadcast_to(s, (3, 4, S))
     shared = apply(network, params, x, t, s)
-    np.testing.assert_allclose(shared, apply(network, params, x, t, repeated), rtol=1e-4, atol=1e-5)
+    assert_allclose(shared, apply(network, params, x, t, repeated), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -131,7 +132,7 @@ def test_mlp_equals_numpy():
     joint = p["JointDense_0"]
     h = np.asarray(x) @ joint["kernel_0"] + np.asarray(s) @ joint["kernel_1"] + joint["bias"]
     expected = dense(p["dense_1"], silu(dense(p["dense_0"], silu(h))))
-    np.testing.assert_allclose(apply(network, params, x, s), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(apply(network, params, x, s), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layer_norm_normalizes_before_the_activation():
@@ -143,7 +144,7 @@ def test_layer_norm_normalizes_before_the_activation():
     h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
     h = h * p["LayerNorm_0"]["scale"] + p["LayerNorm_0"]["bias"]
     expected = dense(p["dense_0"], np.maximum(h, 0))
-    np.testing.assert_allclose(apply(network, params, x), expected, rtol=1e-3, atol=1e-4)
+    assert_allclose(apply(network, params, x), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_activations_are_different_functions():
@@ -165,7 +166,7 @@ def test_ensemble_members_are_separate_networks(layer_norm):
     member = MLP((8, 8), 1, "relu", layer_norm)
     for k in range(3):
         own = {"params": jax.tree.map(lambda leaf, k=k: leaf[k], params["params"]["q"])}
-        np.testing.assert_allclose(q[k], apply(member, own, s, a)[:, 0], rtol=1e-5, atol=1e-6)
+        assert_allclose(q[k], apply(member, own, s, a)[:, 0], rtol=1e-5, atol=1e-6)
     assert np.abs(q[0] - q[1]).min() > 1e-5
     assert np.abs(q[1] - q[2]).min() > 1e-5
 
@@ -177,7 +178,7 @@ def test_ensemble_broadcasts_a_state_over_its_actions():
     q = apply(network, params, s, a)
     chex.assert_shape(q, (2, 3, 4))
     repeated = apply(network, params, np.broadcast_to(s, (3, 4, S)), a)
-    np.testing.assert_allclose(q, repeated, rtol=1e-5, atol=1e-6)
+    assert_allclose(q, repeated, rtol=1e-5, atol=1e-6)
 
 
 def test_value_and_log_ratio_are_scalars_per_sample():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 
 from efm_jax import paths
 from tests.reference import paths as reference
@@ -64,9 +65,7 @@ def test_coefficients_match_numpy(x64, name, coefficient):
     got = getattr(path, coefficient)(jnp.asarray(t))
     assert got.shape == t.shape
     assert got.dtype == jnp.float64
-    np.testing.assert_allclose(
-        got, getattr(ref, COEFFICIENTS[coefficient])(t), rtol=1e-10, atol=1e-14
-    )
+    assert_allclose(got, getattr(ref, COEFFICIENTS[coefficient])(t), rtol=1e-10, atol=1e-14)
 
 
 @each_path
@@ -84,11 +83,9 @@ def test_coefficients_keep_the_shape_of_t(name, coefficient):
 def test_derivatives_match_autodiff_and_differences(x64, name, coefficient):
     function, dot = (getattr(PATHS[name][0], c) for c in (coefficient, f"{coefficient}_dot"))
     t = jnp.asarray(INTERIOR)
-    np.testing.assert_allclose(jax.vmap(jax.grad(function))(t), dot(t), rtol=1e-9)
+    assert_allclose(jax.vmap(jax.grad(function))(t), dot(t), rtol=1e-9)
     h = 1e-5
-    np.testing.assert_allclose(
-        (function(t + h) - function(t - h)) / (2 * h), dot(t), rtol=1e-5, atol=1e-8
-    )
+    assert_allclose((function(t + h) - function(t - h)) / (2 * h), dot(t), rtol=1e-5, atol=1e-8)
 
 
 @each_path
@@ -97,10 +94,8 @@ def test_ends_of_time(x64, name):
     zero, one = jnp.zeros(()), jnp.ones(())
     assert path.mean_coef(zero) == 1.0
     assert path.std(zero) == (0.1 if name == "ot_floor" else 0.0)
-    np.testing.assert_allclose(path.std(one), 1.0, atol=1e-3)
-    np.testing.assert_allclose(
-        path.mean_coef(one), 0.0, atol=0.03 if "vp_linear" in name else 1e-12
-    )
+    assert_allclose(path.std(one), 1.0, atol=1e-3)
+    assert_allclose(path.mean_coef(one), 0.0, atol=0.03 if "vp_linear" in name else 1e-12)
     for t in (zero, one):
         assert np.isfinite([path.mean_coef(t), path.std(t), path.mean_coef_dot(t)]).all()
     assert np.isfinite(path.std_dot(one))
@@ -118,7 +113,7 @@ def test_coefficients_differentiate_at_the_ends(name, end):
         expected = getattr(ref, COEFFICIENTS[f"{coefficient}_dot"])(np.asarray(end))
         if np.isfinite(expected):
             got = jax.grad(getattr(path, coefficient))(jnp.float32(end))
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+            assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_vp_linear_std_keeps_its_digits_near_zero():
@@ -126,7 +121,7 @@ def test_vp_linear_std_keeps_its_digits_near_zero():
     t = np.float32([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1])
     for coefficient, name in COEFFICIENTS.items():
         expected = getattr(ref, name)(t.astype(np.float64))
-        np.testing.assert_allclose(getattr(path, coefficient)(jnp.asarray(t)), expected, rtol=1e-5)
+        assert_allclose(getattr(path, coefficient)(jnp.asarray(t)), expected, rtol=1e-5)
 
 
 @each_path
@@ -137,13 +132,9 @@ def test_sample_velocity_score(x64, name, t_shape, x_shape):
     path, ref = PATHS[name]
     t = np.random.default_rng(0).uniform(0.05, 0.95, t_shape)
     x0, noise = normal(1, *x_shape), normal(2, *x_shape)
-    np.testing.assert_allclose(
-        path.sample(x0, noise, t), reference.sample(ref, x0, noise, t), rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        path.velocity(x0, noise, t), reference.velocity(ref, x0, noise, t), rtol=1e-9
-    )
-    np.testing.assert_allclose(path.score(noise, t), reference.score(ref, noise, t), rtol=1e-12)
+    assert_allclose(path.sample(x0, noise, t), reference.sample(ref, x0, noise, t), rtol=1e-12)
+    assert_allclose(path.velocity(x0, noise, t), reference.velocity(ref, x0, noise, t), rtol=1e-9)
+    assert_allclose(path.score(noise, t), reference.score(ref, noise, t), rtol=1e-12)
 
 
 @each_path
@@ -152,7 +143,7 @@ def test_velocity_is_the_time_derivative_of_sample(x64, name):
     x0, noise = jnp.asarray(normal(1, 3)), jnp.asarray(normal(2, 3))
     for t in (0.1, 0.5, 0.9):
         _, dot = jax.jvp(lambda s: path.sample(x0, noise, s), (jnp.asarray(t),), (jnp.ones(()),))
-        np.testing.assert_allclose(path.velocity(x0, noise, jnp.asarray(t)), dot, rtol=1e-9)
+        assert_allclose(path.velocity(x0, noise, jnp.asarray(t)), dot, rtol=1e-9)
 
 
 @each_path
@@ -164,7 +155,7 @@ def test_score_is_the_gradient_of_the_conditional_log_density(x64, name):
         return -0.5 * ((x - ref.mu(t) * x0) ** 2).sum() / ref.sigma(t) ** 2
 
     expected = jax.grad(log_density)(path.sample(x0, noise, jnp.asarray(t)))
-    np.testing.assert_allclose(path.score(noise, jnp.asarray(t)), expected, rtol=1e-9)
+    assert_allclose(path.score(noise, jnp.asarray(t)), expected, rtol=1e-9)
 
 
 def convert_all(path, conversions, value, x, t):
@@ -188,7 +179,7 @@ def test_conversions_match_numpy(x64, name, t_shape, x_shape):
         assert got.shape == x_shape
         assert got.dtype == jnp.float64
         expected = reference.convert(ref, *conversion.split("_from_"), value, x, t)
-        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9, err_msg=conversion)
+        assert_allclose(got, expected, rtol=1e-9, atol=1e-9, err_msg=conversion)
 
 
 @each_path
@@ -203,9 +194,7 @@ def test_conversions_reach_their_limit_at_the_ends(x64, name, end, dtype, tolera
     for conversion, result in got.items():
         assert result.dtype == dtype
         expected = reference.convert(ref, *conversion.split("_from_"), value, x, t)
-        np.testing.assert_allclose(
-            result, expected, rtol=tolerance, atol=tolerance, err_msg=conversion
-        )
+        assert_allclose(result, expected, rtol=tolerance, atol=tolerance, err_msg=conversion)
 
 
 def test_limits_written_by_hand(x64):
@@ -219,7 +208,7 @@ def test_limits_written_by_hand(x64):
     half = np.pi / 2
 
     def same(got, expected):
-        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+        assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
     same(ot.x0_from_velocity(value, x, zero), x)  # u = eps - x0, x = (1 - t) x0 + t eps
     same(ot.x0_from_velocity(value, x, one), x - value)
@@ -257,7 +246,7 @@ def test_conversions_round_trip(x64, name, t, seed):
     for conversion in CONVERSIONS:
         target, source = conversion.split("_from_")
         got = getattr(path, conversion)(truth[source], x, t)
-        np.testing.assert_allclose(got, truth[target], rtol=1e-8, atol=1e-8, err_msg=conversion)
+        assert_allclose(got, truth[target], rtol=1e-8, atol=1e-8, err_msg=conversion)
 
 
 @pytest.mark.parametrize("sigma_min", [-0.1, 1.5, float("nan")])
@@ -270,10 +259,8 @@ def test_bad_sigma_min_raises(sigma_min):
 def test_whole_number_times_are_times(path):
     for name in ("mean_coef", "std", "mean_coef_dot", "std_dot"):
         coefficient = getattr(path, name)
-        np.testing.assert_allclose(
-            coefficient(jnp.array([1])), coefficient(jnp.array([1.0])), rtol=1e-6
-        )
+        assert_allclose(coefficient(jnp.array([1])), coefficient(jnp.array([1.0])), rtol=1e-6)
     x0, noise, t = jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.array([1, 1])
     velocity = path.velocity(x0, noise, t)
     back = path.noise_from_velocity(velocity, path.sample(x0, noise, t), t)
-    np.testing.assert_allclose(back, noise, atol=1e-3)
+    assert_allclose(back, noise, atol=1e-3)

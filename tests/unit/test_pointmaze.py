@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import load_dataset, recording
 from efm_jax.envs import environments, evaluate, normalized_score, pointmaze
@@ -112,7 +113,7 @@ def test_a_push_off_the_route_is_recovered():
     goal = np.array(RING.middle((1, 4)))
     states = simulate(RING, pointmaze.expert(RING), (x, y - 0.4), goal, 400, velocity=(0.0, -5.0))
     assert (3, 1) in {RING.cell(*state[:2]) for state in states}
-    np.testing.assert_allclose(states[-1], [*goal, 0, 0], atol=0.01)
+    assert_allclose(states[-1], [*goal, 0, 0], atol=0.01)
 
 
 def test_steering_is_a_pd_law_towards_the_next_cell():
@@ -121,13 +122,9 @@ def test_steering_is_a_pd_law_towards_the_next_cell():
     state = np.array(
         [-0.9, -1.1, 0.5, -0.25]
     )  # in (3, 1); next is the middle of (3, 2), at (0, -1)
-    np.testing.assert_allclose(
-        steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25]
-    )
+    assert_allclose(steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25])
     state = np.array([-0.9, 1.1, 0.5, -0.25])  # in the goal's cell: the goal itself
-    np.testing.assert_allclose(
-        steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25]
-    )
+    assert_allclose(steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25])
 
 
 def test_no_route_is_an_error():
@@ -146,7 +143,7 @@ def test_wanderer_visits_the_maze_and_ignores_the_goal():
         for goal in (U.middle((1, 1)), U.middle((3, 1))):
             act = wanderer(U, np.random.default_rng(episode), 0.5)
             paths.append(simulate(U, act, U.middle((3, 1)), np.array(goal), 300))
-        np.testing.assert_array_equal(*paths)
+        assert_array_equal(*paths)
         seen = {U.cell(*state[:2]) for state in paths[0]}
         visits += [cell in seen for cell in U.cells]
     assert (visits >= 5).all()
@@ -201,7 +198,7 @@ def test_real_map_and_positions(name):
     maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.cells) > 5
     for cell in maze.cells:
-        np.testing.assert_allclose(maze.middle(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
+        assert_allclose(maze.middle(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
     goals = {maze.cell(*env.reset(seed=seed)[0]["desired_goal"]) for seed in range(20)}
     assert goals == {pointmaze.GOALS[name]}
     assert maze.cells == sorted(routes(maze, pointmaze.GOALS[name]))
@@ -233,7 +230,7 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     # goals).
     after = dataset.transitions.next_observations
     distances = np.hypot(*(after[:, :2] - after[:, 2:4]).T)
-    np.testing.assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
+    assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
 
     def act(observations, step):
         one = [

@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.rl.agents import make_agent
-from efm_jax.rl.agents.qipo import (
-    Support,
-    effective_actions,
-    support_weights,
-    weigh_support,
-)
+from efm_jax.rl.agents.qipo import Support, effective_actions, support_weights, weigh_support
 from efm_jax.rl.batch import Batch, draw_noise, gather
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import CRITICS
@@ -62,13 +58,13 @@ def test_support_rows(agent, state, rows):
     support = rows(state, jax.random.key(0), 0, indices)
     data = samples()
     assert support.actions.shape == (3, M + 1, A)
-    np.testing.assert_array_equal(support.actions[:, 0], data.actions[indices])
+    assert_array_equal(support.actions[:, 0], data.actions[indices])
     assert np.abs(support.actions).max() <= 1
     assert len(np.unique(np.asarray(support.actions[:, 1:]).reshape(-1, A), axis=0)) == 3 * M
     q = agent.critic.q_values(
         state.critic.average, data.observations[indices][:, None], support.actions
     )
-    np.testing.assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
+    assert_allclose(support.q_values, q, rtol=1e-5, atol=1e-6)
     # The actions are those of renewed_params.
     moved = rows(state.replace(renewed_params=state.policy.params), jax.random.key(0), 0, indices)
     assert np.abs(moved.actions[:, 1:] - support.actions[:, 1:]).max() > 1e-3
@@ -77,13 +73,13 @@ def test_support_rows(agent, state, rows):
 def test_a_row_depends_on_its_state_alone(state, rows):
     whole = rows(state, jax.random.key(0), 0, np.arange(ROWS))
     part = rows(state, jax.random.key(0), 0, np.array([39, 7]))
-    np.testing.assert_allclose(whole.actions[np.array([39, 7])], part.actions, rtol=1e-5, atol=1e-6)
+    assert_allclose(whole.actions[np.array([39, 7])], part.actions, rtol=1e-5, atol=1e-6)
 
 
 def test_renewals_and_seeds_draw_anew_and_repeatably(state, rows):
     indices = np.arange(5)
     first = rows(state, jax.random.key(0), 0, indices).actions[:, 1:]
-    np.testing.assert_array_equal(first, rows(state, jax.random.key(0), 0, indices).actions[:, 1:])
+    assert_array_equal(first, rows(state, jax.random.key(0), 0, indices).actions[:, 1:])
     for key, renewal in ((0, 1), (1, 0)):
         other = rows(state, jax.random.key(key), renewal, indices).actions[:, 1:]
         assert np.abs(other - first).min(axis=(1, 2)).max() > 0
@@ -98,7 +94,7 @@ def test_next_actions_are_the_behavior_models(agent, state):
     assert actions.shape == (2, M, A)
     assert np.abs(actions).max() <= 1
     alone = draw(params, key, 0, gather(data, np.array([1])), index[1:])
-    np.testing.assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
+    assert_allclose(actions[1:], alone, rtol=1e-5, atol=1e-6)
     # Another purpose, another noise: support sets of the behavior model at the same states.
     there = data._replace(observations=data.next_observations)
     same = params._replace(policy=params.behavior)
@@ -108,7 +104,7 @@ def test_next_actions_are_the_behavior_models(agent, state):
 
 def test_noise_of_a_row_follows_its_index():
     noise = draw_noise(jax.random.key(0), jnp.arange(2000), (5,))
-    np.testing.assert_array_equal(
+    assert_array_equal(
         draw_noise(jax.random.key(0), jnp.array([1999, 3]), (5,)), noise[np.array([1999, 3])]
     )
     assert abs(noise.mean()) < 5 / 100
@@ -122,7 +118,7 @@ def test_summary_of_a_support_set():
     table, found = weigh_support(config(beta=2.0), support, None)
     g = np.exp(2.0 * q.astype(np.float64))
     g /= g.sum(1, keepdims=True)
-    np.testing.assert_allclose(table.weights, (M + 1) * g, rtol=1e-4)
+    assert_allclose(table.weights, (M + 1) * g, rtol=1e-4)
     ess = 1 / (g**2).sum(1)
     expected = {
         "ess": ess.mean(), "ess_low": np.quantile(ess, 0.1), "top_weight": g.max(1).mean(),
@@ -140,7 +136,7 @@ def test_summary_of_states_on_two_devices():
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 25, *leaf.shape[1:]), support)
     both = jax.vmap(lambda half: weigh_support(config(), half, "i")[1], axis_name="i")(halves)
     for name, value in weigh_support(config(), support, None)[1].items():
-        np.testing.assert_allclose(both[name], [value, value], rtol=1e-5, err_msg=name)
+        assert_allclose(both[name], [value, value], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("copies", [1.0, 2.0, 5.0])
@@ -151,10 +147,10 @@ def test_data_copies_are_copies(copies):
     repeated = np.concatenate([np.repeat(q[:, :1], int(copies), 1), q[:, 1:]], axis=1)
     expected = np.exp(1.5 * repeated)
     expected /= expected.sum(1, keepdims=True)
-    np.testing.assert_allclose(weights[:, 1:], expected[:, int(copies) :], rtol=1e-5)
-    np.testing.assert_allclose(weights[:, 0], expected[:, : int(copies)].sum(1), rtol=1e-5)
+    assert_allclose(weights[:, 1:], expected[:, int(copies) :], rtol=1e-5)
+    assert_allclose(weights[:, 0], expected[:, : int(copies)].sum(1), rtol=1e-5)
     ess = effective_actions(jnp.asarray(weights), copies)
-    np.testing.assert_allclose(ess, 1 / (expected**2).sum(1), rtol=1e-5)
+    assert_allclose(ess, 1 / (expected**2).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -170,13 +166,13 @@ def test_beta_from_the_mean_effective_sample_size(scale, copies, fraction):
     halves = jax.tree.map(lambda leaf: leaf.reshape(2, 150, *leaf.shape[1:]), support)
     weigh = lambda half: weigh_support(options, half, "i")[1]["beta"]  # noqa: E731
     both = jax.vmap(weigh, axis_name="i")(halves)
-    np.testing.assert_allclose(both, [found["beta"]] * 2, rtol=1e-4)
+    assert_allclose(both, [found["beta"]] * 2, rtol=1e-4)
 
 
 def test_weights_of_extreme_values():
     q = jnp.array([[1e6, 0.0, -jnp.inf], [-jnp.inf, 0.0, 0.0]])
-    np.testing.assert_allclose(support_weights(q, 3.0), [[3, 0, 0], [0, 1.5, 1.5]])
-    np.testing.assert_allclose(support_weights(q, 0.0), np.ones((2, 3)), rtol=1e-6)
+    assert_allclose(support_weights(q, 3.0), [[3, 0, 0], [0, 1.5, 1.5]])
+    assert_allclose(support_weights(q, 0.0), np.ones((2, 3)), rtol=1e-6)
 
 
 def dataset(state, rows):
@@ -229,7 +225,7 @@ def test_devices_draw_one_global_batch(state, rows, estimator):
     shards = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), data)
     four = jax.vmap(part, axis_name="i")(shards)
     merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), four)
-    jax.tree.map(np.testing.assert_array_equal, merged, one)
+    jax.tree.map(assert_array_equal, merged, one)
     assert one.support.actions.shape == ((16, A) if estimator == "resample" else (16, M + 1, A))
 
 
@@ -244,8 +240,8 @@ def test_resampled_actions_follow_the_weights():
     chosen = np.asarray(drawn.actions)[..., 0].ravel().astype(int)
     g = np.exp(3.0 * q[0].astype(np.float64))
     g /= g.sum()
-    np.testing.assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
-    np.testing.assert_array_equal(drawn.weights, 1)
+    assert_allclose(np.bincount(chosen, minlength=M + 1) / chosen.size, g, atol=0.02)
+    assert_array_equal(drawn.weights, 1)
 
 
 def test_acting_in_the_environments_units(agent, state):
@@ -258,7 +254,7 @@ def test_acting_in_the_environments_units(agent, state):
     assert (actions >= normalizer.action_low).all()
     assert (actions <= normalizer.action_high).all()
     assert actions[:, 1].max() > 2  # the second action's range is not the first's
-    np.testing.assert_allclose(actions[2:3], act(keys[2:3], raw[2:3]), rtol=1e-4, atol=1e-4)
+    assert_allclose(actions[2:3], act(keys[2:3], raw[2:3]), rtol=1e-4, atol=1e-4)
     later = act(jax.random.split(jax.random.key(1), 4), raw)
     assert np.abs(later - actions).max() > 1e-2
 
@@ -291,10 +287,10 @@ def test_reference_is_near_the_closed_form():
     precision = 1 / STD**2 + BETA * CURVATURE * np.arange(1, 4)
     means = (MEAN / STD**2 + BETA * CURVATURE * BEST * np.arange(1, 4)) / precision
     found = np.array([reference(renewals) for renewals in range(3)])
-    np.testing.assert_allclose(found[0], [means[0], precision[0] ** -0.5], atol=0.02)
+    assert_allclose(found[0], [means[0], precision[0] ** -0.5], atol=0.02)
     assert (np.diff(found[:, 0]) > 0.02).all()
     assert (found[:, 0] < means).all()
-    np.testing.assert_allclose(found[:, 0], means, atol=0.06)
+    assert_allclose(found[:, 0], means, atol=0.06)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy.linalg import expm
 
 from efm_jax import paths
@@ -88,7 +89,7 @@ def test_reference_velocity_agrees_with_its_flow_map(name):
         for s in (1, -1)
     ]
     velocity = gaussian.velocity(ref, NOISE, np.full(32, t), MEAN, SCALE)
-    np.testing.assert_allclose((ends[0] - ends[1]) / (2 * h), velocity, rtol=1e-6, atol=1e-6)
+    assert_allclose((ends[0] - ends[1]) / (2 * h), velocity, rtol=1e-6, atol=1e-6)
 
 
 @each_path
@@ -98,8 +99,8 @@ def test_dopri5_reaches_the_closed_form_flow_and_dpmpp_agrees(x64, name):
     got = sample(
         velocity_of(path), jnp.asarray(NOISE), solver="dopri5", t_end=end, rtol=1e-9, atol=1e-9
     )
-    np.testing.assert_allclose(got, flow_end(ref), atol=1e-5)
-    np.testing.assert_allclose(dpmpp(path, 2, 100), got, atol=4e-3)
+    assert_allclose(got, flow_end(ref), atol=1e-5)
+    assert_allclose(dpmpp(path, 2, 100), got, atol=4e-3)
 
 
 @each_path
@@ -151,7 +152,7 @@ def test_dpmpp_steps_match_numpy(x64, name, order):
     for k in range(first, len(t) - 1):
         previous = (x0[k - 1], t[k - 1]) if order == 2 and k > first else ()
         expected = reference_solvers.dpmpp_step(ref, x[k], x0[k], t[k], t[k + 1], *previous)
-        np.testing.assert_allclose(x[k + 1], expected, rtol=1e-6, atol=1e-6, err_msg=f"step {k}")
+        assert_allclose(x[k + 1], expected, rtol=1e-6, atol=1e-6, err_msg=f"step {k}")
 
 
 @each_path
@@ -160,7 +161,7 @@ def test_dpmpp_float32_keeps_dtype_and_is_finite(name):
     got = sample_dpmpp(score_of(path), path, jnp.asarray(NOISE, jnp.float32))
     assert got.shape == NOISE.shape
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, flow_end(ref), atol=0.06)
+    assert_allclose(got, flow_end(ref), atol=0.06)
 
 
 @each_path
@@ -176,7 +177,7 @@ def test_dpmpp_one_step(x64, name):
 
     for order in (1, 2):
         got = sample_dpmpp(score, path, jnp.asarray(NOISE), num_steps=1, order=order)
-        np.testing.assert_allclose(got, np.broadcast_to(MEAN, NOISE.shape), atol=0.05)
+        assert_allclose(got, np.broadcast_to(MEAN, NOISE.shape), atol=0.05)
 
 
 def test_dpmpp_refuses():
@@ -198,7 +199,7 @@ def test_log_likelihood_of_a_gaussian(x64, name, solver):
     got = log_likelihood(velocity_of(path), jnp.asarray(x0), num_steps=50, solver=solver)
     assert got.shape == (32,)
     tolerance = 1e-4 if solver == "rk4" else 1e-3
-    np.testing.assert_allclose(got, gaussian.log_density(x0, MEAN, SCALE), atol=tolerance)
+    assert_allclose(got, gaussian.log_density(x0, MEAN, SCALE), atol=tolerance)
 
 
 MATRIX = np.array([[0.5, 0.8, -0.3], [-0.4, -0.7, 0.6], [0.9, 0.2, 0.3]])
@@ -217,7 +218,7 @@ def linear_answer():
 @pytest.mark.parametrize("solver", ["midpoint", "heun", "rk4", "dopri5"])
 def test_log_likelihood_with_a_full_jacobian(x64, solver):
     got = log_likelihood(linear, jnp.asarray(POINTS), num_steps=40, solver=solver)
-    np.testing.assert_allclose(got, linear_answer(), atol=1e-4 if solver == "rk4" else 2e-3)
+    assert_allclose(got, linear_answer(), atol=1e-4 if solver == "rk4" else 2e-3)
 
 
 def test_hutchinson_is_unbiased(x64):
@@ -248,9 +249,9 @@ def test_log_likelihood_jit_grad_and_float32():
         ).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(1.0)
-    np.testing.assert_allclose(value, linear_answer().sum(), rtol=1e-4)
+    assert_allclose(value, linear_answer().sum(), rtol=1e-4)
     h = 1e-2
-    np.testing.assert_allclose(gradient, (total(1 + h) - total(1 - h)) / (2 * h), rtol=1e-2)
+    assert_allclose(gradient, (total(1 + h) - total(1 - h)) / (2 * h), rtol=1e-2)
     assert log_likelihood(linear, points).dtype == jnp.float32
 
 

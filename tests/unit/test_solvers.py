@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax.sampling import sample
 from tests.reference import solvers as reference
@@ -49,7 +50,7 @@ def test_steps_match_numpy(x64, solver, num_steps, t_start, t_end):
 
     expected = reference.integrate(plain, NOISE, solver, num_steps, t_start, t_end)
     assert got.dtype == jnp.float64
-    np.testing.assert_allclose(got, expected, rtol=1e-10)
+    assert_allclose(got, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("solver", FIXED)
@@ -67,7 +68,7 @@ def test_order_of_convergence(x64, solver):
 def test_start_and_end_times_and_direction(x64, solver, t_start, t_end):
     got = compiled(solver, 100, t_start, t_end)(jnp.asarray(NOISE))
     tolerance = {"euler": 0.1, "midpoint": 1e-3, "heun": 1e-3, "rk4": 1e-6, "dopri5": 1e-3}[solver]
-    np.testing.assert_allclose(got, solution(NOISE, t_start, t_end), atol=tolerance)
+    assert_allclose(got, solution(NOISE, t_start, t_end), atol=tolerance)
 
 
 @pytest.mark.parametrize(("tolerance", "allowed"), [(1e-4, 1e-2), (1e-10, 1e-8)])
@@ -93,11 +94,11 @@ def test_defaults_shapes_and_float32(solver):
     assert got.dtype == jnp.float32
     assert set(shapes) == {((3, 2), (3,), jnp.dtype("float32"), jnp.dtype("float32"))}
     tolerance = 1.0 if solver == "euler" else 0.1
-    np.testing.assert_allclose(got, solution(NOISE, 1.0, 0.0), atol=tolerance)
+    assert_allclose(got, solution(NOISE, 1.0, 0.0), atol=tolerance)
 
 
 def test_default_is_ten_euler_steps(x64):
-    np.testing.assert_allclose(
+    assert_allclose(
         sample(field, jnp.asarray(NOISE)), compiled("euler", 10)(jnp.asarray(NOISE)), rtol=1e-12
     )
 
@@ -108,7 +109,7 @@ def test_gradient_through_the_solver(x64, solver):
     run, weights = compiled(solver, 16), jnp.asarray(NOISE[::-1])
     gradient = jax.grad(lambda x: (weights * run(x)).sum())(jnp.asarray(NOISE))
     matrix = np.linalg.lstsq(NOISE, run(jnp.asarray(NOISE)), rcond=None)[0]  # x -> x @ matrix
-    np.testing.assert_allclose(gradient, weights @ matrix.T, rtol=1e-9)
+    assert_allclose(gradient, weights @ matrix.T, rtol=1e-9)
 
 
 def test_unknown_solver_names_the_choices():

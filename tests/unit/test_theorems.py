@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy.special import softmax
 from scipy.stats import norm
 
@@ -176,7 +177,7 @@ def test_continuity_equation_on_finite_data(x64, name, d):
     def log_density(x, t):
         return log_guided_density(path, x, t, data, log_weights)
 
-    np.testing.assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
+    assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
     other = functools.partial(field, log_weights=-energy)
     assert np.abs(continuity(log_density, other, x, t)).max() > 0.05
 
@@ -192,7 +193,7 @@ def test_intermediate_energy_joins_the_two_densities(x64, name):
         jax.vmap(lambda x, t, w=w: log_guided_density(path, x, t, data, w))(x, t)
         for w in (jnp.zeros(5), -BETA * energy)
     )
-    np.testing.assert_allclose(got, log_p - log_q, rtol=1e-8, atol=1e-9)
+    assert_allclose(got, log_p - log_q, rtol=1e-8, atol=1e-9)
 
 
 @each_path
@@ -212,7 +213,7 @@ def test_continuity_equation_on_a_mixture(x64, name):
     def field(x, t):
         return guided.velocity(path, x, t)
 
-    np.testing.assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
+    assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
     plain = continuity(log_density, lambda x, t: mixture.velocity(path, x, t), x, t)
     assert np.abs(plain).max() > 0.05
 
@@ -234,9 +235,7 @@ def test_the_guided_flow_reaches_the_weighted_data(x64, name):
     distance = np.abs(np.asarray(run(noise)) - DATA[:, 0])
     fraction = np.bincount(distance.argmin(-1), minlength=5) / number
     # The linear VP path starts from N(mu_1 x_i, sigma_1^2), mu_1 = 0.0066, and not from N(0, 1).
-    np.testing.assert_allclose(
-        fraction, softmax(-BETA * ENERGY), atol=0.01 if name == "vp_linear" else 0.004
-    )
+    assert_allclose(fraction, softmax(-BETA * ENERGY), atol=0.01 if name == "vp_linear" else 0.004)
     assert np.abs(fraction - 0.2).max() > 0.1
     assert np.quantile(distance.min(-1), 0.9) < 0.1
 
@@ -274,8 +273,8 @@ def test_classifier_guidance_by_gradients_of_densities(x64, name):
 
     for beta in sum(BETAS.values(), ()):
         (eq_46, eq_47), (classifier, guided) = scores(beta)
-        np.testing.assert_allclose(classifier, eq_46, rtol=1e-8, atol=1e-9)
-        np.testing.assert_allclose(guided, eq_47, rtol=1e-8, atol=1e-9)
+        assert_allclose(classifier, eq_46, rtol=1e-8, atol=1e-9)
+        assert_allclose(guided, eq_47, rtol=1e-8, atol=1e-9)
         if beta in BETAS["exact"]:
             assert relative(classifier, guided) < 1e-9
         else:
@@ -343,7 +342,7 @@ def test_minus_the_intermediate_energy_minimizes_cep(x64, name, time):
 
     value_and_gradient = jax.jit(jax.value_and_grad(loss))
     least, gradient = value_and_gradient(jnp.zeros(4), 1.0)
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
+    assert_allclose(gradient, 0.0, atol=1e-9)
     for direction in np.eye(4):
         value, gradient = value_and_gradient(0.3 * direction, 1.0)
         assert np.abs(gradient).max() > 1e-3

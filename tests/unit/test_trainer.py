@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.rl.agents import player
 from efm_jax.rl.batch import Batch, Table
@@ -15,16 +16,14 @@ from tests.tiny import A, Recorder, S, config, layout, train, transitions
 
 
 def assert_same_tree(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(assert_array_equal, found, expected)
 
 
 def assert_close(found, expected, tolerance):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(
-            a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
-        )
+        assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
 VARIANTS = {
@@ -65,10 +64,7 @@ def one_device():
     return get
 
 
-@pytest.mark.parametrize(
-    ("variant", "devices"),
-    [("softmax_q full", 8), ("iql resample", 4)],
-)
+@pytest.mark.parametrize(("variant", "devices"), [("softmax_q full", 8), ("iql resample", 4)])
 def test_data_on_many_devices_in_float64(x64, one_device, variant, devices):
     many = train(config(**VARIANTS[variant], **LONG), on=layout(devices), dtype=np.float64)
     assert_same_run(many, one_device(variant, np.float64), 1e-9)
@@ -97,9 +93,9 @@ def test_blocks_fill_a_table(devices):
     )
     found = jax.tree.map(lambda leaf: np.concatenate(np.asarray(leaf), axis=1), table)
     assert told == ([(7, 20), (14, 20), (20, 20)] if devices == 1 else [(14, 20), (20, 20)])
-    np.testing.assert_array_equal(found["index"], [np.arange(20)] * 2)
+    assert_array_equal(found["index"], [np.arange(20)] * 2)
     expected = np.arange(20)[None, :, None] * np.array([[[1, 2]], [[3, 4]]]) + 5
-    np.testing.assert_array_equal(found["a"], expected)
+    assert_array_equal(found["a"], expected)
 
 
 @pytest.fixture
@@ -259,7 +255,7 @@ def test_each_phase_has_its_own_batch_size_and_learning_rate():
     )  # fmt: skip
     state, _ = train(own)
     plain, _ = train(config(batch_size=16, learning_rate=1e-3))
-    jax.tree.map(np.testing.assert_array_equal, state.behavior, plain.behavior)
+    jax.tree.map(assert_array_equal, state.behavior, plain.behavior)
     trainer = Trainer(own, transitions(), (0,), layout())
     data = jax.tree.map(lambda leaf: leaf[0], trainer.data)
     draw = lambda phase: trainer.agent.draw_batch(phase, jax.random.key(0), data)  # noqa: E731

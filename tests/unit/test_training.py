@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax import losses, paths
 from efm_jax.training.loop import MetricsPipe, NonFiniteLossError, segments
@@ -31,8 +32,8 @@ def test_step_is_plain_gradient_descent():
         assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-6)
         assert metrics["distance"] == pytest.approx(np.abs(gradient).max(), rel=1e-6)
         x = x - 0.1 * gradient
-        np.testing.assert_allclose(state.params["x"], x, rtol=1e-6)
-        np.testing.assert_array_equal(state.average["x"], state.params["x"])
+        assert_allclose(state.params["x"], x, rtol=1e-6)
+        assert_array_equal(state.average["x"], state.params["x"])
         assert state.step == i + 1
 
 
@@ -48,8 +49,8 @@ def test_step_with_adam_and_a_polyak_average():
         before = average.sum()
         average = rate * x + (1 - rate) * average
         state, metrics = step(state, jax.random.key(0), TARGET)
-        np.testing.assert_allclose(state.params["x"], x, rtol=1e-4)
-        np.testing.assert_allclose(state.average["x"], average, rtol=1e-4)
+        assert_allclose(state.params["x"], x, rtol=1e-4)
+        assert_allclose(state.average["x"], average, rtol=1e-4)
         assert metrics["average"] == pytest.approx(
             before, rel=1e-4, abs=1e-7
         )  # the loss sees the old average
@@ -63,9 +64,9 @@ def test_step_sums_shares_of_the_loss_over_an_axis():
     step = make_step(share, optimizer, axis_name="i")
     batches = np.stack([TARGET * k for k in range(4)])
     state, metrics = jax.vmap(step, (None, None, 0), axis_name="i")(start(optimizer), None, batches)
-    np.testing.assert_allclose(state.params["x"], np.tile(0.1 * batches.mean(0), (4, 1)), rtol=1e-6)
+    assert_allclose(state.params["x"], np.tile(0.1 * batches.mean(0), (4, 1)), rtol=1e-6)
     losses = 0.5 * (batches**2).sum(1).mean()
-    np.testing.assert_allclose(metrics["loss"], np.full(4, losses), rtol=1e-6)
+    assert_allclose(metrics["loss"], np.full(4, losses), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen,
             results.append(mapped(start(optimizer), jax.random.key(1), batch))
     assert set(sizes) == {size, seen}
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+        assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def noisy_chunk(length):
@@ -134,7 +135,7 @@ def test_chunks_of_any_length_draw_the_same():
             assert len({float(m["index"]) for m in logged}) > 5
             assert len({float(m["noise"]) for m in logged}) == 10
     for length in (5, 1):
-        jax.tree.map(np.testing.assert_array_equal, results[10][0], results[length][0])
+        jax.tree.map(assert_array_equal, results[10][0], results[length][0])
         for name, value in results[10][1].items():
             assert results[length][1][name] == pytest.approx(value, rel=1e-5)
 
@@ -191,7 +192,7 @@ def test_devices_share_one_global_batch(devices):
     assert parts.min() >= 0
     assert parts.max() < 1000 // devices
     rows = parts + np.arange(devices)[:, None] * (1000 // devices)
-    np.testing.assert_array_equal(rows.reshape(-1), sample_rows(jax.random.key(5), 24, 1000))
+    assert_array_equal(rows.reshape(-1), sample_rows(jax.random.key(5), 24, 1000))
 
 
 def test_segments():
@@ -224,7 +225,7 @@ def test_pipe_emits_in_order_one_chunk_behind():
     pipe.drain()
     pipe.drain()
     assert [(s[0], s[1]) for s in seen] == [("critic", 5), ("critic", 7)]
-    np.testing.assert_array_equal(seen[1][2]["loss"], [2.0, 2.0])
+    assert_array_equal(seen[1][2]["loss"], [2.0, 2.0])
     assert set(seen[0][2]) == {"loss", "steps_per_second"}
     assert seen[0][2]["steps_per_second"].shape == (2,)
     assert (seen[0][2]["steps_per_second"] > 0).all()

@@ -7,6 +7,7 @@ import gymnasium
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from efm_jax.envs import evaluate
@@ -110,10 +111,10 @@ def test_mp4_shows_the_episode_in_its_own_time(tmp_path):
     # 100 steps a second are more than the format shows: every second one of 20, and the start.
     assert rate == 50
     assert shape == (34, 48, 3)
-    np.testing.assert_allclose(gray, np.arange(0, 201, 20), atol=3)
+    assert_allclose(gray, np.arange(0, 201, 20), atol=3)
     expected = evaluate(act, "Clock-v0", episode_seeds=[7])
-    np.testing.assert_array_equal(played.returns, expected.returns)
-    np.testing.assert_array_equal(played.lengths, expected.lengths)
+    assert_array_equal(played.returns, expected.returns)
+    assert_array_equal(played.lengths, expected.lengths)
     assert played.returns[0, 0] != record_video(act, "Clock-v0", path, seed=8).returns[0, 0]
     assert [file.name for file in path.parent.iterdir()] == ["episode.mp4"]
 
@@ -121,10 +122,10 @@ def test_mp4_shows_the_episode_in_its_own_time(tmp_path):
 def test_last_step_is_shown_where_the_episode_ends(tmp_path, spec_of):
     path = tmp_path / "episode.mp4"
     played = record_video(act, spec_of(end=5), path, seed=7)
-    np.testing.assert_allclose(mp4(path)[0], [0, 20, 40, 50], atol=3)
+    assert_allclose(mp4(path)[0], [0, 20, 40, 50], atol=3)
     assert played.lengths.tolist() == [[5]]
     played = record_video(act, "Clock-v0", path, seed=7, max_steps=3)
-    np.testing.assert_allclose(mp4(path)[0], [0, 20, 30], atol=3)
+    assert_allclose(mp4(path)[0], [0, 20, 30], atol=3)
     assert played.lengths.tolist() == [[3]]
 
 
@@ -147,7 +148,7 @@ def test_gif_needs_no_encoder(tmp_path, monkeypatch):
             durations.append(image.info["duration"])
             gray.append(np.asarray(image.convert("L"), float).mean())
     assert durations == [40] * 6  # 25 a second, every fourth step
-    np.testing.assert_allclose(gray, np.arange(0, 201, 40), atol=1)
+    assert_allclose(gray, np.arange(0, 201, 40), atol=1)
 
 
 def diverged(observations, step):
