@@ -7,14 +7,8 @@ import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from efm_jax import exact, guidance, paths
-
-PATHS = {
-    "ot": paths.conditional_ot(),
-    "vp_linear": paths.vp_linear(),
-    "vp_cosine": paths.vp_cosine(),
-}
-each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+from efm_jax import exact, guidance
+from tests.problems import OT, each_path
 
 
 @pytest.fixture
@@ -41,10 +35,9 @@ def exact_logit(path, data, energy):
 
 
 @each_path
-@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta):
+def test_methods_with_exact_ingredients_give_their_scores(path, ref, problem):
+    """Eq. 4.6 by a classifier and without; at every beta eq. 4.7 by contrast."""
     x, t, data, energy = problem
-    expected = exact.cg_score(path, x, t, data, jnp.exp(-energy), beta)
 
     def plain(x, t):
         return exact.score(path, x, t, data)
@@ -52,42 +45,33 @@ def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta
     def conditional(x, t):
         return exact.score(path, x, t, data, -energy)
 
-    by_classifier = guidance.classifier_guided(plain, exact_logit(path, data, energy), beta)
-    without = guidance.classifier_free_guided(plain, conditional, beta)
-    assert_allclose(jax.jit(by_classifier)(x, t), expected, rtol=1e-7)
-    assert_allclose(without(x, t), expected, rtol=1e-9)
+    @jax.jit
+    def scores(beta):
+        def log_ratio(x, t):  # any function of t may be added: it has no gradient in x
+            return 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta)
 
+        logit = exact_logit(path, data, energy)
+        found = {
+            "classifier": guidance.classifier_guided(plain, logit, beta)(x, t),
+            "classifier-free": guidance.classifier_free_guided(plain, conditional, beta)(x, t),
+            "contrastive": guidance.contrastive_guided(plain, log_ratio)(x, t),
+        }
+        eq_46 = exact.cg_score(path, x, t, data, jnp.exp(-energy), beta)
+        return found, eq_46, exact.score(path, x, t, data, -beta * energy)
 
-@each_path
-@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_contrastive_guidance_gives_the_guided_score_at_every_beta(path, problem, beta):
-    x, t, data, energy = problem
-    guided = guidance.contrastive_guided(
-        lambda x, t: exact.score(path, x, t, data),
-        # Any function of t may be added: it has no gradient in x.
-        lambda x, t: 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta),
-    )
-    assert_allclose(guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7)
-
-
-def test_classifier_free_guidance_commutes_with_conversions(problem):
-    # Velocities are affine in scores with coefficients that sum to one field: guiding either is the
-    # same.
-    x, t, data, energy = problem
-    path = paths.conditional_ot()
-    scores = [lambda x, t, w=w: exact.score(path, x, t, data, w) for w in (None, -energy)]
-    velocities = [lambda x, t, w=w: exact.velocity(path, x, t, data, w) for w in (None, -energy)]
-    score = guidance.classifier_free_guided(*scores, 3.0)(x, t)
-    velocity = guidance.classifier_free_guided(*velocities, 3.0)(x, t)
-    assert_allclose(path.velocity_from_score(score, x, t), velocity, rtol=1e-9)
+    for beta in (0.0, 1.0, 4.0):
+        found, eq_46, eq_47 = scores(beta)
+        assert_allclose(found["classifier"], eq_46, rtol=1e-7)
+        assert_allclose(found["classifier-free"], eq_46, rtol=1e-9)
+        assert_allclose(found["contrastive"], eq_47, rtol=1e-7)
 
 
 def test_classifier_loss_is_least_at_the_posterior_probability(x64):
     # One time, two data points in one dimension, and a logit for each cell of x: the minimizer is
     # known.
-    path, data = paths.conditional_ot(), jnp.array([[-1.0], [1.0]])
+    path, data = OT, jnp.array([[-1.0], [1.0]])
     prob = jnp.array([0.9, 0.2])
-    x0 = jnp.tile(data, (40_000, 1))
+    x0 = jnp.tile(data, (10_000, 1))
     edges = jnp.array([-1.0, -0.3, 0.3, 1.0])
 
     def logit_fn(table):
@@ -95,7 +79,7 @@ def test_classifier_loss_is_least_at_the_posterior_probability(x64):
 
     def loss(table):
         return guidance.classifier_loss(
-            logit_fn(table), path, jax.random.key(0), x0, jnp.tile(prob, 40_000)
+            logit_fn(table), path, jax.random.key(0), x0, jnp.tile(prob, 10_000)
         )[0]
 
     table = jnp.zeros(5)
@@ -107,8 +91,8 @@ def test_classifier_loss_is_least_at_the_posterior_probability(x64):
         table = optax.apply_updates(table, updates)
     # E[p(c | x0) | cell], by integration over t uniform and the noise.
     rng = np.random.default_rng(0)
-    t, which = rng.uniform(size=400_000), rng.integers(2, size=400_000)
-    x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=400_000)
+    t, which = rng.uniform(size=200_000), rng.integers(2, size=200_000)
+    x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=200_000)
     cell = np.digitize(x, np.asarray(edges))
     expected = np.array([np.asarray(prob)[which[cell == i]].mean() for i in range(5)])
     assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
@@ -119,7 +103,7 @@ def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_
 
     def loss(prob):
         return guidance.classifier_loss(
-            lambda x, t: 1e4 * x[:, 0], PATHS["ot"], jax.random.key(0), x0, prob
+            lambda x, t: 1e4 * x[:, 0], OT, jax.random.key(0), x0, prob
         )[0]
 
     value, gradient = jax.value_and_grad(loss)(prob)
@@ -139,9 +123,9 @@ def test_labels_are_dropped_at_the_stated_rate():
 def test_bad_arguments_are_named():
     key, x0 = jax.random.key(0), jnp.ones((4, 2))
     with pytest.raises(ValueError, match="class_prob"):
-        guidance.classifier_loss(lambda x, t: x[:, 0], PATHS["ot"], key, x0, jnp.ones(3))
+        guidance.classifier_loss(lambda x, t: x[:, 0], OT, key, x0, jnp.ones(3))
     with pytest.raises(ValueError, match="logit_fn"):
-        guidance.classifier_loss(lambda x, t: x, PATHS["ot"], key, x0, jnp.ones(4))
+        guidance.classifier_loss(lambda x, t: x, OT, key, x0, jnp.ones(4))
     with pytest.raises(ValueError, match="rate"):
         guidance.drop_labels(key, jnp.ones(3, int), 1.5, 0)
     with pytest.raises(TypeError, match="labels"):
