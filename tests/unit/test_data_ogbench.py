@@ -1,7 +1,9 @@
 import sys
 import types
 
+import chex
 import gymnasium
+import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -30,6 +32,13 @@ def arrays(**more):
 
 def labeled():
     return arrays(rewards=REWARDS, masks=MASKS)
+
+
+def assert_same(found, expected):
+    """Transitions and episodes, number by number."""
+    chex.assert_trees_all_equal(found.transitions, expected.transitions)
+    assert_array_equal(found.episode_returns, expected.episode_returns)
+    assert_array_equal(found.episode_lengths, expected.episode_lengths)
 
 
 def write(path, content):
@@ -109,65 +118,45 @@ def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
         "terminals": np.array([0, 0, 1, 0, 1], np.float32),
     }
     for form in (compact, regular):
-        other = load_dataset(write(tmp_path / "b.npz", form))
-        for ours, theirs in zip(other.transitions, states.transitions, strict=True):
-            assert_array_equal(ours, theirs)
-        assert_array_equal(other.episode_returns, states.episode_returns)
-        assert_array_equal(other.episode_lengths, states.episode_lengths)
+        assert_same(load_dataset(write(tmp_path / "b.npz", form)), states)
 
 
 def test_parts_are_the_whole(tmp_path):
     path = write(tmp_path / "a.npz", labeled())
     whole = load_dataset(path)
     parts = [load_dataset(path, rows=lambda n, i=i: slice(i, min(i + 2, n))) for i in (0, 2, 4)]
-    for field in whole.transitions._fields:
-        joined = np.concatenate([getattr(part.transitions, field) for part in parts])
-        assert_array_equal(joined, getattr(whole.transitions, field))
+    joined = jax.tree.map(lambda *a: np.concatenate(a), *[part.transitions for part in parts])
+    chex.assert_trees_all_equal(joined, whole.transitions)
     assert_array_equal(np.concatenate([p.episode_returns for p in parts]), whole.episode_returns)
     assert [part.first_row for part in parts] == [0, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "env"),
-    [
-        ("cube-single-play-singletask-v0", "cube-single-play-v0.npz", "cube-single-singletask-v0"),
-        (
-            "ogbench:puzzle-3x3-noisy-singletask-task5-v0",
-            "puzzle-3x3-noisy-v0.npz",
-            "puzzle-3x3-singletask-task5-v0",
-        ),
-        (
-            "antmaze-large-navigate-singletask-v0",
-            "antmaze-large-navigate-v0.npz",
-            "antmaze-large-singletask-v0",
-        ),
-        ("scene-play-singletask-task1-v0", "scene-play-v0.npz", "scene-singletask-task1-v0"),
-    ],
-)
-def test_names(name, file, env):
-    assert ogbench.parse_name(name) == (file, env)
+def test_names():
+    for name, file, env in (
+        ("cube-single-play-singletask-v0", "cube-single-play", "cube-single-singletask-v0"),
+        ("ogbench:puzzle-3x3-noisy-singletask-task5-v0", "puzzle-3x3-noisy",
+         "puzzle-3x3-singletask-task5-v0"),
+        ("antmaze-large-navigate-singletask-v0", "antmaze-large-navigate",
+         "antmaze-large-singletask-v0"),
+        ("scene-play-singletask-task1-v0", "scene-play", "scene-singletask-task1-v0"),
+    ):  # fmt: skip
+        assert ogbench.parse_name(name) == (f"{file}-v0.npz", env)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("ogbench:cube-single-play-v0", ("single task", "cube-single-play-singletask-v0")),
-        ("cube-single-play-singletask-task6-v0", ("unknown dataset",)),
-        ("ogbench:visual-cube-single-play-singletask-v0", ("images",)),
-        ("ogbench:nonsense", ("unknown dataset",)),
-    ],
-)
-def test_names_of_other_things(name, words, without_ogbench):
-    fails(name, *words)
+def test_names_of_other_things(without_ogbench):
+    for name, *words in (
+        ("ogbench:cube-single-play-v0", "single task", "cube-single-play-singletask-v0"),
+        ("cube-single-play-singletask-task6-v0", "unknown dataset"),
+        ("ogbench:visual-cube-single-play-singletask-v0", "images"),
+        ("ogbench:nonsense", "unknown dataset"),
+    ):
+        fails(name, *words)
 
 
 def test_a_name_needs_ogbench_before_a_download(tmp_path, without_ogbench, monkeypatch):
     monkeypatch.setattr(ogbench, "URL", "http://127.0.0.1:9/")
-    fails(
-        "box-single-play-singletask-v0",
-        "pip install ogbench",
-        folders=Folders(ogbench=str(tmp_path / "x")),
-    )
+    folders = Folders(ogbench=str(tmp_path / "x"))
+    fails("box-single-play-singletask-v0", "pip install ogbench", folders=folders)
     assert not (tmp_path / "x").exists()
 
 
@@ -179,17 +168,14 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch)
     folders = Folders(ogbench=str(tmp_path / "local"))
     with serving_files(remote) as url:
         monkeypatch.setattr(ogbench, "URL", url)
-        for name, done in (
-            ("box-single-play-singletask-v0", 1),
-            ("ogbench:box-single-play-singletask-task4-v0", 5),
-        ):
-            dataset = load_dataset(name, folders=folders)
-            assert dataset.name == name
+        tasks = {"box-single-play-singletask-v0": 1, "box-single-play-singletask-task4-v0": 5}
+        for name, done in tasks.items():
+            dataset = load_dataset(f"ogbench:{name}", folders=folders)
+            assert dataset.name == f"ogbench:{name}"
             transitions = dataset.transitions
             assert_array_equal(transitions.terminated, np.array(STEPS) == done)
             assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
-            env_id = name.removeprefix("ogbench:").replace("-play", "")
-            assert dataset.env_spec == f'{{"id": "{env_id}"}}'
+            assert dataset.env_spec == f'{{"id": "{name.replace("-play", "")}"}}'
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["box-single-play-v0.npz"]
 
 

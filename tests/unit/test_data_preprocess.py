@@ -42,9 +42,8 @@ def test_standardized_and_scaled():
     assert_allclose(normalizer.observation_std, exact.std(0), rtol=1e-6)
     # Next observations with the statistics of the observations.
     shift = 1 / normalizer.observation_std
-    assert_allclose(
-        data.next_observations - data.observations, shift[None].repeat(500, 0), rtol=2e-3
-    )
+    moved = data.next_observations - data.observations
+    assert_allclose(moved, np.tile(shift, (500, 1)), rtol=2e-3)
     actions = dataset.transitions.actions
     assert_allclose(data.actions, actions / [2, 5] - [0, 1], atol=1e-6)
     assert np.abs(data.actions).max() <= 1
@@ -87,13 +86,11 @@ def test_reward_transforms():
         preprocess(dataset, normalizer, "other")
 
 
-@pytest.mark.parametrize(
-    ("returns", "word"), [((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")]
-)
-def test_locomotion_refuses(returns, word):
-    dataset = make_dataset(returns=returns)
-    with pytest.raises(DataError, match=word):
-        preprocess(dataset, fit_normalizer(dataset), "locomotion")
+def test_locomotion_refuses():
+    for returns, word in (((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")):
+        dataset = make_dataset(returns=returns)
+        with pytest.raises(DataError, match=word):
+            preprocess(dataset, fit_normalizer(dataset), "locomotion")
 
 
 def test_normalizer_of_another_dataset():

@@ -137,21 +137,6 @@ def test_samples_targets_and_conversions_match_numpy(x64, name, t_shape, x_shape
 
 
 @each_path
-def test_targets_are_derivatives(x64, name):
-    """The velocity of `sample` in time, the score of the conditional log-density in x."""
-    path, ref = PATHS[name]
-    x0, noise, t = normal(1, 3), normal(2, 3), 0.37
-
-    def log_density(x):
-        return -0.5 * ((x - ref.mu(t) * x0) ** 2).sum() / ref.sigma(t) ** 2
-
-    velocity = jax.jit(jax.jacfwd(lambda t: path.sample(x0, noise, t)))(t)
-    assert_allclose(path.velocity(x0, noise, t), velocity, rtol=1e-9)
-    score = jax.grad(log_density)(path.sample(x0, noise, t))
-    assert_allclose(path.score(noise, t), score, rtol=1e-9)
-
-
-@each_path
 @pytest.mark.parametrize("end", [0, 1])
 def test_conversions_reach_their_limit_at_the_ends(name, end):
     path, ref = PATHS[name]
@@ -162,47 +147,16 @@ def test_conversions_reach_their_limit_at_the_ends(name, end):
     chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-V, X, HALF = normal(4, 3), normal(5, 3), np.pi / 2
-
-
-@pytest.mark.parametrize(
-    ("name", "end", "limits"),
-    [
-        ("ot", 0, {  # u = eps - x0, x = (1 - t) x0 + t eps
-            "x0_from_velocity": X, "noise_from_velocity": X + V, "velocity_from_score": -X,
-            "velocity_from_noise": V - X, "x0_from_score": X,
-        }),
-        ("ot", 1, {
-            "x0_from_velocity": X - V, "noise_from_velocity": X, "score_from_velocity": -X,
-            "velocity_from_x0": X - V,
-        }),
-        ("vp_linear", 0, {  # -(b0/2)(x + s)
-            "velocity_from_score": -0.05 * (X + V), "score_from_velocity": -20 * V - X,
-            "noise_from_velocity": 0 * X, "x0_from_score": X, "x0_from_velocity": X,
-        }),
-        ("vp_cosine", 0, {
-            "noise_from_velocity": V / HALF, "x0_from_score": X, "x0_from_velocity": X,
-        }),
-        ("vp_cosine", 1, {"x0_from_velocity": -V / HALF, "score_from_x0": -X}),
-    ],
-)  # fmt: skip
-def test_limits_written_by_hand(x64, name, end, limits):
-    got = convert_all(PATHS[name][0], tuple(limits), V, X, float(end))
-    chex.assert_trees_all_close(got, limits, rtol=1e-12, atol=1e-12)
-
-
 @each_path
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-3), (np.float64, 1e-8)])
-def test_conversions_take_the_truth_to_the_truth(x64, name, dtype, tolerance):
+def test_conversions_take_the_truth_to_the_truth_in_float32(name):
     path, _ = PATHS[name]
-    x0, noise, t = (a.astype(dtype) for a in (normal(0, 25, 3), normal(1, 25, 3), INTERIOR))
+    x0, noise, t = map(np.float32, (normal(0, 25, 3), normal(1, 25, 3), INTERIOR))
     truth = {"velocity": path.velocity(x0, noise, t), "score": path.score(noise, t)}
     truth |= {"noise": noise, "x0": x0}
     got = convert_all(path, tuple(CONVERSIONS), truth, path.sample(x0, noise, t), t)
-    for conversion, found in got.items():
-        assert found.dtype == dtype
-        expected = truth[conversion.split("_")[0]]
-        assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=conversion)
+    chex.assert_type(list(got.values()), jnp.float32)
+    expected = {conversion: truth[conversion.split("_")[0]] for conversion in CONVERSIONS}
+    chex.assert_trees_all_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("sigma_min", [-0.1, 1.5, float("nan")])

@@ -1,6 +1,7 @@
 """Planner and controller of point mazes: on maps and a point mass of ours, then in the real one."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -65,14 +66,12 @@ def test_routes_are_as_long_as_an_independent_search_says():
         free = rng.random((6, 7)) < 0.7
         maze = Maze(tuple(tuple(bool(cell) for cell in row) for row in free))
         goal = maze.cells[rng.integers(len(maze.cells))]
-        # Distances by repeated relaxation.
         distance = np.full(free.shape, np.inf)
         distance[goal] = 0
-        for _ in range(free.size):
+        for _ in range(free.size):  # repeated relaxation
             padded = np.pad(distance, 1, constant_values=np.inf)
-            near = np.min(
-                [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]], axis=0
-            )
+            near = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+            near = np.min(near, axis=0)
             distance = np.where(free, np.minimum(distance, near + 1), np.inf)
         reached = {tuple(int(i) for i in cell) for cell in np.argwhere(np.isfinite(distance))}
         assert set(routes(maze, goal)) == reached
@@ -89,9 +88,8 @@ def test_positions_and_cells():
         for cell in grid.cells:
             x, y = grid.middle(cell)
             reach = 0.49 * grid.scale
-            assert {
-                grid.cell(x + dx, y + dy) for dx in (-reach, reach) for dy in (-reach, reach)
-            } == {cell}
+            steps = itertools.product((-reach, reach), repeat=2)
+            assert {grid.cell(x + dx, y + dy) for dx, dy in steps} == {cell}
     for x, y in [(0.0, 2.0), (9.0, 0.0), (0.0, -9.0), (-2.6, 0.0)]:
         with pytest.raises(ValueError, match="expected a place in a free cell"):
             U.cell(x, y)
@@ -119,12 +117,10 @@ def test_a_push_off_the_route_is_recovered():
 def test_steering_is_a_pd_law_towards_the_next_cell():
     goal = np.array(U.middle((1, 1)))
     gains = Gains(position=3.0, velocity=2.0)
-    state = np.array(
-        [-0.9, -1.1, 0.5, -0.25]
-    )  # in (3, 1); next is the middle of (3, 2), at (0, -1)
-    assert_allclose(steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25])
-    state = np.array([-0.9, 1.1, 0.5, -0.25])  # in the goal's cell: the goal itself
-    assert_allclose(steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25])
+    # In (3, 1): next is the middle of (3, 2), at (0, -1).  In the goal's cell: the goal itself.
+    for y, towards in ((-1.1, (3 * 0.9, 3 * 0.1)), (1.1, (-3 * 0.1, -3 * 0.1))):
+        found = steer(U, gains, np.array([-0.9, y, 0.5, -0.25]), goal)
+        assert_allclose(found, np.array(towards) - 2 * np.array([0.5, -0.25]))
 
 
 def test_no_route_is_an_error():
@@ -170,25 +166,22 @@ def spec(name, **kwargs):
 
 
 def test_task_has_one_goal_and_continues():
-    plain = spec(
-        "PointMaze_UMaze-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5], reward_type="sparse"
-    )
+    rows = [[1] * 5, [1, 0, 0, 0, 1], [1] * 5]
+    plain = spec("PointMaze_UMaze-v3", maze_map=rows, reward_type="sparse")
     before = copy.deepcopy(plain)
-    task = pointmaze.task(plain)
-    assert task.kwargs == {
-        "maze_map": [[1] * 5, [1, "g", 0, 0, 1], [1] * 5], "reward_type": "sparse",
-        "continuing_task": True, "reset_target": False,
-    }  # fmt: skip
+    assert pointmaze.task(plain).kwargs == {
+        "maze_map": [[1] * 5, [1, "g", 0, 0, 1], [1] * 5],
+        "reward_type": "sparse",
+        "continuing_task": True,
+        "reset_target": False,
+    }
     assert plain == before
     assert pointmaze.is_point_maze(plain)
-    assert not pointmaze.is_point_maze(
-        EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
-    )
+    pendulum = EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
+    assert not pointmaze.is_point_maze(pendulum)
     marked = pointmaze.task(spec("PointMaze_Medium_Diverse_GR-v3", maze_map=[[1, "c", 0, 1]]))
     assert marked.kwargs["maze_map"] == [[1, "c", 0, 1]]
-    dense = pointmaze.task(
-        spec("PointMaze_UMazeDense-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5])
-    )
+    dense = pointmaze.task(spec("PointMaze_UMazeDense-v3", maze_map=rows))
     assert dense.kwargs["maze_map"][1][1] == "g"
 
 
@@ -207,22 +200,15 @@ def test_real_map_and_positions(name):
 
 def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(recording, "REFERENCE_EPISODES", 10)
+    monkeypatch.setattr(recording, "REFERENCE_EPISODES", 6)
     env = environments.make(pointmaze.task(environments.read_spec("test", "PointMaze_UMaze-v3")))
     maze = Maze.of(env)
-    recording.record(
-        "efm/maze/test-v0",
-        env,
-        lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5),
-        seed=0,
-        episodes=10,
-        expert=pointmaze.expert(maze),
-        algorithm_name="x",
-        code_permalink="x",
-        description="x",
-    )
+    described = dict.fromkeys(["algorithm_name", "code_permalink", "description"], "x")
+    options = {"seed": 0, "episodes": 6, "expert": pointmaze.expert(maze), **described}
+    wander = lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5)  # noqa: E731
+    recording.record("efm/maze/test-v0", env, wander, **options)
     dataset = load_dataset("efm/maze/test-v0")
-    assert dataset.transitions.observations.shape == (3000, 8)
+    assert dataset.transitions.observations.shape == (1800, 8)
     assert set(dataset.episode_lengths) == {300}
     assert not dataset.transitions.terminated.any()
     assert set(np.unique(dataset.transitions.rewards)) == {0, 1}
@@ -233,19 +219,17 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
 
     def act(observations, step):
-        one = [
-            pointmaze.expert(maze)({"observation": row[4:], "desired_goal": row[2:4]})
-            for row in observations[0].astype(float)
-        ]
-        return np.array([one])
+        expert, rows = pointmaze.expert(maze), observations[0].astype(float)
+        return np.array(
+            [[expert({"observation": row[4:], "desired_goal": row[2:4]}) for row in rows]]
+        )
 
     # In a process that has never asked for the id: the spec is enough.
     assert json.loads(dataset.env_spec)["kwargs"]["maze_map"][1][1] == "g"
-    seeds = range(1000, 1020)
+    seeds = range(1000, 1010)
     returns = evaluate(act, dataset.env_spec, episode_seeds=seeds).returns
     assert 90 < normalized_score(returns.mean(), dataset.reference_scores) < 110
-    still = evaluate(
-        lambda observations, step: np.zeros((1, 20, 2)), dataset.env_spec, episode_seeds=seeds
-    )
+    nothing = lambda observations, step: np.zeros((1, 10, 2))  # noqa: E731
+    still = evaluate(nothing, dataset.env_spec, episode_seeds=seeds)
     assert still.returns.max() == 0
     assert normalized_score(dataset.episode_returns.mean(), dataset.reference_scores) < 30

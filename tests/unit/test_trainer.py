@@ -1,10 +1,11 @@
 """The trainer: devices, seeds, resumption."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
 from efm_jax.rl.agents import player
 from efm_jax.rl.batch import Batch, Table
@@ -14,18 +15,7 @@ from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.types import Normalizer
 from tests.tiny import A, Recorder, S, config, layout, train, transitions
 
-
-def assert_same_tree(found, expected):
-    jax.tree.map(assert_array_equal, found, expected)
-
-
-def assert_close(found, expected, tolerance):
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
-
-
+assert_close, assert_same_tree = chex.assert_trees_all_close, chex.assert_trees_all_equal
 VARIANTS = {
     "softmax_q full": {},
     "iql resample": {"critic": "iql", "estimator": "resample", "ema_decay": 0.5},
@@ -131,13 +121,13 @@ def test_renewals_and_evaluations_compile_nothing_again(compiled):
 
 
 def test_a_seed_of_two_equals_itself_alone():
-    both, hooks = train(config(), (3, 4))
-    alone, own = train(config(), (4,))
-    assert_close(
-        jax.tree.map(lambda leaf: leaf[1], both), jax.tree.map(lambda leaf: leaf[0], alone), 1e-4
-    )
-    for a, b in zip(hooks.metrics, own.metrics, strict=True):
-        assert_close({n: v[1] for n, v in a[2].items()}, {n: v[0] for n, v in b[2].items()}, 1e-4)
+    (both, hooks), (alone, own) = train(config(), (3, 4)), train(config(), (4,))
+
+    def of_seed(index, state, hooks):
+        everything = state, [values for _, _, values in hooks.metrics]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[index], everything)
+
+    assert_close(of_seed(1, both, hooks), of_seed(0, alone, own), rtol=1e-4, atol=1e-4)
     different = [np.abs(leaf[0] - leaf[1]).max() for leaf in jax.tree.leaves(both.policy.params)]
     assert min(different) > 1e-4
 
@@ -149,14 +139,11 @@ def test_what_a_run_tells_its_hooks():
         (phase, step) for phase in PHASES for step in (5, 10, 15, 20)
     ]
     assert [step for step, _ in hooks.renewals] == [0, 10]
-    assert {name for name, _, _ in hooks.tables} == {
-        "next_actions",
-        "support set 1",
-        "support set 2",
-    }
+    tables = {"next_actions", "support set 1", "support set 2"}
+    assert {name for name, _, _ in hooks.tables} == tables
     steps = [tuple(int(getattr(s, phase).step[0]) for phase in PHASES) for s in hooks.saved]
     assert steps == [(10, 0, 0), (20, 0, 0), (20, 10, 0), (20, 20, 0), (20, 20, 10), (20, 20, 20)]
-    assert_same_tree(jax.tree.map(np.asarray, state), hooks.saved[-1])
+    assert_same_tree(state, hooks.saved[-1])
     # The policy starts as the behavior model, which stays as it was.
     first = hooks.saved[4]
     assert_same_tree(first.behavior, hooks.saved[1].behavior)
@@ -176,7 +163,7 @@ def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
     nothing, first = train(config(), stop_at=stop_at)
     assert nothing is None
     final, second = train(config(), state=first.saved[-1])
-    assert_same_tree(jax.tree.map(np.asarray, final), jax.tree.map(np.asarray, whole))
+    assert_same_tree(final, whole)
     assert [m[:2] for m in first.metrics + second.metrics] == [m[:2] for m in logged.metrics]
     # A run that continues between renewals tells the current one again, the same.
     expected = dict(logged.renewals)
@@ -193,7 +180,7 @@ def test_a_run_stopped_between_renewals_computes_their_table_again():
     _, first = train(options, stop_at=("policy", 5))
     assert step_of(first) == 10
     final, second = train(options, state=first.saved[-1])
-    assert_same_tree(jax.tree.map(np.asarray, final), jax.tree.map(np.asarray, whole))
+    assert_same_tree(final, whole)
     assert [step for step, _ in second.renewals] == [0]
     assert_same_tree(second.renewals, logged.renewals)
 
@@ -255,7 +242,7 @@ def test_each_phase_has_its_own_batch_size_and_learning_rate():
     )  # fmt: skip
     state, _ = train(own)
     plain, _ = train(config(batch_size=16, learning_rate=1e-3))
-    jax.tree.map(assert_array_equal, state.behavior, plain.behavior)
+    assert_same_tree(state.behavior, plain.behavior)
     trainer = Trainer(own, transitions(), (0,), layout())
     data = jax.tree.map(lambda leaf: leaf[0], trainer.data)
     draw = lambda phase: trainer.agent.draw_batch(phase, jax.random.key(0), data)  # noqa: E731

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,36 +71,30 @@ def test_step_sums_shares_of_the_loss_over_an_axis():
 
 
 @pytest.mark.parametrize(
-    ("size", "part_size", "seen"), [(8, 2, 2), (8, 3, 2), (8, 8, 8), (7, 3, 7)]
+    ("size", "part_size", "seen", "axis"),
+    [(8, 2, 2, None), (8, 3, 2, "i"), (8, 8, 8, None), (7, 3, 7, "i")],
 )
-@pytest.mark.parametrize("devices", [1, 2])
-def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen, devices):
+def test_step_in_parts_equals_one_of_the_whole_batch(x64, size, part_size, seen, axis):
     """Its losses draw; (8, 3) has no two or three equal parts of at most 3, and 7 none at all."""
-    sizes = []
+    path, optimizer, sizes = paths.conditional_ot(), optax.adam(0.1), []
 
     def loss(params, average, key, batch):
         sizes.append(batch.shape[0])
-        axis = None if devices == 1 else "i"
-        value, aux = losses.cfm(
-            lambda x, t: x * params["x"] + t[:, None], path, key, batch, axis_name=axis
-        )
+        field = lambda x, t: x * params["x"] + t[:, None]  # noqa: E731
+        value, aux = losses.cfm(field, path, key, batch, axis_name=axis)
         mean = batch.mean() if axis is None else jax.lax.pmean(batch.mean(), axis)
         return value, aux | {"mean": mean, "average": average["x"].sum()}
 
-    path, optimizer = paths.conditional_ot(), optax.adam(0.1)
-    batch = np.random.default_rng(0).standard_normal((devices, size, 3))
-    results = []
-    for part in (None, part_size):
-        axis = None if devices == 1 else "i"
+    def run(part):
         step = make_step(loss, optimizer, axis_name=axis, part_size=part)
+        batch = np.random.default_rng(0).standard_normal((2, size, 3))
         if axis is None:
-            results.append(jax.jit(step)(start(optimizer), jax.random.key(1), batch[0]))
-        else:
-            mapped = jax.jit(jax.vmap(step, (None, None, 0), axis_name=axis))
-            results.append(mapped(start(optimizer), jax.random.key(1), batch))
+            return jax.jit(step)(start(optimizer), jax.random.key(1), batch[0])
+        mapped = jax.jit(jax.vmap(step, (None, None, 0), axis_name=axis))
+        return mapped(start(optimizer), jax.random.key(1), batch)
+
+    chex.assert_trees_all_close(run(part_size), run(None), rtol=1e-10, atol=1e-12)
     assert set(sizes) == {size, seen}
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def noisy_chunk(length):
@@ -119,51 +114,41 @@ def noisy_chunk(length):
 
 
 def test_chunks_of_any_length_draw_the_same():
-    table = np.arange(50, dtype=np.float32)
-    chunks = {length: noisy_chunk(length) for length in (10, 5, 1)}
-    results = {}
-    for length, chunk in chunks.items():
-        state, logged = start(optax.adam(0.1)), []
+    table, results, logs = np.arange(50, dtype=np.float32), {}, {}
+    for length in (10, 5, 1):
+        chunk, state, logs[length] = noisy_chunk(length), start(optax.adam(0.1)), []
         for _ in range(10 // length):
             state, metrics = chunk(state, jax.random.key(1), table)
-            logged.append(metrics)
-        results[length] = (
-            state,
-            {k: np.mean([m[k] for m in logged]) for k in ("index", "noise", "loss")},
-        )
-        if length == 1:  # a new batch and new noise in every step
-            assert len({float(m["index"]) for m in logged}) > 5
-            assert len({float(m["noise"]) for m in logged}) == 10
+            logs[length].append(jax.device_get(metrics))
+        means = {k: np.mean([m[k] for m in logs[length]]) for k in ("index", "noise", "loss")}
+        results[length] = state, means
+    assert len({float(m["index"]) for m in logs[1]}) > 5  # a new batch and new noise in every step
+    assert len({float(m["noise"]) for m in logs[1]}) == 10
     for length in (5, 1):
-        jax.tree.map(assert_array_equal, results[10][0], results[length][0])
-        for name, value in results[10][1].items():
-            assert results[length][1][name] == pytest.approx(value, rel=1e-5)
+        chex.assert_trees_all_equal(results[length][0], results[10][0])
+        assert results[length][1] == pytest.approx(results[10][1], rel=1e-5)
 
 
-def test_chunk_reports_the_first_loss_that_is_not_finite():
+def test_chunk_reports_the_first_loss_or_gradient_that_is_not_finite():
+    def first_of(loss, rate):
+        chunk = jax.jit(make_chunk(make_step(loss, optax.sgd(rate)), lambda key, tables: None, 5))
+        return chunk(start(optax.sgd(rate)), jax.random.key(0), None)
+
     def loss(params, average, key, batch):
         return jnp.where(params["x"][0] > 2.5, jnp.nan, -params["x"].sum()), {}
 
-    chunk = jax.jit(make_chunk(make_step(loss, optax.sgd(1.0)), lambda key, tables: None, 5))
-    _, metrics = chunk(start(optax.sgd(1.0)), jax.random.key(0), None)
-    assert metrics["first_nonfinite"] == 3
-    _, metrics = noisy_chunk(5)(start(optax.adam(0.1)), jax.random.key(1), np.ones(8, np.float32))
-    assert metrics["first_nonfinite"] == -1
-
-
-def test_chunk_reports_a_gradient_that_is_not_finite():
-    """Its loss is finite, but the parameters after it are not, and would be saved."""
-
-    def loss(params, average, key, batch):
+    def gradient(params, average, key, batch):
+        """Finite, but the parameters after it are not, and would be saved."""
         return jnp.sqrt(jnp.abs(params["x"]).sum() * 0.0), {}
 
-    chunk = jax.jit(make_chunk(make_step(loss, optax.sgd(1.0)), lambda key, tables: None, 1))
-    state, metrics = chunk(start(optax.sgd(1.0)), jax.random.key(0), None)
+    assert first_of(loss, 1.0)[1]["first_nonfinite"] == 3
+    assert first_of(loss, 0.1)[1]["first_nonfinite"] == -1
+    state, metrics = first_of(gradient, 1.0)
     assert np.isnan(state.params["x"]).all()
     assert metrics["first_nonfinite"] == 0
 
 
-@pytest.mark.parametrize(("batch", "rows"), [(24, 96), (10, 10), (7, 23), (16, 1000)])
+@pytest.mark.parametrize(("batch", "rows"), [(24, 96), (10, 10), (7, 23)])
 def test_a_batch_has_one_sample_of_every_part(batch, rows):
     """And every row is drawn equally often: a batch's mean is unbiased."""
     draw = jax.jit(jax.vmap(lambda key: sample_rows(key, batch, rows)))
@@ -183,15 +168,13 @@ def test_rows_of_tables_and_batches_beyond_32_bits_of_products():
     assert (rows < np.ceil(edges[1:])).all()
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_devices_share_one_global_batch(devices):
+def test_devices_share_one_global_batch():
     def part(_):
-        return sample_rows(jax.random.key(5), 24, 1000, num_devices=devices, axis_name="i")
+        return sample_rows(jax.random.key(5), 24, 1000, num_devices=4, axis_name="i")
 
-    parts = np.asarray(jax.vmap(part, axis_name="i")(jnp.arange(devices)))
-    assert parts.min() >= 0
-    assert parts.max() < 1000 // devices
-    rows = parts + np.arange(devices)[:, None] * (1000 // devices)
+    parts = np.asarray(jax.vmap(part, axis_name="i")(jnp.arange(4)))
+    assert 0 <= parts.min() <= parts.max() < 250
+    rows = parts + np.arange(4)[:, None] * 250
     assert_array_equal(rows.reshape(-1), sample_rows(jax.random.key(5), 24, 1000))
 
 
