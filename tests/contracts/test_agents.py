@@ -1,5 +1,8 @@
 """Every agent and critic through one suite: training on several devices, resuming, acting."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,18 +73,15 @@ def test_trains(member, run):
     state, hooks = run(member)
     policy = AGENTS[member[0]]
     assert int(state.policy.step[0]) == (8 if policy.trains else 0)
-    assert [step for step, _ in hooks.renewals] == (
-        [] if not policy.trains else [0, 4] if policy.renews else [0]
-    )
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.critic, state.policy)))
+    renewals = [] if not policy.trains else [0, 4] if policy.renews else [0]
+    assert [step for step, _ in hooks.renewals] == renewals
+    chex.assert_tree_all_finite((state.critic, state.policy))
     before, after = hooks.saved[-2], hooks.saved[-1]
     changed = jax.tree.map(lambda a, b: (a != b).any(), before.policy.params, after.policy.params)
     assert any(jax.tree.leaves(changed)) == policy.trains
 
 
-def assert_close(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-8, atol=1e-9)
 
 
 @pytest.fixture

@@ -307,9 +307,3 @@ def test_mean_and_interval():
     for bad in (([],), ([[1.0, 2.0]],), ([1.0, 2.0], 1.0), ([1.0, 2.0], 0.0)):
         with pytest.raises(ValueError, match=r"values|confidence"):
             mean_and_interval(*bad)
-
-
-def test_interval_covers_the_mean_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(size=(800, 3))
-    covered = [low <= 0.0 <= high for _, low, high in map(mean_and_interval, draws)]
-    assert 0.93 < np.mean(covered) < 0.97

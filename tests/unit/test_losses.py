@@ -57,24 +57,6 @@ def concentration(shares):
     return {"ess": (1 / (shares**2).sum(-1)).mean(), "top_weight": shares.max(-1).mean()}
 
 
-# --- per sample ---
-
-
-@each_path
-def test_errors_per_sample(x64, path, ref):
-    x0, noise, t = normal(0, B, D), normal(1, B, D), np.linspace(0.05, 1.0, B)
-    predicted = linear(reference_paths.sample(ref, x0, noise, t), t)
-
-    def field(x, t):
-        assert (x.shape, t.shape) == ((D,), ())
-        return linear(x, t)
-
-    velocity = jax.vmap(lambda *a: losses.cfm_error(field, path, *a))(x0, noise, t)
-    assert_allclose(velocity, reference.cfm_errors(ref, predicted, x0, noise, t), rtol=1e-10)
-    score = jax.vmap(lambda *a: losses.dsm_error(field, path, *a))(x0, noise, t)
-    assert_allclose(score, reference.dsm_errors(ref, predicted, noise, t), rtol=1e-10)
-
-
 # --- per batch, against NumPy ---
 
 

@@ -214,16 +214,6 @@ def test_log_normalizer_and_its_weights_match_scipy(x64, axis):
         assert_allclose(own, reference.energy_weights(energy, beta, axis), rtol=1e-10)
 
 
-def test_weights_of_random_batches_sum_to_one_on_average(x64):
-    """Every batch once (with replacement, so energy by energy): the mean sum is 1 exactly."""
-    energy, beta = normal(10, 6), 2.0
-    log_z = log_normalizer(energy, beta)
-    batches = np.stack(np.meshgrid(*3 * [np.arange(6)]), -1).reshape(-1, 3)
-    sums = energy_weights(energy[batches], beta, log_normalizer=log_z).sum(-1)
-    assert_allclose(sums.mean(), 1.0, rtol=1e-12)
-    assert sums.std() > 0.1
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_log_normalizer_of_huge_energies(x64, dtype):
     energy = dtype([1e6, -1e6, -1e6, 0.0])
