@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh, PartitionSpec
 
 from efm_jax import paths
@@ -17,10 +16,6 @@ PATHS = {
 }
 each_path = pytest.mark.parametrize(("path", "ref"), PATHS.values(), ids=PATHS)
 OT, COSINE = PATHS["ot"][0], PATHS["vp_cosine"][0]
-
-quick = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def normal(seed, *shape):

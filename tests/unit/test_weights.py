@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import logsumexp
 
 from efm_jax import weights
 from efm_jax.weights import bisect
-from tests.problems import normal, on_devices, quick
+from tests.problems import normal, on_devices
 from tests.reference import weights as reference
 
 # Compiled; errors, which are of concrete arguments, come from the functions themselves.
@@ -63,7 +63,7 @@ def test_weights_at_their_limits(energy, beta, expected):
     assert_allclose(energy_weights(jnp.array(energy, jnp.float32), float(beta)), expected)
 
 
-@quick
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     energy=st.lists(st.floats(-100, 100), min_size=8, max_size=8),
     shift=st.floats(-1e3, 1e3),
