@@ -1,6 +1,6 @@
-"""Every loss and sampler through one suite: what any member of a family must do.
+"""Every path, loss and sampler through one suite: what any member of a family must do.
 
-A new loss or solver needs one line in the tables below.
+A new path needs one line in `tests.problems`, a new loss or solver one in the tables below.
 """
 
 import functools
@@ -49,20 +49,16 @@ LOSSES = {
 UNWEIGHTED = ["cfm", "dsm"]
 UNBOUNDED = ["cefm_log_normalizer"]  # weights may overflow, and must then say so
 # Paths come in by their coefficients alone: all losses on one, and one of each error on the others.
-PAIRS = [("vp_linear", loss) for loss in LOSSES]
-PAIRS += [(path, loss) for path in ("ot", "vp_cosine") for loss in ("cefm", "ced")]
+PAIRS = [(p, n) for p in PATHS for n in LOSSES if p == "vp_linear" or n in ("cefm", "ced")]
 
 # name -> (path, sampler(field, noise)); a solver of a velocity knows no path
 SAMPLERS = {
     name: (None, functools.partial(sample, solver=name, num_steps=2))
     for name in ("euler", "midpoint", "heun", "rk4", "dopri5")
-} | {
-    f"dpmpp{order}-{path}": (
-        PATHS[path][0],
-        functools.partial(sample_dpmpp, num_steps=3, order=order),
-    )
-    for path, order in [("ot", 2), ("vp_linear", 1), ("vp_linear", 2), ("vp_cosine", 2)]
 }
+for name, order in (("vp_linear", 1), *((name, 2) for name in PATHS)):
+    multistep = functools.partial(sample_dpmpp, num_steps=3, order=order)
+    SAMPLERS[f"dpmpp{order}-{name}"] = PATHS[name][0], multistep
 
 
 def make_params(dtype, seed=0):
