@@ -29,22 +29,16 @@ def log_ratio(params, x, t):
     return field(params, x, t).sum(-1)
 
 
-# name -> loss(field, path, key, batch, beta); CEP's field is a log ratio
+# name -> (loss, what it takes of a batch)
 LOSSES = {
-    "cfm": lambda f, path, key, b, beta: losses.cfm(f, path, key, b["x0"]),
-    "cefm": lambda f, path, key, b, beta: losses.cefm(f, path, key, b["x0"], b["energy"], beta),
-    "dsm": lambda f, path, key, b, beta: losses.dsm(f, path, key, b["x0"]),
-    "ced": lambda f, path, key, b, beta: losses.ced(f, path, key, b["x0"], b["energy"], beta),
-    "cefm_log_normalizer": lambda f, path, key, b, beta: losses.cefm(
-        f, path, key, b["x0"], b["energy"], beta, log_normalizer=0.4
-    ),
-    "cep": lambda f, path, key, b, beta: losses.cep(f, path, key, b["x0"], b["energy"], beta),
-    "support_cefm": lambda f, path, key, b, beta: losses.support_cefm(
-        f, path, key, b["actions"], b["q_values"], beta
-    ),
-    "support_ced": lambda f, path, key, b, beta: losses.support_ced(
-        f, path, key, b["actions"], b["q_values"], beta
-    ),
+    "cfm": (losses.cfm, ["x0"]),
+    "cefm": (losses.cefm, ["x0", "energy"]),
+    "dsm": (losses.dsm, ["x0"]),
+    "ced": (losses.ced, ["x0", "energy"]),
+    "cefm_log_normalizer": (functools.partial(losses.cefm, log_normalizer=0.4), ["x0", "energy"]),
+    "cep": (losses.cep, ["x0", "energy"]),
+    "support_cefm": (losses.support_cefm, ["actions", "q_values"]),
+    "support_ced": (losses.support_ced, ["actions", "q_values"]),
 }
 UNWEIGHTED = ["cfm", "dsm"]
 UNBOUNDED = ["cefm_log_normalizer"]  # weights may overflow, and must then say so
@@ -77,15 +71,18 @@ def make_batch(dtype, size=B, seed=1):
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def value(path, name, params, key, batch, beta):
+    """A loss of the table on its inputs, with the field that it wants."""
+    loss, inputs = LOSSES[name]
+    fit = functools.partial(log_ratio if name == "cep" else field, params)
+    more = [] if name in UNWEIGHTED else [beta]
+    return loss(fit, PATHS[path][0], key, *(batch[i] for i in inputs), *more)
+
+
 @functools.cache
 def gradient_of(path, loss):
     """Jitted ``(params, key, batch, beta) -> ((loss, aux), gradient)``, shared by tests."""
-
-    def value(params, key, batch, beta):
-        fit = functools.partial(log_ratio if loss == "cep" else field, params)
-        return LOSSES[loss](fit, PATHS[path][0], key, batch, beta)
-
-    return jax.jit(jax.value_and_grad(value, has_aux=True))
+    return jax.jit(jax.value_and_grad(functools.partial(value, path, loss), has_aux=True))
 
 
 @functools.cache
@@ -184,14 +181,10 @@ def test_loss_survives_extreme_energies(pair):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_loss_promotes_no_type_by_accident(loss, dtype):
-    batch = jax.tree.map(jnp.asarray, make_batch(dtype))
-    fit = functools.partial(
-        log_ratio if loss == "cep" else field, jax.tree.map(jnp.asarray, make_params(dtype))
-    )
-    run = functools.partial(LOSSES[loss], fit, PATHS["ot"][0])
+    params, batch = jax.tree.map(jnp.asarray, (make_params(dtype), make_batch(dtype)))
     with jax.numpy_dtype_promotion("strict"):
-        value, _ = jax.eval_shape(run, jax.random.key(0), batch, 2.0)
-    assert value.dtype == dtype
+        found, _ = value("ot", loss, params, jax.random.key(0), batch, 2.0)
+    assert found.dtype == dtype
 
 
 # --- samplers ---
