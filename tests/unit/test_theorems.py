@@ -15,6 +15,7 @@ from scipy.special import softmax
 from scipy.stats import norm
 
 from efm_jax import exact, losses, paths, sampling
+from efm_jax.weights import energy_weights
 from tests.problems import each_path
 
 # NumPy, since 64-bit types are enabled only inside a test.
@@ -65,7 +66,7 @@ def conditional_gradient(error, path):
         for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
             one = jax.vmap(one, axes)
         errors = one(jnp.asarray(DATA), noises[:, None], over_time()[0])
-        data_weights = jax.nn.softmax(-beta * ENERGY)
+        data_weights = energy_weights(ENERGY, beta)
         return jnp.einsum("i,j,k,ijk", data_weights, noise_weights, time_weights, errors)
 
     return jax.jit(jax.grad(loss))
