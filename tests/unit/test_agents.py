@@ -33,12 +33,7 @@ class KnownCritic(tiny.KnownCritic):
 
 @pytest.mark.parametrize(
     ("policy", "path", "solver"),
-    [
-        ("reweight", "ot", "midpoint"),
-        ("qgpo", "vp", "dpmpp"),
-        ("qgpo", "ot", "midpoint"),
-        ("gaussian", "ot", "auto"),
-    ],
+    [("reweight", "ot", "midpoint"), ("qgpo", "ot", "midpoint"), ("gaussian", "ot", "auto")],
 )
 def test_reaches_the_tilted_behavior(monkeypatch, policy, path, solver):
     assert TILTED_MEAN - MEAN > STD / 2  # the answer differs from the data
@@ -92,11 +87,13 @@ def test_without_a_value_network_the_behaviors_mean_is_the_value():
     observations = rng.standard_normal((5, 3)).astype(np.float32)
     actions = rng.uniform(-1, 1, (5, 2)).astype(np.float32)
     batch = Batch(observations, actions, None, None, None)
-    found = advantages(agent, params, jax.random.key(1), batch, np.arange(5))
-    q = agent.critic.q_values(params.critic, observations, actions)
-    noise = rng.standard_normal((5, 4000, 2)).astype(np.float32)
+    compute = jax.jit(lambda key, batch: advantages(agent, params, key, batch, np.arange(5)))
+    found = compute(jax.random.key(1), batch)
+    q_values = jax.jit(agent.critic.q_values)
+    q = q_values(params.critic, observations, actions)
+    noise = rng.standard_normal((5, 1000, 2)).astype(np.float32)
     drawn = jax.jit(agent.model.sample)(params.behavior, observations[:, None], noise)
-    every = agent.critic.q_values(params.critic, observations[:, None], drawn)
+    every = q_values(params.critic, observations[:, None], drawn)
     assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
 
 
