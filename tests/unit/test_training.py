@@ -23,21 +23,6 @@ def start(optimizer):
     return TrainState.create({"x": jnp.zeros(3)}, optimizer)
 
 
-def test_step_is_plain_gradient_descent():
-    step = jax.jit(make_step(quadratic, optax.sgd(0.1)))
-    state, x = start(optax.sgd(0.1)), np.zeros(3)
-    for i in range(3):
-        loss, gradient = 0.5 * np.sum((x - TARGET) ** 2), x - TARGET
-        state, metrics = step(state, jax.random.key(0), TARGET)
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
-        assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-6)
-        assert metrics["distance"] == pytest.approx(np.abs(gradient).max(), rel=1e-6)
-        x = x - 0.1 * gradient
-        assert_allclose(state.params["x"], x, rtol=1e-6)
-        assert_array_equal(state.average["x"], state.params["x"])
-        assert state.step == i + 1
-
-
 def test_step_with_adam_and_a_polyak_average():
     optimizer, rate = optax.adam(0.05), 0.3
     step = jax.jit(make_step(quadratic, optimizer, average_rate=rate))
@@ -45,16 +30,20 @@ def test_step_with_adam_and_a_polyak_average():
     x, m, v, average = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3)
     for i in range(1, 5):
         gradient = x - TARGET
+        expected = {
+            "loss": 0.5 * np.sum(gradient**2),
+            "grad_norm": np.linalg.norm(gradient),
+            "distance": np.abs(gradient).max(),
+            "average": average.sum(),  # the loss sees the old average
+        }
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         x = x - 0.05 * (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.999**i)) + 1e-8)
-        before = average.sum()
         average = rate * x + (1 - rate) * average
         state, metrics = step(state, jax.random.key(0), TARGET)
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-7)
         assert_allclose(state.params["x"], x, rtol=1e-4)
         assert_allclose(state.average["x"], average, rtol=1e-4)
-        assert metrics["average"] == pytest.approx(
-            before, rel=1e-4, abs=1e-7
-        )  # the loss sees the old average
+        assert state.step == i
 
 
 def test_step_sums_shares_of_the_loss_over_an_axis():
@@ -66,6 +55,7 @@ def test_step_sums_shares_of_the_loss_over_an_axis():
     batches = np.stack([TARGET * k for k in range(4)])
     state, metrics = jax.vmap(step, (None, None, 0), axis_name="i")(start(optimizer), None, batches)
     assert_allclose(state.params["x"], np.tile(0.1 * batches.mean(0), (4, 1)), rtol=1e-6)
+    chex.assert_trees_all_equal(state.average, state.params)  # the default
     losses = 0.5 * (batches**2).sum(1).mean()
     assert_allclose(metrics["loss"], np.full(4, losses), rtol=1e-6)
 
