@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import softmax
 from scipy.stats import kstest
 
-from efm_jax import losses, paths, weights
+from efm_jax import losses, weights
 from tests.problems import COSINE, OT, PATHS, each_path, normal, on_devices
 from tests.reference import losses as reference
 from tests.reference import paths as reference_paths
@@ -155,8 +155,13 @@ def test_cep_matches_numpy(x64, path, ref):
 
 def test_contrast_with_weights_of_its_own_is_ceps(x64):
     x0, energy, key = jnp.asarray(normal(2, B, M, D)), normal(3, B, M), jax.random.key(KEY)
-    own = losses.contrastive(log_ratio, COSINE, key, x0, M * softmax(-2.0 * energy, axis=-1))
-    ceps = losses.cep(log_ratio, COSINE, key, x0, jnp.asarray(energy), 2.0)
+    own, ceps = (
+        jax.jit(functools.partial(loss, log_ratio, COSINE))(key, x0, *more)
+        for loss, more in (
+            (losses.contrastive, [M * softmax(-2.0 * energy, axis=-1)]),
+            (losses.cep, [energy, 2.0]),
+        )
+    )
     chex.assert_trees_all_close(own, ceps, rtol=1e-12)
 
 
@@ -343,6 +348,7 @@ def test_shapes_that_disagree_are_refused():
 
 def test_cep_does_not_hide_a_nan_energy():
     energy, x0 = jnp.array([jnp.nan, *np.ones(B - 1)]), jnp.asarray(normal(0, B, D), jnp.float32)
-    loss, aux = losses.cep(log_ratio, paths.vp_linear(), jax.random.key(0), x0, energy, 1.0)
+    run = jax.jit(functools.partial(losses.cep, log_ratio, OT))
+    loss, aux = run(jax.random.key(0), x0, energy, 1.0)
     assert jnp.isnan(loss)
     assert jnp.isnan(aux["ess"])
