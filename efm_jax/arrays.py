@@ -4,12 +4,15 @@ Integers count as their float equals, arithmetic is in 32 bits at least, and not
 accident: a time or a weight has the leading axes of its points.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efm_jax import checks
@@ -149,3 +152,53 @@ def vary_like(state: Tree, slope: Callable[[], Tree]) -> Tree:
     return jax.tree.map(
         lambda leaf, other: leaf + jnp.zeros_like(other, leaf.dtype), state, slope()
     )
+
+
+def typed_axes(axis_name: Any) -> dict[Any, jax.Array]:
+    """Find the mapped axes that types carry, each with a zero that varies over it.
+
+    These are the axes of ``shard_map`` with its checks.  There the gradient with respect to a value
+    that does not vary over an axis is summed over it already.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    found, zero = {}, jnp.zeros(())
+    for name in set(names) & set(jax.sharding.get_abstract_mesh().manual_axes):
+        varying = lax.pcast(zero, name, to="varying")
+        if jax.typeof(varying) != jax.typeof(zero):
+            found[name] = varying
+    return found
+
+
+def per_device(function: Callable, axis_name: Any) -> Callable:
+    """Make the gradient of a function's closure each device's share of it, under all mappings.
+
+    Where it is summed over devices already (:func:`typed_axes`), it is divided by their number.
+    """
+    typed = typed_axes(axis_name)
+    if not typed:
+        return function
+
+    def share(value: jax.Array) -> jax.Array:
+        same = [
+            n
+            for n, zero in typed.items()
+            if jax.typeof(value + zero.astype(value.dtype)) != jax.typeof(value)
+        ]
+        return scale_gradient(value, 1 / math.prod(map(lax.axis_size, same)))
+
+    def call(*args: Any) -> Any:
+        converted, closure = jax.closure_convert(function, *args)
+        return converted(*args, *map(share, closure))
+
+    return call
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scale_gradient(value: Any, scale: float | int) -> Any:
+    """Return the value, with its gradient times ``scale``."""
+    return value
+
+
+@scale_gradient.defjvp
+def _(scale: float | int, primals: tuple, tangents: tuple) -> tuple:
+    return primals[0], tangents[0] * scale

@@ -80,7 +80,7 @@ def classifier_loss(
     """
     checks.check_shape("class_prob", class_prob, jnp.shape(x0)[:-1])
     noise, t = draw(key, x0, axis_name=axis_name)
-    logit = logit_fn(path.sample(x0, noise, t), t)
+    logit = arrays.per_device(logit_fn, axis_name)(path.sample(x0, noise, t), t)
     checks.check_shape("logit_fn(x, t)", logit, t.shape)
     logit = arrays.widen("logit_fn(x, t)", logit)
     class_prob = arrays.to_float("class_prob", lax.stop_gradient(class_prob)).astype(logit.dtype)

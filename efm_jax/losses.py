@@ -11,10 +11,10 @@ split over devices (same key on all of them, ``axis_name`` given) draws what one
 ``key`` may instead hold a key for each sample, ``[B]`` (:func:`sample_keys` of a larger batch,
 cut): the parts of a batch then draw what the whole batch would.
 
-With ``axis_name`` a loss is this device's share: shares are equal, and they and their gradients are
-to be summed (``psum``) over devices, not averaged, under ``pmap`` and under ``shard_map`` with and
-without its checks.  Parameters are the same on every device: cast to varying ones under the checks,
-each device's gradient would be divided by the number of devices once more.
+With ``axis_name`` a loss is this device's share: shares and their gradients are to be summed
+(``psum``) over devices, not averaged, under ``pmap`` and under ``shard_map`` with and without its
+checks.  With the checks all shares are equal, so a sum of shares must not be differentiated from
+outside with respect to parameters that vary over devices.
 
 Reference: Zhang et al. 2025 (arXiv 2503.04975), Thm 3.1, Thm 4.3, Cor. 4.8, Algorithms 1 and 2.
 """
@@ -220,9 +220,10 @@ def matching(
     batch_ndim = 1 if weights is None else max(jnp.ndim(weights), 1)
     sizes = {"event_ndim": event_ndim, "batch_ndim": batch_ndim}
     noise, t = draw(key, x0, noise=noise, t=t, **sizes, axis_name=axis_name)
+    field = arrays.per_device(field, axis_name)
     values = _errors(field, path, prediction, x0, noise, t, t.shape)
     if time_weight is not None:
-        factor = arrays.widen("time_weight(t)", time_weight(t))
+        factor = arrays.widen("time_weight(t)", arrays.per_device(time_weight, axis_name)(t))
         checks.check_shape("time_weight(t)", factor, t.shape)
         values = factor.astype(values.dtype) * values
     aux = {}
@@ -420,7 +421,7 @@ def contrastive(
     else:
         keys = arrays.shard_like(sample_keys(key, x0.shape[0], axis_name), x0)
         t, noise = jax.vmap(draw)(keys)
-    log_ratio = log_ratio_fn(path.sample(x0, noise, t), t)
+    log_ratio = arrays.per_device(log_ratio_fn, axis_name)(path.sample(x0, noise, t), t)
     checks.check_shape("log_ratio_fn(x, t)", log_ratio, t.shape)
     log_share = jax.nn.log_softmax(arrays.widen("log_ratio_fn(x, t)", log_ratio))
     weights = arrays.widen("weights", lax.stop_gradient(weights))
@@ -596,12 +597,18 @@ def _is_typed(key: jax.Array) -> bool:
 
 
 def share(mean: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Make a device's mean over its samples its share of the global mean, equal on all devices.
+    """Make a device's mean over its samples its share of the global mean.
 
-    Under ``shard_map``'s checks the gradient of a value that varies, with respect to parameters
-    that do not, is summed over devices already, and summing it again would multiply it.
+    Of a loss whose functions were wrapped by :func:`efm_jax.arrays.per_device`.
     """
-    return mean if axis_name is None else lax.pmean(mean, axis_name) / lax.axis_size(axis_name)
+    if axis_name is None:
+        return mean
+    size = lax.axis_size(axis_name)
+    if not arrays.typed_axes(axis_name):
+        return mean / size
+    # A share that varied could not be summed and then differentiated; as it does not, its gradient
+    # would be that of a mean over devices.
+    return arrays.scale_gradient(lax.pmean(mean, axis_name) / size, size)
 
 
 def _importance(

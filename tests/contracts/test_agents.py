@@ -1,9 +1,13 @@
 """Every agent and critic through one suite: training on several devices, resuming, acting."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax.rl.agents import AGENTS, make_agent
 from efm_jax.rl.batch import Batch
@@ -69,18 +73,15 @@ def test_trains(member, run):
     state, hooks = run(member)
     policy = AGENTS[member[0]]
     assert int(state.policy.step[0]) == (8 if policy.trains else 0)
-    assert [step for step, _ in hooks.renewals] == (
-        [] if not policy.trains else [0, 4] if policy.renews else [0]
-    )
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.critic, state.policy)))
+    renewals = [] if not policy.trains else [0, 4] if policy.renews else [0]
+    assert [step for step, _ in hooks.renewals] == renewals
+    chex.assert_tree_all_finite((state.critic, state.policy))
     before, after = hooks.saved[-2], hooks.saved[-1]
     changed = jax.tree.map(lambda a, b: (a != b).any(), before.policy.params, after.policy.params)
     assert any(jax.tree.leaves(changed)) == policy.trains
 
 
-def assert_close(found, expected):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-8, atol=1e-9)
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_acts_within_the_bounds(policy, selection):
     assert (actions >= NORMALIZER.action_low).all()
     assert (actions <= NORMALIZER.action_high).all()
     alone = act(keys[2:3], observations[2:3])
-    np.testing.assert_allclose(alone, actions[2:3], rtol=1e-4, atol=1e-4)
+    assert_allclose(alone, actions[2:3], rtol=1e-4, atol=1e-4)
 
 
 def test_best_and_mean_of_the_sampled_actions():
@@ -171,8 +172,8 @@ def test_best_and_mean_of_the_sampled_actions():
     q = agent.critic.q_values(params.critic, observations[:, None], actions)
     assert len(set(q.argmax(1).tolist())) > 1
     best = actions[np.arange(6), q.argmax(1)]
-    np.testing.assert_allclose(found["best"], best, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found["mean"], actions.mean(1), rtol=1e-5, atol=1e-6)
+    assert_allclose(found["best"], best, rtol=1e-5, atol=1e-6)
+    assert_allclose(found["mean"], actions.mean(1), rtol=1e-5, atol=1e-6)
     assert found["sample"].shape == (6, A)
 
 
@@ -185,5 +186,5 @@ def test_evaluation_may_sample_in_another_way():
     observations = np.random.default_rng(0).standard_normal((8, S)).astype(np.float32)
     args = params, NORMALIZER, jax.random.key(1), observations
     coarse, fine, same = (agent.act(*args) for agent in agents)
-    np.testing.assert_allclose(fine, same, rtol=1e-6)
+    assert_allclose(fine, same, rtol=1e-6)
     assert np.abs(coarse - fine).max() > 1e-4

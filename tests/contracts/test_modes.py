@@ -157,17 +157,20 @@ def test_shares_and_their_gradients_sum_to_one_devices_numbers(devices, name, mo
     chex.assert_trees_all_close(got, expected(name), rtol=2e-5, atol=1e-6)
 
 
-def test_the_gradient_of_a_mapped_loss_is_one_devices_too(devices):
-    """Differentiated from outside, as the sum of shares."""
-    for checked in (True, False):
-        specs = {"in_specs": (P(), P("i")), "out_specs": P(), "check_vma": checked}
-        total = jax.shard_map(
-            lambda w, b: jax.lax.psum(LOSSES["cefm"](w, b, "i")[0], "i"),
-            mesh=mesh(AxisType.Auto),
-            **specs,
-        )
-        got = jax.jit(jax.value_and_grad(total))(kernel(), batch())
-        chex.assert_trees_all_close(got, expected("cefm"), rtol=2e-5, atol=1e-6)
+@pytest.mark.parametrize("checked", [True, False])
+def test_gradients_from_outside_and_of_parameters_that_vary(devices, checked):
+    def mapped(function, in_specs, out_specs):
+        specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": checked}
+        return jax.jit(jax.shard_map(function, mesh=mesh(AxisType.Auto), **specs))
+
+    # Compiled inside, too: nothing tells which of a field's arrays will be differentiated.
+    loss = jax.jit(lambda w, b: LOSSES["cefm"](w, b, "i")[0])
+    total = mapped(lambda w, b: jax.lax.psum(loss(w, b), "i"), (P(), P("i")), P())
+    got = jax.value_and_grad(total)(kernel(), batch())
+    chex.assert_trees_all_close(got, expected("cefm"), rtol=2e-5, atol=1e-6)
+    own = mapped(lambda w, b: jax.grad(loss)(w[0], b)[None], P("i"), P("i"))
+    shares = own(jnp.stack([kernel()] * 4), batch())
+    chex.assert_trees_all_close(shares.sum(0), expected("cefm")[1], rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -1,9 +1,11 @@
 """Agents on a bandit whose answer is known: data N(MEAN, STD) in every state, Q a parabola."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
@@ -29,21 +31,12 @@ class KnownCritic(tiny.KnownCritic):
         return parabola + self.values(params, observations)
 
 
-def test_the_answer_differs_from_the_data():
-    assert TILTED_MEAN - MEAN > STD / 2
-
-
 @pytest.mark.parametrize(
     ("policy", "path", "solver"),
-    [
-        ("reweight", "ot", "midpoint"),
-        ("reweight", "vp", "dpmpp"),
-        ("qgpo", "vp", "dpmpp"),
-        ("qgpo", "ot", "midpoint"),
-        ("gaussian", "ot", "auto"),
-    ],
+    [("reweight", "ot", "midpoint"), ("qgpo", "ot", "midpoint"), ("gaussian", "ot", "auto")],
 )
 def test_reaches_the_tilted_behavior(monkeypatch, policy, path, solver):
+    assert TILTED_MEAN - MEAN > STD / 2  # the answer differs from the data
     monkeypatch.setitem(CRITICS, "known", KnownCritic)
     config = QIPOConfig(
         policy=policy, path=path, solver=solver, sample_steps=10, hidden_dims=(32, 32),
@@ -71,22 +64,19 @@ def test_weights_of_advantages():
     advantages = np.random.default_rng(0).standard_normal(40).astype(np.float32) * 3
     weights = np.minimum(np.exp(2.0 * advantages.astype(np.float64)), 100)
     found, summary = weigh_advantages(jnp.asarray(advantages), 2.0)
-    np.testing.assert_allclose(found, weights / weights.mean(), rtol=1e-4)
+    assert_allclose(found, weights / weights.mean(), rtol=1e-4)
     assert (weights == 100).any()
     expected = {
         "advantage_mean": advantages.mean(), "advantage_std": advantages.std(),
         "ess_share": weights.sum() ** 2 / (weights**2).sum() / 40,
     }  # fmt: skip
-    assert summary.keys() == expected.keys()
-    for name, value in expected.items():
-        assert summary[name] == pytest.approx(value, rel=1e-4), name
+    assert summary == pytest.approx(expected, rel=1e-4)
 
     halves, both = jax.vmap(lambda part: weigh_advantages(part, 2.0, "i"), axis_name="i")(
         jnp.asarray(advantages).reshape(2, 20)
     )
-    np.testing.assert_allclose(halves.ravel(), found, rtol=1e-5, atol=1e-6)
-    for name, value in summary.items():
-        np.testing.assert_allclose(both[name], [value, value], rtol=1e-4, err_msg=name)
+    assert_allclose(halves.ravel(), found, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(both, jax.tree.map(lambda v: jnp.stack([v, v]), summary), rtol=1e-4)
 
 
 def test_without_a_value_network_the_behaviors_mean_is_the_value():
@@ -97,12 +87,14 @@ def test_without_a_value_network_the_behaviors_mean_is_the_value():
     observations = rng.standard_normal((5, 3)).astype(np.float32)
     actions = rng.uniform(-1, 1, (5, 2)).astype(np.float32)
     batch = Batch(observations, actions, None, None, None)
-    found = advantages(agent, params, jax.random.key(1), batch, np.arange(5))
-    q = agent.critic.q_values(params.critic, observations, actions)
-    noise = rng.standard_normal((5, 4000, 2)).astype(np.float32)
+    compute = jax.jit(lambda key, batch: advantages(agent, params, key, batch, np.arange(5)))
+    found = compute(jax.random.key(1), batch)
+    q_values = jax.jit(agent.critic.q_values)
+    q = q_values(params.critic, observations, actions)
+    noise = rng.standard_normal((5, 1000, 2)).astype(np.float32)
     drawn = jax.jit(agent.model.sample)(params.behavior, observations[:, None], noise)
-    every = agent.critic.q_values(params.critic, observations[:, None], drawn)
-    np.testing.assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
+    every = q_values(params.critic, observations[:, None], drawn)
+    assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
 
 
 def test_names_and_phases():

@@ -1,8 +1,10 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data.preprocess import n_step
 from efm_jax.networks import QEnsemble, Value, ValueEnsemble
@@ -81,18 +83,23 @@ def test_iql_loss(expectile):
 
 
 @pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
-def test_without_discount_what_follows_does_not_count(critic):
+def test_ends_and_device_shares(critic):
+    """Without discount what follows does not count; shares sum to the global loss."""
     params, target = parameters(critic)
     loss = jax.jit(critic.loss)
-    ended, going = (
-        batch()._replace(discounts=np.full(B, factor, np.float32)) for factor in (0, 0.9)
-    )
+    for discounts in (np.zeros(B, np.float32), np.full(B, 0.9, np.float32)):
+        here = batch()._replace(discounts=discounts)
+        elsewhere = here._replace(next_observations=np.ones((B, S), np.float32))
+        values = [loss(params, target, None, samples)[0] for samples in (here, elsewhere)]
+        assert (values[0] == values[1]) == (discounts == 0).all()
 
-    def elsewhere(b):
-        return b._replace(next_observations=np.ones((B, S), np.float32))
-
-    assert loss(params, target, None, ended)[0] == loss(params, target, None, elsewhere(ended))[0]
-    assert loss(params, target, None, going)[0] != loss(params, target, None, elsewhere(going))[0]
+    split = jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch())
+    share = jax.vmap(lambda part: critic.loss(params, target, None, part, "i"), axis_name="i")
+    losses, aux = jax.jit(share)(split)
+    whole, expected = loss(params, target, None, batch())
+    assert losses.sum() == pytest.approx(float(whole), rel=1e-5)
+    expected = jax.tree.map(lambda value: np.full(4, value), expected)
+    chex.assert_trees_all_close(aux, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_iql_is_semi_gradient_descent():
@@ -105,38 +112,15 @@ def test_iql_is_semi_gradient_descent():
     y = data.rewards + data.discounts * apply(V, params["v"], data.next_observations)
     error = apply(Q, params["q"], data.observations, data.actions) - y
 
+    v_slope, q_slope = -2 * np.where(gap > 0, 0.7, 0.3) * gap / B, 2 * error / B
+
     def surrogate(p):  # linear in the networks, with the slopes of the squared errors
-        value = V.apply(p["v"], data.observations) @ np.float32(
-            -2 * np.where(gap > 0, 0.7, 0.3) * gap / B
-        )
-        return value + jnp.sum(
-            Q.apply(p["q"], data.observations, data.actions) * np.float32(2 * error / B)
-        )
+        value = V.apply(p["v"], data.observations) @ np.float32(v_slope)
+        return value + jnp.sum(Q.apply(p["q"], data.observations, data.actions) * q_slope)
 
-    found, expected = jax.jit(
-        lambda p: (
-            jax.grad(lambda p: critic.loss(p, target, None, data)[0])(p),
-            jax.grad(surrogate)(p),
-        )
-    )(params)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5), found, expected
-    )
-
-
-@pytest.mark.parametrize("critic", [SoftmaxQ(Q, 1.0), IQL(Q, V, 0.7), ENSEMBLE])
-def test_device_shares_sum_to_the_global_loss(critic):
-    params, target = parameters(critic)
-    split = jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch())
-
-    def share(part):
-        return critic.loss(params, target, None, part, "i")
-
-    losses, aux = jax.jit(jax.vmap(share, axis_name="i"))(split)
-    whole, expected = jax.jit(critic.loss)(params, target, None, batch())
-    assert losses.sum() == pytest.approx(float(whole), rel=1e-5)
-    for name, value in expected.items():
-        np.testing.assert_allclose(aux[name], np.full(4, value), rtol=1e-4, atol=1e-6)
+    found = jax.jit(jax.grad(lambda p: critic.loss(p, target, None, data)[0]))(params)
+    expected = jax.jit(jax.grad(surrogate))(params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_q_values_are_the_least_of_the_ensemble():
@@ -146,7 +130,7 @@ def test_q_values_are_the_least_of_the_ensemble():
     q = jax.jit(critic.q_values)(params, b.observations[:, None], b.next_actions)
     every = apply(critic.q_network, params["q"], b.observations[:, None], b.next_actions)
     assert q.shape == (B, M)
-    np.testing.assert_allclose(q, every.min(0), rtol=1e-6)
+    assert_allclose(q, every.min(0), rtol=1e-6)
     assert len(set(every.argmin(0).ravel())) == 3
 
 
@@ -158,21 +142,14 @@ ACTIONS = np.float32([-1, 1])
 
 
 def chain():
-    rows = []
-    for state in range(3):
-        for action in ACTIONS:
-            following = max(state + int(action), 0)
-            ended = following == 3
-            rows.append((state, action, 1.0 if ended else -0.1, min(following, 2), float(ended)))
-    state, action, reward, following, ended = map(np.array, zip(*rows, strict=True))
-    one_hot = np.eye(3, dtype=np.float32)
-    return Transitions(
-        one_hot[state],
-        np.float32(action)[:, None],
-        np.float32(reward),
-        one_hot[following],
-        np.float32(ended),
+    state, action = np.repeat(np.arange(3), 2), np.tile(ACTIONS, 3)
+    following = np.maximum(state + action, 0).astype(int)
+    ended, one_hot = np.float32(following == 3), np.eye(3, dtype=np.float32)
+    rewards, following = (
+        np.where(ended, 1, -0.1).astype(np.float32),
+        one_hot[np.minimum(following, 2)],
     )
+    return Transitions(one_hot[state], action[:, None], rewards, following, ended)
 
 
 def as_batch(data, n, discount):
@@ -180,7 +157,10 @@ def as_batch(data, n, discount):
 
 
 def solve(share_of_best):
-    """Q `[3, 2]` where a state is worth `share * max Q + (1 - share) * min Q`."""
+    """Q `[3, 2]` where a state is worth `share * max Q + (1 - share) * min Q`.
+
+    Always right is best: 1, then 0.9 - 0.1, then 0.9 * 0.8 - 0.1.
+    """
     q = np.zeros((3, 2))
     for _ in range(500):
         v = share_of_best * q.max(1) + (1 - share_of_best) * q.min(1)
@@ -190,25 +170,15 @@ def solve(share_of_best):
     return q
 
 
-def test_solution_by_hand():
-    """Always right is best: 1, then 0.9 - 0.1, then 0.9 * 0.8 - 0.1."""
-    np.testing.assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("options", "share_of_best"),
     [
-        (
-            {"critic": "softmax_q", "beta_q": 0.0},
-            0.5,
-        ),  # the value of the behavior, uniform over both
-        ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),  # the value of the best policy in support
-        ({"critic": "iql", "expectile": 0.5}, 0.5),
+        # The values of the behavior, uniform over both, and of the best policy in support; of two
+        # equally likely values, the expectile by hand.
+        ({"critic": "softmax_q", "beta_q": 0.0}, 0.5),
+        ({"critic": "softmax_q", "beta_q": 1e3}, 1.0),
         ({"critic": "ensemble", "expectile": 0.9, "num_critics": 3, "pessimism": 0.0}, 0.9),
-        (
-            {"critic": "iql", "expectile": 0.9},
-            0.9,
-        ),  # of two equally likely values, the expectile by hand
+        ({"critic": "iql", "expectile": 0.9}, 0.9),
     ],
 )
 def test_critic_solves_the_chain(options, share_of_best):
@@ -223,7 +193,8 @@ def test_critic_solves_the_chain(options, share_of_best):
     state = TrainState.create(critic.init(jax.random.key(0), 3, 1), optimizer)
     state, _ = chunk(state, jax.random.key(0), data._replace(next_actions=next_actions))
     q = critic.q_values(state.average, data.observations, data.actions)
-    np.testing.assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
+    assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
+    assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
 
 
 def test_critics_are_made_from_a_configuration():
@@ -261,10 +232,8 @@ def test_lower_confidence_bound_of_the_advantage():
     q = apply(ENSEMBLE.q_network, params["q"], np.repeat(states, M, 1), next_actions)
     v = apply(ENSEMBLE.v_network, params["v"], samples.observations)
     expected = q.mean(0) - 0.5 * (q - v[:, :, None]).std(0)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5
-    )
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(ENSEMBLE.values(params, samples.observations), v.mean(0), rtol=1e-4, atol=1e-5)
 
 
 # ---- n-step samples ----
@@ -279,28 +248,21 @@ def trajectory():
     return Transitions(observations, observations, rewards, following, terminated)
 
 
-def test_three_steps():
-    g = 0.5
-    found = as_batch(trajectory(), 3, g)
+def test_steps_add_up_to_an_end_and_no_further():
+    g, data = 0.5, trajectory()
+    found = as_batch(data, 3, g)
     # Sums of up to three rewards, never over an end.
     expected = [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8, 16 + 16 + 16, 32 + 32, 64, 128]
-    np.testing.assert_array_equal(found.rewards, np.float32(expected))
-    np.testing.assert_array_equal(found.next_observations[:, 0], [3, 10, 10, 10, 13, 13, 13, 21])
-    np.testing.assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
-    np.testing.assert_array_equal(found.observations, trajectory().observations)
-
-
-def test_one_step_is_the_transition():
-    data = trajectory()
-    found = as_batch(data, 1, 0.9)
-    np.testing.assert_array_equal(found.rewards, data.rewards)
-    np.testing.assert_array_equal(found.next_observations, data.next_observations)
-    np.testing.assert_allclose(found.discounts, 0.9 * (1 - data.terminated))
-
-
-def test_beyond_the_end_it_is_the_return():
-    found = as_batch(trajectory(), 100, 1.0)
-    np.testing.assert_array_equal(found.rewards[:4], [15, 14, 12, 8])
-    np.testing.assert_array_equal(found.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
+    assert_array_equal(found.rewards, np.float32(expected))
+    assert_array_equal(found.next_observations[:, 0], [3, 10, 10, 10, 13, 13, 13, 21])
+    assert_array_equal(found.discounts, np.float32([g**3, 0, 0, 0, g**3, g**2, g, g]))
+    assert_array_equal(found.observations, data.observations)
+    one = as_batch(data, 1, 0.9)  # the transition itself
+    assert_array_equal(one.rewards, data.rewards)
+    assert_array_equal(one.next_observations, data.next_observations)
+    assert_allclose(one.discounts, 0.9 * (1 - data.terminated))
+    whole = as_batch(data, 100, 1.0)  # the return
+    assert_array_equal(whole.rewards[:4], [15, 14, 12, 8])
+    assert_array_equal(whole.discounts, [0, 0, 0, 0, 1, 1, 1, 1])
     with pytest.raises(ValueError, match=r"^n_step: "):
-        n_step(trajectory(), 0, 1.0)
+        n_step(data, 0, 1.0)

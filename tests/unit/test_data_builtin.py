@@ -1,8 +1,12 @@
 import json
 
+import chex
+import jax
+import minari
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from numpy.testing import assert_array_equal
 
 from efm_jax.data import BUILTIN_DATASET, builtin, load_dataset, recording
 from efm_jax.envs.pendulum import BEST
@@ -25,33 +29,23 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def folders(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_whole_default_dataset(folder):
     dataset = load_dataset(BUILTIN_DATASET)
-    assert dataset.transitions.size == 40_000
-    assert len(dataset.episode_returns) == 200
-    returns = dataset.episode_returns
-    assert -450 < returns.mean() < -350
-    low, high = dataset.reference_scores
-    assert low < -1000
-    assert -200 < high < -100
+    returns, (low, high) = dataset.episode_returns, dataset.reference_scores
+    assert (dataset.name, dataset.transitions.size, len(returns)) == (BUILTIN_DATASET, 40_000, 200)
     # Good and bad episodes, and an expert that the average of the data is far from.
+    assert -450 < returns.mean() < -350
     assert (returns < -700).mean() > 0.1
     assert (returns > -200).mean() > 0.1
-    assert dataset.name == BUILTIN_DATASET
+    assert low < -1000
+    assert -200 < high < -100
     assert dataset.transitions.terminated.sum() == 0
     assert set(dataset.episode_lengths) == {200}
-    np.testing.assert_array_equal((dataset.action_low, dataset.action_high), [[-2], [2]])
+    assert_array_equal((dataset.action_low, dataset.action_high), [[-2], [2]])
     assert EnvSpec.from_json(dataset.env_spec).id == "Pendulum-v1"
     metadata = json.loads((folder / BUILTIN_DATASET / "data" / "metadata.json").read_text())
     assert metadata["dataset_id"] == BUILTIN_DATASET
-    assert folders(folder) == ["efm"]
-
-    import minari
-
+    assert [path.name for path in folder.iterdir()] == ["efm"]
     assert BUILTIN_DATASET in minari.list_local_datasets()
     assert "efm/pendulum" in minari.namespace.list_local_namespaces()
 
@@ -80,8 +74,7 @@ def test_more_episodes_begin_with_the_same_ones(quick, folder, monkeypatch):
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder / str(count)))
         builtin.record(num_episodes=count)
         data.append(load_dataset(BUILTIN_DATASET).transitions)
-    for few, many in zip(*data, strict=True):
-        np.testing.assert_array_equal(few, many[:400])
+    chex.assert_trees_all_equal(data[0], jax.tree.map(lambda leaf: leaf[:400], data[1]))
 
 
 def test_arguments():

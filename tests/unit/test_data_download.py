@@ -1,7 +1,6 @@
 import _thread
 import http.server
 import re
-import stat
 import time
 
 import pytest
@@ -63,17 +62,12 @@ def test_downloads_once_into_a_folder_that_it_makes(server, tmp_path, capsys):
     fetch("some-name", f"{server}/whole", path, HDF5_SIGNATURE)
     assert path.read_bytes() == CONTENT
     assert files(tmp_path) == ["file.hdf5"]
+    (tmp_path / "any").touch()  # others may read it as any new file
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
     path.write_bytes(b"mine")
     fetch("some-name", f"{server}/absent", path, HDF5_SIGNATURE)  # it is there: nobody is asked
     assert path.read_bytes() == b"mine"
     assert capsys.readouterr().err == ""  # no progress where nobody looks
-
-
-def test_others_may_read_it_as_any_new_file(server, tmp_path):
-    (tmp_path / "any").touch()
-    fetch("some-name", f"{server}/whole", tmp_path / "file.hdf5", HDF5_SIGNATURE)
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("any", "file.hdf5")}
-    assert len(modes) == 1
 
 
 def test_shows_progress(server, tmp_path, capsys, monkeypatch):
@@ -84,27 +78,17 @@ def test_shows_progress(server, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [
-        ("absent", ("404",)),
-        ("cut", (str(len(CONTENT) - 10),)),
-        ("page", ("begins with", "<html>")),
-    ],
+    [("absent", ("404",)), ("cut", (str(len(CONTENT) - 10),)), ("page", ("begins with", "<html>"))],
 )
 def test_failures_leave_nothing_behind(server, tmp_path, place, words):
     fails(tmp_path / "file.hdf5", f"{server}/{place}", *words)
     assert files(tmp_path) == []
 
 
-def test_no_such_host(tmp_path):
+def test_places_that_cannot_be_reached_or_made(server, tmp_path):
     fails(tmp_path / "file.hdf5", "http://example.invalid/x", "example.invalid")
-
-
-def test_nobody_listens_and_odd_urls(tmp_path):
     fails(tmp_path / "file.hdf5", "http://127.0.0.1:9/x", "refused")
     fails(tmp_path / "file.hdf5", "nonsense", "Invalid URL")
-
-
-def test_folder_that_cannot_be_made(server, tmp_path):
     (tmp_path / "taken").touch()
     fails(tmp_path / "taken" / "file.hdf5", f"{server}/whole", "Error")
 

@@ -1,10 +1,8 @@
 """Finding and making environments, with Gymnasium Robotics and without."""
 
-import glob
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import gymnasium
@@ -76,21 +74,17 @@ def test_an_environment_without_a_spec_or_a_box_of_actions_is_refused():
         environments.spec_of(type(env.unwrapped)())
 
 
-def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing():
+def test_robotics_is_found_in_a_fresh_process_and_leaves_nothing(tmp_path):
     code = (
         "import numpy as np\n"
         "from efm_jax.envs import evaluate\n"
         f"rollouts = evaluate(lambda o, s: np.zeros((1, 2, 2)), '{MAZE}', episode_seeds=[0, 1])\n"
         "print(rollouts.lengths.tolist())\n"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            cwd=ROOT,
-            env=os.environ | {"TMPDIR": folder},
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-        assert glob.glob(f"{folder}/*.xml") == []
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=100
+    )
+    assert list(tmp_path.glob("*.xml")) == []
     assert (done.returncode, done.stdout, done.stderr) == (0, "[[300, 300]]\n", "")

@@ -2,10 +2,13 @@ import json
 import sys
 import types
 
+import chex
 import gymnasium
+import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
+from numpy.testing import assert_array_equal
 
 from efm_jax.data import Folders, load_dataset, ogbench
 from tests.unit.data_fixtures import fails, serving_files
@@ -30,6 +33,13 @@ def arrays(**more):
 
 def labeled():
     return arrays(rewards=REWARDS, masks=MASKS)
+
+
+def assert_same(found, expected):
+    """Transitions and episodes, number by number."""
+    chex.assert_trees_all_equal(found.transitions, expected.transitions)
+    assert_array_equal(found.episode_returns, expected.episode_returns)
+    assert_array_equal(found.episode_lengths, expected.episode_lengths)
 
 
 def write(path, content):
@@ -76,18 +86,16 @@ def test_rows_are_states(tmp_path, without_ogbench):
     content = labeled()
     dataset = load_dataset(write(tmp_path / "a.npz", content))
     data = dataset.transitions
-    np.testing.assert_array_equal(data.observations, content["observations"][STEPS])
-    np.testing.assert_array_equal(
-        data.next_observations, content["observations"][np.array(STEPS) + 1]
-    )
-    np.testing.assert_array_equal(data.actions, content["actions"][STEPS])
-    np.testing.assert_array_equal(data.rewards, REWARDS[STEPS])
-    np.testing.assert_array_equal(data.terminated, [0, 1, 0, 0, 0])  # masks, never terminals
+    assert_array_equal(data.observations, content["observations"][STEPS])
+    assert_array_equal(data.next_observations, content["observations"][np.array(STEPS) + 1])
+    assert_array_equal(data.actions, content["actions"][STEPS])
+    assert_array_equal(data.rewards, REWARDS[STEPS])
+    assert_array_equal(data.terminated, [0, 1, 0, 0, 0])  # masks, never terminals
     assert all(array.dtype == np.float32 for array in data)
     # Up to the first row where the task is done; the second trajectory never gets there.
-    np.testing.assert_array_equal(dataset.episode_returns, [-1, -2])
-    np.testing.assert_array_equal(dataset.episode_lengths, [2, 2])
-    np.testing.assert_array_equal((dataset.action_low, dataset.action_high), [[-1, -1], [1, 1]])
+    assert_array_equal(dataset.episode_returns, [-1, -2])
+    assert_array_equal(dataset.episode_lengths, [2, 2])
+    assert_array_equal((dataset.action_low, dataset.action_high), [[-1, -1], [1, 1]])
     assert dataset.env_spec is None
     assert dataset.reference_scores is None
 
@@ -106,67 +114,45 @@ def test_forms_that_ogbench_returns_are_the_same_data(tmp_path):
         "terminals": np.array([0, 0, 1, 0, 1], np.float32),
     }
     for form in (compact, regular):
-        other = load_dataset(write(tmp_path / "b.npz", form))
-        for ours, theirs in zip(other.transitions, states.transitions, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        np.testing.assert_array_equal(other.episode_returns, states.episode_returns)
-        np.testing.assert_array_equal(other.episode_lengths, states.episode_lengths)
+        assert_same(load_dataset(write(tmp_path / "b.npz", form)), states)
 
 
 def test_parts_are_the_whole(tmp_path):
     path = write(tmp_path / "a.npz", labeled())
     whole = load_dataset(path)
     parts = [load_dataset(path, rows=lambda n, i=i: slice(i, min(i + 2, n))) for i in (0, 2, 4)]
-    for field in whole.transitions._fields:
-        joined = np.concatenate([getattr(part.transitions, field) for part in parts])
-        np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
-    np.testing.assert_array_equal(
-        np.concatenate([p.episode_returns for p in parts]), whole.episode_returns
-    )
+    joined = jax.tree.map(lambda *a: np.concatenate(a), *[part.transitions for part in parts])
+    chex.assert_trees_all_equal(joined, whole.transitions)
+    assert_array_equal(np.concatenate([p.episode_returns for p in parts]), whole.episode_returns)
     assert [part.first_row for part in parts] == [0, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "env"),
-    [
-        ("cube-single-play-singletask-v0", "cube-single-play-v0.npz", "cube-single-singletask-v0"),
-        (
-            "ogbench:puzzle-3x3-noisy-singletask-task5-v0",
-            "puzzle-3x3-noisy-v0.npz",
-            "puzzle-3x3-singletask-task5-v0",
-        ),
-        (
-            "antmaze-large-navigate-singletask-v0",
-            "antmaze-large-navigate-v0.npz",
-            "antmaze-large-singletask-v0",
-        ),
-        ("scene-play-singletask-task1-v0", "scene-play-v0.npz", "scene-singletask-task1-v0"),
-    ],
-)
-def test_names(name, file, env):
-    assert ogbench.parse_name(name) == (file, env)
+def test_names():
+    for name, file, env in (
+        ("cube-single-play-singletask-v0", "cube-single-play", "cube-single-singletask-v0"),
+        ("ogbench:puzzle-3x3-noisy-singletask-task5-v0", "puzzle-3x3-noisy",
+         "puzzle-3x3-singletask-task5-v0"),
+        ("antmaze-large-navigate-singletask-v0", "antmaze-large-navigate",
+         "antmaze-large-singletask-v0"),
+        ("scene-play-singletask-task1-v0", "scene-play", "scene-singletask-task1-v0"),
+    ):  # fmt: skip
+        assert ogbench.parse_name(name) == (f"{file}-v0.npz", env)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("ogbench:cube-single-play-v0", ("single task", "cube-single-play-singletask-v0")),
-        ("cube-single-play-singletask-task6-v0", ("unknown dataset",)),
-        ("ogbench:visual-cube-single-play-singletask-v0", ("images",)),
-        ("ogbench:nonsense", ("unknown dataset",)),
-    ],
-)
-def test_names_of_other_things(name, words, without_ogbench):
-    fails(name, *words)
+def test_names_of_other_things(without_ogbench):
+    for name, *words in (
+        ("ogbench:cube-single-play-v0", "single task", "cube-single-play-singletask-v0"),
+        ("cube-single-play-singletask-task6-v0", "unknown dataset"),
+        ("ogbench:visual-cube-single-play-singletask-v0", "images"),
+        ("ogbench:nonsense", "unknown dataset"),
+    ):
+        fails(name, *words)
 
 
 def test_a_name_needs_ogbench_before_a_download(tmp_path, without_ogbench, monkeypatch):
     monkeypatch.setattr(ogbench, "URL", "http://127.0.0.1:9/")
-    fails(
-        "box-single-play-singletask-v0",
-        "pip install ogbench",
-        folders=Folders(ogbench=str(tmp_path / "x")),
-    )
+    folders = Folders(ogbench=str(tmp_path / "x"))
+    fails("box-single-play-singletask-v0", "pip install ogbench", folders=folders)
     assert not (tmp_path / "x").exists()
 
 
@@ -178,29 +164,26 @@ def test_rewards_of_the_task_in_the_name(tmp_path, ogbench_package, monkeypatch)
     folders = Folders(ogbench=str(tmp_path / "local"))
     with serving_files(remote) as url:
         monkeypatch.setattr(ogbench, "URL", url)
-        for name, done in (
-            ("box-single-play-singletask-v0", 1),
-            ("ogbench:box-single-play-singletask-task4-v0", 5),
-        ):
-            dataset = load_dataset(name, folders=folders)
-            assert dataset.name == name
+        tasks = {"box-single-play-singletask-v0": 1, "box-single-play-singletask-task4-v0": 5}
+        for name, done in tasks.items():
+            dataset = load_dataset(f"ogbench:{name}", folders=folders)
+            assert dataset.name == f"ogbench:{name}"
             transitions = dataset.transitions
-            np.testing.assert_array_equal(transitions.terminated, np.array(STEPS) == done)
-            np.testing.assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
-            env_id = name.removeprefix("ogbench:").replace("-play", "")
-            assert json.loads(dataset.env_spec)["id"] == env_id
+            assert_array_equal(transitions.terminated, np.array(STEPS) == done)
+            assert_array_equal(transitions.rewards, (np.array(STEPS) == done) - 1.0)
+            assert json.loads(dataset.env_spec)["id"] == name.replace("-play", "")
     assert [path.name for path in (tmp_path / "local").iterdir()] == ["box-single-play-v0.npz"]
 
 
 def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench_package):
     path = write(tmp_path / "mine.npz", arrays(qpos=np.arange(7.0)[:, None]))
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
-    np.testing.assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
-    np.testing.assert_array_equal(dataset.episode_returns, [-3, -1])
+    assert_array_equal(dataset.transitions.terminated, np.array(STEPS) == 5)
+    assert_array_equal(dataset.episode_returns, [-3, -1])
     # A file's own labels are not computed again.
     path = write(tmp_path / "labeled.npz", labeled())
     dataset = load_dataset(path, env="box-single-singletask-task4-v0")
-    np.testing.assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
+    assert_array_equal(dataset.transitions.rewards, REWARDS[STEPS])
 
 
 def test_files_without_rewards(tmp_path, ogbench_package):

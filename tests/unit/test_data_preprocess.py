@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import REWARD_TRANSFORMS, DataError, fit_normalizer, preprocess
 from efm_jax.types import Dataset, Transitions
@@ -34,30 +35,27 @@ def test_standardized_and_scaled():
     normalizer = fit_normalizer(dataset)
     data = preprocess(dataset, normalizer)
     assert all(array.dtype == np.float32 for array in (*data, *normalizer))
-    np.testing.assert_allclose(data.observations.mean(0, dtype=np.float64), 0, atol=1e-3)
-    np.testing.assert_allclose(data.observations.std(0, dtype=np.float64), 1, rtol=1e-3)
+    assert_allclose(data.observations.mean(0, dtype=np.float64), 0, atol=1e-3)
+    assert_allclose(data.observations.std(0, dtype=np.float64), 1, rtol=1e-3)
     exact = dataset.transitions.observations.astype(np.float64)
-    np.testing.assert_allclose(normalizer.observation_mean, exact.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(normalizer.observation_std, exact.std(0), rtol=1e-6)
+    assert_allclose(normalizer.observation_mean, exact.mean(0), rtol=1e-6)
+    assert_allclose(normalizer.observation_std, exact.std(0), rtol=1e-6)
     # Next observations with the statistics of the observations.
     shift = 1 / normalizer.observation_std
-    np.testing.assert_allclose(
-        data.next_observations - data.observations, shift[None].repeat(500, 0), rtol=2e-3
-    )
+    moved = data.next_observations - data.observations
+    assert_allclose(moved, np.tile(shift, (500, 1)), rtol=2e-3)
     actions = dataset.transitions.actions
-    np.testing.assert_allclose(data.actions, actions / [2, 5] - [0, 1], atol=1e-6)
+    assert_allclose(data.actions, actions / [2, 5] - [0, 1], atol=1e-6)
     assert np.abs(data.actions).max() <= 1
-    np.testing.assert_allclose(normalizer.unscale_actions(data.actions), actions, atol=1e-5)
-    np.testing.assert_array_equal(data.rewards, dataset.transitions.rewards)
+    assert_allclose(normalizer.unscale_actions(data.actions), actions, atol=1e-5)
+    assert_array_equal(data.rewards, dataset.transitions.rewards)
 
 
 def test_bounds_become_exactly_one():
     low, high = np.float32(-0.1), np.float32(0.3)
     dataset = make_dataset(2, actions=[[low, low], [high, high]])
     dataset = dataset._replace(action_low=np.array([low] * 2), action_high=np.array([high] * 2))
-    np.testing.assert_array_equal(
-        preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]]
-    )
+    assert_array_equal(preprocess(dataset, fit_normalizer(dataset)).actions, [[-1, -1], [1, 1]])
 
 
 def test_dimensions_that_hardly_vary_are_scaled_by_their_farthest_value():
@@ -126,10 +124,10 @@ def test_constant_dimensions_are_only_centered():
         observations=observations, next_observations=observations + np.float32(1)
     )
     normalizer = fit_normalizer(dataset)
-    np.testing.assert_array_equal(normalizer.observation_std, [1, 1, 1])
+    assert_array_equal(normalizer.observation_std, [1, 1, 1])
     data = preprocess(dataset, normalizer)
-    np.testing.assert_allclose(data.observations, 0, atol=1e-6)
-    np.testing.assert_allclose(data.next_observations, 1, atol=1e-6)
+    assert_allclose(data.observations, 0, atol=1e-6)
+    assert_allclose(data.next_observations, 1, atol=1e-6)
     small = np.random.default_rng(0).normal(0, 1e-4, (500, 3))
     assert np.all(fit_normalizer(make_dataset(observations=small)).observation_std < 2e-4)
 
@@ -140,22 +138,18 @@ def test_reward_transforms():
     normalizer = fit_normalizer(dataset)
     rewards = dataset.transitions.rewards
     locomotion = preprocess(dataset, normalizer, "locomotion").rewards
-    np.testing.assert_allclose(locomotion, rewards * 1000 / 20, rtol=1e-6)
-    np.testing.assert_allclose(
-        preprocess(dataset, normalizer, "antmaze").rewards, rewards - 1, atol=1e-6
-    )
+    assert_allclose(locomotion, rewards * 1000 / 20, rtol=1e-6)
+    assert_allclose(preprocess(dataset, normalizer, "antmaze").rewards, rewards - 1, atol=1e-6)
     assert locomotion.dtype == np.float32
     with pytest.raises(ValueError, match="reward_transform"):
         preprocess(dataset, normalizer, "other")
 
 
-@pytest.mark.parametrize(
-    ("returns", "word"), [((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")]
-)
-def test_locomotion_refuses(returns, word):
-    dataset = make_dataset(returns=returns)
-    with pytest.raises(DataError, match=word):
-        preprocess(dataset, fit_normalizer(dataset), "locomotion")
+def test_locomotion_refuses():
+    for returns, word in (((5.0, 5.0), "every episode"), ((5.0,), "2 episodes")):
+        dataset = make_dataset(returns=returns)
+        with pytest.raises(DataError, match=word):
+            preprocess(dataset, fit_normalizer(dataset), "locomotion")
 
 
 def test_normalizer_of_another_dataset():

@@ -3,12 +3,15 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import chex
 import h5py
+import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import DataError, fit_normalizer, gather_episodes, load_dataset
-from efm_jax.types import Dataset, Transitions
+from efm_jax.types import Dataset
 from tests.unit.data_fixtures import d4rl_arrays, episode, write_d4rl, write_minari
 
 # An unfinished last episode, terminal and timed out ones.
@@ -62,57 +65,52 @@ def on_every_host(function, shards):
         return list(pool.map(run, range(len(shards))))
 
 
+EPISODES = ("episode_returns", "episode_lengths")
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 3, 5])
 def test_parts_make_the_whole(name, hosts):
     whole, shards = load_dataset(name), parts(name, hosts)
-    for field in Transitions._fields:
-        joined = np.concatenate([getattr(shard.transitions, field) for shard in shards])
-        np.testing.assert_array_equal(joined, getattr(whole.transitions, field))
-    assert [shard.first_row for shard in shards] == [
-        sum(shard.transitions.size for shard in shards[:host]) for host in range(hosts)
-    ]
-    for field in ("episode_returns", "episode_lengths"):
+    transitions = [shard.transitions for shard in shards]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *transitions)
+    chex.assert_trees_all_equal(joined, whole.transitions)
+    starts = np.cumsum([0, *(each.size for each in transitions)])[:-1]
+    assert [shard.first_row for shard in shards] == list(starts)
+    for field in EPISODES:
         joined = np.concatenate([getattr(shard, field) for shard in shards])
-        np.testing.assert_array_equal(joined, getattr(whole, field))
+        assert_array_equal(joined, getattr(whole, field))
     for merged in on_every_host(gather_episodes, shards):
-        np.testing.assert_array_equal(merged.episode_returns, whole.episode_returns)
-        np.testing.assert_array_equal(merged.episode_lengths, whole.episode_lengths)
-
-
-@pytest.mark.parametrize("hosts", [2, 3])
-def test_fingerprint_and_statistics_do_not_depend_on_the_parts(name, hosts):
-    whole, shards = load_dataset(name), parts(name, hosts)
+        for field in EPISODES:
+            assert_array_equal(getattr(merged, field), getattr(whole, field))
+    # Fingerprint and statistics do not depend on the parts.
     assert set(on_every_host(Dataset.fingerprint, shards)) == {whole.fingerprint()}
     expected = fit_normalizer(whole)
     observations = whole.transitions.observations.astype(np.float64)
-    np.testing.assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
+    assert_allclose(expected.observation_mean, observations.mean(0), rtol=1e-6)
+    assert_allclose(expected.observation_std, observations.std(0), rtol=1e-6)
     for found in on_every_host(fit_normalizer, shards):
-        for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_fingerprint_sees_every_number_and_its_place(name):
     whole = load_dataset(name)
-    seen = {whole.fingerprint()}
+
+    def fingerprint(**changes):
+        return whole._replace(transitions=whole.transitions._replace(**changes)).fingerprint()
+
+    seen = [whole.fingerprint(), whole._replace(first_row=1).fingerprint()]
+    seen.append(fingerprint(observations=whole.transitions.observations[:, ::-1]))
     for field, array in whole.transitions._asdict().items():
-        for change in (array + np.float32(1), np.roll(array, 1, axis=0)):
-            seen.add(
-                whole._replace(
-                    transitions=whole.transitions._replace(**{field: change})
-                ).fingerprint()
-            )
-        assert np.abs(array - np.roll(array, 1, axis=0)).max() > 0
-    assert len(seen) == 11
-    assert whole._replace(first_row=1).fingerprint() not in seen
-    swapped = whole.transitions._replace(observations=whole.transitions.observations[:, ::-1])
-    assert whole._replace(transitions=swapped).fingerprint() not in seen
+        rolled = np.roll(array, 1, axis=0)
+        assert np.abs(array - rolled).max() > 0
+        seen += [fingerprint(**{field: change}) for change in (array + np.float32(1), rolled)]
+    assert len(set(seen)) == len(seen) == 13
 
 
 def test_the_first_rows_alone(name):
     whole, (part,) = load_dataset(name), parts(name, 1, size=5)
     assert part.transitions.size == 5
-    np.testing.assert_array_equal(part.transitions.observations, whole.transitions.observations[:5])
+    assert_array_equal(part.transitions.observations, whole.transitions.observations[:5])
     assert 1 <= len(part.episode_returns) < len(whole.episode_returns)
 
 

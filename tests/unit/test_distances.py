@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -20,14 +21,14 @@ def test_sliced_wasserstein_in_one_dimension_is_the_optimal_assignment(x64):
     expected = np.sqrt(cost[linear_sum_assignment(cost)].mean())
     found = sliced_wasserstein(jax.random.key(0), x, y, num_projections=3)
     assert found.dtype == jnp.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_length_over_root_d(x64):
     # E (theta . v)^2 = |v|^2 / d for theta uniform on the sphere.
     x, shift = normal(0, 10, 3), np.array([3.0, -1.0, 2.0])
     found = sliced_wasserstein(jax.random.key(0), x, x + shift, num_projections=20_000)
-    np.testing.assert_allclose(found, np.linalg.norm(shift) / np.sqrt(3), rtol=0.02)
+    assert_allclose(found, np.linalg.norm(shift) / np.sqrt(3), rtol=0.02)
 
 
 def test_mmd_matches_numpy(x64):
@@ -40,7 +41,7 @@ def test_mmd_matches_numpy(x64):
         )
 
     expected = np.sqrt(mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y))
-    np.testing.assert_allclose(mmd(x, y), expected, rtol=1e-10)
+    assert_allclose(mmd(x, y), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,9 @@ def test_distances_are_metrics_of_samples_and_compile(distance):
     assert float(distance(x, x[::-1])) < 1e-3  # the order of a sample does not matter
     near, far = jax.jit(distance)(x, y), jax.jit(distance)(x, y + 1)
     assert far > 2 * near > 0
-    np.testing.assert_allclose(distance(x, y), distance(y, x), rtol=1e-4)
+    assert_allclose(distance(x, y), distance(y, x), rtol=1e-4)
     # Far from the origin the same numbers, up to the rounding of the shifted points.
-    np.testing.assert_allclose(distance(x + 100, y + 100), distance(x, y), rtol=1e-2)
+    assert_allclose(distance(x + 100, y + 100), distance(x, y), rtol=1e-2)
 
 
 @pytest.mark.parametrize(

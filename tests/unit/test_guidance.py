@@ -5,15 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
-from efm_jax import exact, guidance, paths
-
-PATHS = {
-    "ot": paths.conditional_ot(),
-    "vp_linear": paths.vp_linear(),
-    "vp_cosine": paths.vp_cosine(),
-}
-each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+from efm_jax import exact, guidance
+from tests.problems import OT, each_path
 
 
 @pytest.fixture
@@ -40,10 +35,9 @@ def exact_logit(path, data, energy):
 
 
 @each_path
-@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta):
+def test_methods_with_exact_ingredients_give_their_scores(path, ref, problem):
+    """Eq. 4.6 by a classifier and without; at every beta eq. 4.7 by contrast."""
     x, t, data, energy = problem
-    expected = exact.cg_score(path, x, t, data, jnp.exp(-energy), beta)
 
     def plain(x, t):
         return exact.score(path, x, t, data)
@@ -51,42 +45,31 @@ def test_classifier_and_classifier_free_guidance_give_eq_4_6(path, problem, beta
     def conditional(x, t):
         return exact.score(path, x, t, data, -energy)
 
-    by_classifier = guidance.classifier_guided(plain, exact_logit(path, data, energy), beta)
-    without = guidance.classifier_free_guided(plain, conditional, beta)
-    np.testing.assert_allclose(jax.jit(by_classifier)(x, t), expected, rtol=1e-7)
-    np.testing.assert_allclose(without(x, t), expected, rtol=1e-9)
+    @jax.jit
+    def scores(beta):
+        def log_ratio(x, t):  # any function of t may be added: it has no gradient in x
+            return 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta)
 
+        logit = exact_logit(path, data, energy)
+        found = {
+            "classifier": guidance.classifier_guided(plain, logit, beta)(x, t),
+            "classifier-free": guidance.classifier_free_guided(plain, conditional, beta)(x, t),
+            "contrastive": guidance.contrastive_guided(plain, log_ratio)(x, t),
+        }
+        eq_46 = exact.cg_score(path, x, t, data, jnp.exp(-energy), beta)
+        return found, eq_46, exact.score(path, x, t, data, -beta * energy)
 
-@each_path
-@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
-def test_contrastive_guidance_gives_the_guided_score_at_every_beta(path, problem, beta):
-    x, t, data, energy = problem
-    guided = guidance.contrastive_guided(
-        lambda x, t: exact.score(path, x, t, data),
-        # Any function of t may be added: it has no gradient in x.
-        lambda x, t: 3 * t - exact.intermediate_energy(path, x, t, data, energy, beta),
-    )
-    np.testing.assert_allclose(
-        guided(x, t), exact.score(path, x, t, data, -beta * energy), rtol=1e-7
-    )
-
-
-def test_classifier_free_guidance_commutes_with_conversions(problem):
-    # Velocities are affine in scores with coefficients that sum to one field: guiding either is the
-    # same.
-    x, t, data, energy = problem
-    path = paths.conditional_ot()
-    scores = [lambda x, t, w=w: exact.score(path, x, t, data, w) for w in (None, -energy)]
-    velocities = [lambda x, t, w=w: exact.velocity(path, x, t, data, w) for w in (None, -energy)]
-    score = guidance.classifier_free_guided(*scores, 3.0)(x, t)
-    velocity = guidance.classifier_free_guided(*velocities, 3.0)(x, t)
-    np.testing.assert_allclose(path.velocity_from_score(score, x, t), velocity, rtol=1e-9)
+    for beta in (0.0, 1.0, 4.0):
+        found, eq_46, eq_47 = scores(beta)
+        assert_allclose(found["classifier"], eq_46, rtol=1e-7)
+        assert_allclose(found["classifier-free"], eq_46, rtol=1e-9)
+        assert_allclose(found["contrastive"], eq_47, rtol=1e-7)
 
 
 def test_classifier_loss_is_least_at_the_posterior_probability(x64):
     # One time, two data points in one dimension, and a logit for each cell of x: the minimizer is
     # known.
-    path, data = paths.conditional_ot(), jnp.array([[-1.0], [1.0]])
+    path, data = OT, jnp.array([[-1.0], [1.0]])
     prob = jnp.array([0.9, 0.2])
     x0 = jnp.tile(data, (40_000, 1))
     edges = jnp.array([-1.0, -0.3, 0.3, 1.0])
@@ -108,11 +91,11 @@ def test_classifier_loss_is_least_at_the_posterior_probability(x64):
         table = optax.apply_updates(table, updates)
     # E[p(c | x0) | cell], by integration over t uniform and the noise.
     rng = np.random.default_rng(0)
-    t, which = rng.uniform(size=400_000), rng.integers(2, size=400_000)
-    x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=400_000)
+    t, which = rng.uniform(size=200_000), rng.integers(2, size=200_000)
+    x = (1 - t) * np.asarray(data)[which, 0] + t * rng.normal(size=200_000)
     cell = np.digitize(x, np.asarray(edges))
     expected = np.array([np.asarray(prob)[which[cell == i]].mean() for i in range(5)])
-    np.testing.assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
+    assert_allclose(jax.nn.sigmoid(table), expected, atol=0.01)
 
 
 def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_probability():
@@ -120,12 +103,12 @@ def test_classifier_loss_is_finite_for_huge_logits_and_takes_no_gradient_of_the_
 
     def loss(prob):
         return guidance.classifier_loss(
-            lambda x, t: 1e4 * x[:, 0], PATHS["ot"], jax.random.key(0), x0, prob
+            lambda x, t: 1e4 * x[:, 0], OT, jax.random.key(0), x0, prob
         )[0]
 
     value, gradient = jax.value_and_grad(loss)(prob)
     assert jnp.isfinite(value)
-    np.testing.assert_array_equal(gradient, 0.0)
+    assert_array_equal(gradient, 0.0)
 
 
 def test_labels_are_dropped_at_the_stated_rate():
@@ -133,16 +116,16 @@ def test_labels_are_dropped_at_the_stated_rate():
     dropped = guidance.drop_labels(jax.random.key(0), labels, 0.2, null_label=2)
     assert dropped.dtype == labels.dtype
     assert set(np.unique(dropped)) == {1, 2}
-    np.testing.assert_allclose((dropped == 2).mean(), 0.2, atol=4 * np.sqrt(0.2 * 0.8 / 20_000))
-    np.testing.assert_array_equal(guidance.drop_labels(jax.random.key(0), labels, 0.0, 2), labels)
+    assert_allclose((dropped == 2).mean(), 0.2, atol=4 * np.sqrt(0.2 * 0.8 / 20_000))
+    assert_array_equal(guidance.drop_labels(jax.random.key(0), labels, 0.0, 2), labels)
 
 
 def test_bad_arguments_are_named():
     key, x0 = jax.random.key(0), jnp.ones((4, 2))
     with pytest.raises(ValueError, match="class_prob"):
-        guidance.classifier_loss(lambda x, t: x[:, 0], PATHS["ot"], key, x0, jnp.ones(3))
+        guidance.classifier_loss(lambda x, t: x[:, 0], OT, key, x0, jnp.ones(3))
     with pytest.raises(ValueError, match="logit_fn"):
-        guidance.classifier_loss(lambda x, t: x, PATHS["ot"], key, x0, jnp.ones(4))
+        guidance.classifier_loss(lambda x, t: x, OT, key, x0, jnp.ones(4))
     with pytest.raises(ValueError, match="rate"):
         guidance.drop_labels(key, jnp.ones(3, int), 1.5, 0)
     with pytest.raises(TypeError, match="labels"):
@@ -151,10 +134,10 @@ def test_bad_arguments_are_named():
         guidance.contrastive_guided(lambda x, t: x, lambda x, t: x)(x0, jnp.ones(4))
 
 
-@pytest.mark.parametrize("name", PATHS)
+@each_path
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
-def test_any_prediction_is_guided_as_its_score_is(x64, name, prediction):
-    path, rng = PATHS[name], np.random.default_rng(0)
+def test_any_prediction_is_guided_as_its_score_is(x64, path, ref, prediction):
+    rng = np.random.default_rng(0)
     x, t = jnp.asarray(rng.normal(size=(5, 2))), jnp.linspace(0.1, 0.9, 5)
     logit, score = (lambda x, t: jnp.sin(x).sum(-1) * t), (lambda x, t: -x)
     scale = lambda t: 1 + t  # noqa: E731
@@ -167,9 +150,9 @@ def test_any_prediction_is_guided_as_its_score_is(x64, name, prediction):
     assert np.isfinite(at_noise(x, jnp.ones(5))).all()
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_monte_carlo_guidance_over_all_data_is_exact(x64, name):
-    path, rng = PATHS[name], np.random.default_rng(0)
+@each_path
+def test_monte_carlo_guidance_over_all_data_is_exact(x64, path, ref):
+    rng = np.random.default_rng(0)
     data, energy = jnp.asarray(rng.normal(size=(30, 2))), jnp.asarray(rng.normal(size=30))
     x, t = jnp.asarray(rng.normal(size=(5, 2))), jnp.linspace(0.1, 0.9, 5)
     plain = lambda x, t: exact.velocity(path, x, t, data)  # noqa: E731

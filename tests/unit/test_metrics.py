@@ -1,6 +1,5 @@
 """Tables that grow, and TensorBoard's events."""
 
-import csv
 import struct
 
 import numpy as np
@@ -61,35 +60,22 @@ def test_header_is_the_union_and_missing_cells_are_empty(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "tensorboard"]
 
 
-def test_rows_are_on_disk_before_close(tmp_path):
-    writer = MetricsWriter(tmp_path, SEEDS, None)
-    writer.write(1, "behavior", 1, {"loss": 3.0})
-    assert len(read_table(tmp_path / "metrics.csv")) == 2
-    assert scalars(tmp_path) == {("behavior/loss", 1): 3.0}
-    writer.close()
-
-
 def test_tensorboard_holds_means_over_seeds_at_the_total_step(tmp_path):
     writer = MetricsWriter(tmp_path, SEEDS, None)
     writer.write(10, "behavior", 10, {"loss": [1.0, 2.0]})
     writer.write(110, "policy", 100, {"loss": [np.nan, 2.0], "ess": 4.0})
+    # On disk before they are closed.
+    assert len(read_table(tmp_path / "metrics.csv")) == 4
+    expected = {("behavior/loss", 10): 1.5, ("policy/loss", 110): np.nan, ("policy/ess", 110): 4.0}
+    assert scalars(tmp_path) == pytest.approx(expected, nan_ok=True)
     writer.close()
-    found = scalars(tmp_path)
-    assert found[("behavior/loss", 10)] == 1.5
-    assert found[("policy/ess", 110)] == 4.0
-    assert np.isnan(found[("policy/loss", 110)])
-    assert len(found) == 3
 
 
 def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path):
     def log(writer, steps):
         for step in steps:
-            writer.write(
-                step,
-                "policy",
-                step,
-                {"loss": [float(step), 0.0]} | ({"q": 1.0} if step > 20 else {}),
-            )
+            later = {"q": 1.0} if step > 20 else {}
+            writer.write(step, "policy", step, {"loss": [float(step), 0.0]} | later)
             add_returns(tmp_path, step, "policy", np.full((2, 1), step))
 
     writer = MetricsWriter(tmp_path, SEEDS, None)
@@ -158,13 +144,6 @@ def test_an_unfinished_last_line_is_removed_before_the_next_row(tmp_path):
     path.write_text("total_st")
     CsvTable(path, ["total_step"]).append([{"total_step": 1}])
     assert path.read_text() == "total_step\n1\n"
-
-
-def test_text_with_commas_survives(tmp_path):
-    table = CsvTable(tmp_path / "t.csv", ["total_step"])
-    table.append([{"total_step": 1, "note": 'a, "b"'}])
-    with (tmp_path / "t.csv").open() as file:
-        assert list(csv.DictReader(file)) == [{"total_step": "1", "note": 'a, "b"'}]
 
 
 def test_bad_input_is_refused(tmp_path):

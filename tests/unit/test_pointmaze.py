@@ -1,11 +1,13 @@
 """Planner and controller of point mazes: on maps and a point mass of ours, then in the real one."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import load_dataset, recording
 from efm_jax.envs import environments, evaluate, normalized_score, pointmaze, specs
@@ -64,14 +66,12 @@ def test_routes_are_as_long_as_an_independent_search_says():
         free = rng.random((6, 7)) < 0.7
         maze = Maze(tuple(tuple(bool(cell) for cell in row) for row in free))
         goal = maze.cells[rng.integers(len(maze.cells))]
-        # Distances by repeated relaxation.
         distance = np.full(free.shape, np.inf)
         distance[goal] = 0
-        for _ in range(free.size):
+        for _ in range(free.size):  # repeated relaxation
             padded = np.pad(distance, 1, constant_values=np.inf)
-            near = np.min(
-                [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]], axis=0
-            )
+            near = [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+            near = np.min(near, axis=0)
             distance = np.where(free, np.minimum(distance, near + 1), np.inf)
         reached = {tuple(int(i) for i in cell) for cell in np.argwhere(np.isfinite(distance))}
         assert set(routes(maze, goal)) == reached
@@ -88,9 +88,8 @@ def test_positions_and_cells():
         for cell in grid.cells:
             x, y = grid.middle(cell)
             reach = 0.49 * grid.scale
-            assert {
-                grid.cell(x + dx, y + dy) for dx in (-reach, reach) for dy in (-reach, reach)
-            } == {cell}
+            steps = itertools.product((-reach, reach), repeat=2)
+            assert {grid.cell(x + dx, y + dy) for dx, dy in steps} == {cell}
     for x, y in [(0.0, 2.0), (9.0, 0.0), (0.0, -9.0), (-2.6, 0.0)]:
         with pytest.raises(ValueError, match="expected a place in a free cell"):
             U.cell(x, y)
@@ -112,22 +111,16 @@ def test_a_push_off_the_route_is_recovered():
     goal = np.array(RING.middle((1, 4)))
     states = simulate(RING, pointmaze.expert(RING), (x, y - 0.4), goal, 400, velocity=(0.0, -5.0))
     assert (3, 1) in {RING.cell(*state[:2]) for state in states}
-    np.testing.assert_allclose(states[-1], [*goal, 0, 0], atol=0.01)
+    assert_allclose(states[-1], [*goal, 0, 0], atol=0.01)
 
 
 def test_steering_is_a_pd_law_towards_the_next_cell():
     goal = np.array(U.middle((1, 1)))
     gains = Gains(position=3.0, velocity=2.0)
-    state = np.array(
-        [-0.9, -1.1, 0.5, -0.25]
-    )  # in (3, 1); next is the middle of (3, 2), at (0, -1)
-    np.testing.assert_allclose(
-        steer(U, gains, state, goal), [3 * 0.9 - 2 * 0.5, 3 * 0.1 + 2 * 0.25]
-    )
-    state = np.array([-0.9, 1.1, 0.5, -0.25])  # in the goal's cell: the goal itself
-    np.testing.assert_allclose(
-        steer(U, gains, state, goal), [-3 * 0.1 - 2 * 0.5, -3 * 0.1 + 2 * 0.25]
-    )
+    # In (3, 1): next is the middle of (3, 2), at (0, -1).  In the goal's cell: the goal itself.
+    for y, towards in ((-1.1, (3 * 0.9, 3 * 0.1)), (1.1, (-3 * 0.1, -3 * 0.1))):
+        found = steer(U, gains, np.array([-0.9, y, 0.5, -0.25]), goal)
+        assert_allclose(found, np.array(towards) - 2 * np.array([0.5, -0.25]))
 
 
 def test_no_route_is_an_error():
@@ -146,7 +139,7 @@ def test_wanderer_visits_the_maze_and_ignores_the_goal():
         for goal in (U.middle((1, 1)), U.middle((3, 1))):
             act = wanderer(U, np.random.default_rng(episode), 0.5)
             paths.append(simulate(U, act, U.middle((3, 1)), np.array(goal), 300))
-        np.testing.assert_array_equal(*paths)
+        assert_array_equal(*paths)
         seen = {U.cell(*state[:2]) for state in paths[0]}
         visits += [cell in seen for cell in U.cells]
     assert (visits >= 5).all()
@@ -173,25 +166,22 @@ def spec(name, **kwargs):
 
 
 def test_task_has_one_goal_and_continues():
-    plain = spec(
-        "PointMaze_UMaze-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5], reward_type="sparse"
-    )
+    rows = [[1] * 5, [1, 0, 0, 0, 1], [1] * 5]
+    plain = spec("PointMaze_UMaze-v3", maze_map=rows, reward_type="sparse")
     before = copy.deepcopy(plain)
-    task = pointmaze.task(plain)
-    assert task.kwargs == {
-        "maze_map": [[1] * 5, [1, "g", 0, 0, 1], [1] * 5], "reward_type": "sparse",
-        "continuing_task": True, "reset_target": False,
-    }  # fmt: skip
+    assert pointmaze.task(plain).kwargs == {
+        "maze_map": [[1] * 5, [1, "g", 0, 0, 1], [1] * 5],
+        "reward_type": "sparse",
+        "continuing_task": True,
+        "reset_target": False,
+    }
     assert plain == before
     assert pointmaze.is_point_maze(plain)
-    assert not pointmaze.is_point_maze(
-        EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
-    )
+    pendulum = EnvSpec("Pendulum-v1", "gymnasium.envs.classic_control:PendulumEnv")
+    assert not pointmaze.is_point_maze(pendulum)
     marked = pointmaze.task(spec("PointMaze_Medium_Diverse_GR-v3", maze_map=[[1, "c", 0, 1]]))
     assert marked.kwargs["maze_map"] == [[1, "c", 0, 1]]
-    dense = pointmaze.task(
-        spec("PointMaze_UMazeDense-v3", maze_map=[[1] * 5, [1, 0, 0, 0, 1], [1] * 5])
-    )
+    dense = pointmaze.task(spec("PointMaze_UMazeDense-v3", maze_map=rows))
     assert dense.kwargs["maze_map"][1][1] == "g"
 
 
@@ -201,7 +191,7 @@ def test_real_map_and_positions(name):
     maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.cells) > 5
     for cell in maze.cells:
-        np.testing.assert_allclose(maze.middle(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
+        assert_allclose(maze.middle(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
     goals = {maze.cell(*env.reset(seed=seed)[0]["desired_goal"]) for seed in range(20)}
     assert goals == {pointmaze.GOALS[name]}
     assert maze.cells == sorted(routes(maze, pointmaze.GOALS[name]))
@@ -210,22 +200,15 @@ def test_real_map_and_positions(name):
 
 def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(recording, "REFERENCE_EPISODES", 10)
+    monkeypatch.setattr(recording, "REFERENCE_EPISODES", 6)
     env = environments.make(pointmaze.task(specs.named("test", "PointMaze_UMaze-v3")))
     maze = Maze.of(env)
-    recording.record(
-        "efm/maze/test-v0",
-        env,
-        lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5),
-        seed=0,
-        episodes=10,
-        expert=pointmaze.expert(maze),
-        algorithm_name="x",
-        code_permalink="x",
-        description="x",
-    )
+    described = dict.fromkeys(["algorithm_name", "code_permalink", "description"], "x")
+    options = {"seed": 0, "episodes": 6, "expert": pointmaze.expert(maze), **described}
+    wander = lambda episode: wanderer(maze, np.random.default_rng(episode), 0.5)  # noqa: E731
+    recording.record("efm/maze/test-v0", env, wander, **options)
     dataset = load_dataset("efm/maze/test-v0")
-    assert dataset.transitions.observations.shape == (3000, 8)
+    assert dataset.transitions.observations.shape == (1800, 8)
     assert set(dataset.episode_lengths) == {300}
     assert not dataset.transitions.terminated.any()
     assert set(np.unique(dataset.transitions.rewards)) == {0, 1}
@@ -233,22 +216,20 @@ def test_real_dataset_loads_and_its_expert_scores_100(tmp_path, monkeypatch):
     # goals).
     after = dataset.transitions.next_observations
     distances = np.hypot(*(after[:, :2] - after[:, 2:4]).T)
-    np.testing.assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
+    assert_array_equal(dataset.transitions.rewards, distances <= 0.45)
 
     def act(observations, step):
-        one = [
-            pointmaze.expert(maze)({"observation": row[4:], "desired_goal": row[2:4]})
-            for row in observations[0].astype(float)
-        ]
-        return np.array([one])
+        expert, rows = pointmaze.expert(maze), observations[0].astype(float)
+        return np.array(
+            [[expert({"observation": row[4:], "desired_goal": row[2:4]}) for row in rows]]
+        )
 
     # In a process that has never asked for the id: the spec is enough.
     assert json.loads(dataset.env_spec)["kwargs"]["maze_map"][1][1] == "g"
-    seeds = range(1000, 1020)
+    seeds = range(1000, 1010)
     returns = evaluate(act, dataset.env_spec, episode_seeds=seeds).returns
     assert 90 < normalized_score(returns.mean(), dataset.reference_scores) < 110
-    still = evaluate(
-        lambda observations, step: np.zeros((1, 20, 2)), dataset.env_spec, episode_seeds=seeds
-    )
+    nothing = lambda observations, step: np.zeros((1, 10, 2))  # noqa: E731
+    still = evaluate(nothing, dataset.env_spec, episode_seeds=seeds)
     assert still.returns.max() == 0
     assert normalized_score(dataset.episode_returns.mean(), dataset.reference_scores) < 30

@@ -157,28 +157,17 @@ def run(tmp_path):
 
 def test_everything_of_a_run_is_there(run):
     page = page_of(run)
-    headings = page.texts("h2")
-    assert headings == [
-        "Results",
-        "Comparison of runs",
-        "Returns",
-        "Effective sample sizes",
-        "Curves: behavior",
-        "Curves: critic",
-        "Curves: policy",
-        "Data",
-        "Configuration",
-    ]
+    headings = ["Results", "Comparison of runs", "Returns", "Effective sample sizes"]
+    headings += [*(f"Curves: {phase}" for phase in PHASES), "Data", "Configuration"]
+    assert page.texts("h2") == headings
     # The contents lead to every section, which its heading names.
     sections = [section.get("id") for section in page.find("section")]
     assert page.attributes("href") == [f"#{anchor}" for anchor in sections]
     assert page.texts("nav/a") == headings
     assert page.attributes("aria-labelledby") == [e.get("id") for e in page.find("h2")]
-    names = page.texts("h4")
-    for metric, phases in {"loss": 3, "steps_per_second": 0, "grad_norm": 1, "q_mean": 1}.items():
-        assert names.count(metric) == phases
-    for metric in WEIGHTS:
-        assert names.count(metric) == 1
+    shown = {"loss": 3, "steps_per_second": 0, "grad_norm": 1, "q_mean": 1}
+    shown |= dict.fromkeys(WEIGHTS, 1)
+    assert {metric: page.texts("h4").count(metric) for metric in shown} == shown
     for words in (
         "qipo_ot on some/data-v0, 2 seeds (5 to 6), 600 gradient steps; its last start took 35 s.",
         "The dataset's mean return is -424.8 (score 57.5).",
@@ -187,10 +176,12 @@ def test_everything_of_a_run_is_there(run):
         f"{CONFIG.renew_every} steps.",
     ):
         assert words in page.text
-    data = dict(page.rows("The data"))
-    assert data["fingerprint"] == INFO.fingerprint
-    assert (data["transitions"], data["return of score 0 (random)"]) == ("40,000", "-1,000.0")
-    assert data["return of score 100 (expert)"] == "0.0"
+    assert dict(page.rows("The data")).items() >= {
+        ("fingerprint", INFO.fingerprint),
+        ("transitions", "40,000"),
+        ("return of score 0 (random)", "-1,000.0"),
+        ("return of score 100 (expert)", "0.0"),
+    }
     fields = dict(page.rows("All fields")[1:])
     assert (fields["hidden_dims"], fields["beta"], fields["num_seeds"]) == ("[8, 8]", "10.0", "2")
     assert fields["version"] == json.loads((run / "config.json").read_text())["version"]
@@ -226,13 +217,9 @@ def test_several_seeds_have_an_interval_over_their_means(run):
 
 
 def test_runs_are_compared(run, tmp_path):
-    other = write(
-        tmp_path / "b",
-        num_seeds=2,
-        config=dataclasses.replace(CONFIG, beta=3.0, hidden_dims=(8,)),
-        phases=PHASES,
-        returns=RETURNS | {("policy", 90): [[-50.0, -50.0], [-50.0, -60.0]]},
-    )
+    config = dataclasses.replace(CONFIG, beta=3.0, hidden_dims=(8,))
+    returns = RETURNS | {("policy", 90): [[-50.0, -50.0], [-50.0, -60.0]]}
+    other = write(tmp_path / "b", num_seeds=2, config=config, phases=PHASES, returns=returns)
     page = page_of(run, other)
     assert page.texts("h1") == ["Report of 2 runs"]
     differing = [["beta", "10.0", "3.0"], ["hidden_dims", "[8, 8]", "[8]"]]
@@ -243,8 +230,7 @@ def test_runs_are_compared(run, tmp_path):
     # The better policy, and one of two equal behavior models.
     assert sorted(page.texts("strong")) == ["-400.0", "-52.5"]
     drawing = ElementTree.tostring(page.figure("loss against critic step"), "unicode")
-    for index in (0, 1):
-        assert f"stroke: var(--run-{index})" in drawing
+    assert {f"stroke: var(--run-{i})" in drawing for i in (0, 1)} == {True}
     # One dataset, both runs.
     assert page.rows("The data")[1][1] == "a b"
     assert "The configurations are equal." in page_of(run, write(tmp_path / "c", num_seeds=2)).text
@@ -269,24 +255,16 @@ def test_options_of_a_plugin_are_fields(tmp_path, monkeypatch):
     assert "report_plugin" not in sys.modules  # a file does not choose what is imported
     load_plugins(["report_plugin"])
     differing = page_of(old, new).rows("Fields of the configuration that differ")[1:]
-    assert sorted(differing) == [
-        ["deeper.deep", "false", "true"],
-        ["plugins", "[]", '["report_plugin"]'],
-    ]
+    deep, plugins = sorted(differing)
+    assert deep == ["deeper.deep", "false", "true"]
+    assert plugins == ["plugins", "[]", '["report_plugin"]']
 
 
 def test_returns_of_different_environments_are_not_drawn_together(run, tmp_path):
-    other = write(
-        tmp_path / "b",
-        env_spec=json.dumps({"id": "Hopper-v5"}),
-        fingerprint="0" * 64,
-        returns={("policy", 90): [[3000.0, 3100.0]]},
-    )
-    page = page_of(run, other)
-    assert [heading for heading in page.texts("h3") if "-v" in heading] == [
-        "Hopper-v5",
-        "Pendulum-v1",
-    ]
+    hopper = {"env_spec": json.dumps({"id": "Hopper-v5"}), "fingerprint": "0" * 64}
+    returns = {("policy", 90): [[3000.0, 3100.0]]}
+    page = page_of(run, write(tmp_path / "b", returns=returns, **hopper))
+    assert [h for h in page.texts("h3") if "-v" in h] == ["Hopper-v5", "Pendulum-v1"]
     figures = [e.get("aria-label") for e in page.find("figure[@class='broad']/svg")]
     hopper, pendulum = (label for label in figures if label.startswith("Returns of evaluations"))
     assert "b, policy, step 90: 3050.0" in hopper
@@ -312,18 +290,14 @@ def test_seeds_are_thin_and_their_mean_is_thick(tmp_path):
     assert alt.endswith("a, mean of 3 seeds: 2.333 at step 1, 5 at step 3.")
 
 
-def test_values_that_are_not_finite_are_said(tmp_path):
-    points = [(1, {"loss": np.nan, "odd": np.inf}), (2, {"loss": 2.0}), (3, {"loss": 3.0})]
-    page = page_of(write(tmp_path / "a", phases={"critic": points}))
+def test_values_that_are_not_finite_are_said_and_one_point_is_a_point(tmp_path):
+    points = [(1, {"loss": np.nan, "odd": np.inf, "even": 2.0}), (2, {"loss": 2.0})]
+    page = page_of(write(tmp_path / "a", phases={"critic": [*points, (3, {"loss": 3.0})]}))
     assert "a: 1 values that are not finite are not drawn." in page.text
     assert "No finite value." in page.text
     assert page.texts("h4").count("odd") == 1
     assert len(lines(page, "loss against critic step")) == 1
-
-
-def test_one_logged_point_is_a_point(tmp_path):
-    page = page_of(write(tmp_path / "a", phases={"critic": [(1, {"loss": 2.0})]}))
-    uses = page.figure("loss against critic step").iter("use")
+    uses = page.figure("even against critic step").iter("use")
     assert sum("var(--run-0)" in use.get("style", "") for use in uses) == 1
 
 
@@ -340,9 +314,8 @@ def test_unknown_phases_and_metrics_and_missing_ones(run, tmp_path):
 
 
 def test_unfinished_runs(tmp_path):
-    half = write(
-        tmp_path / "half", num_seeds=2, result=None, phases={"behavior": PHASES["behavior"]}
-    )
+    phases = {"behavior": PHASES["behavior"]}
+    half = write(tmp_path / "half", num_seeds=2, result=None, phases=phases)
     with open(half / "metrics.csv", "a") as file:
         file.write("40,40,behav")  # what a run is writing
     fresh = write(tmp_path / "fresh", result=None)
@@ -363,15 +336,11 @@ NASTY = """--></svg></style><script>alert(1)</script>&amp;{{ 7 * 7 }}<b>'"$x^{$ 
 def test_texts_are_escaped(tmp_path):
     points = [(step, {"loss": 1.0, NASTY: 2.0, "ess": 2.0}) for step in (1, 2)]
     name = NASTY.replace("/", "|")
-    folder = write(
-        tmp_path / name,
-        algorithm=NASTY,
-        config=dataclasses.replace(CONFIG, path=NASTY),
-        dataset=NASTY,
-        env_spec=json.dumps({"id": NASTY}),
-        phases={NASTY: points},
-        returns={(NASTY, 1): [[1.0, 2.0]], (NASTY, 2): [[1.0, 2.0]]},
-    )
+    changes = {"algorithm": NASTY, "dataset": NASTY, "env_spec": json.dumps({"id": NASTY})}
+    returns = {(NASTY, step): [[1.0, 2.0]] for step in (1, 2)}
+    config = dataclasses.replace(CONFIG, path=NASTY)
+    data = {"phases": {NASTY: points}, "returns": returns}
+    folder = write(tmp_path / name, config=config, **changes, **data)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"version": NASTY}))
     (folder / f"{name}.mp4").write_bytes(b"video")
@@ -475,9 +444,10 @@ def test_files_that_cannot_be_understood(run, name):
 
 
 def test_folders_that_are_no_runs(run, tmp_path):
-    with pytest.raises(ValueError, match="nosuch: no such folder"):
-        load_runs([str(run), str(tmp_path / "nosuch")])
-    with pytest.raises(ValueError, match="is a file"):
-        load_runs([str(run / "config.json")])
-    with pytest.raises(ValueError, match="given twice"):
-        load_runs([str(run), f"{run}/"])
+    for folders, words in (
+        ([run, tmp_path / "nosuch"], "nosuch: no such folder"),
+        ([run / "config.json"], "is a file"),
+        ([run, f"{run}/"], "given twice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_runs([str(folder) for folder in folders])

@@ -10,19 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from numpy.testing import assert_allclose
 from scipy.special import softmax
 from scipy.stats import norm
 
 from efm_jax import exact, losses, paths, sampling
 from efm_jax.weights import energy_weights
+from tests.problems import each_path
 
-PATHS = {
-    "ot": paths.conditional_ot(),
-    "vp_linear": paths.vp_linear(),
-    "vp_cosine": paths.vp_cosine(),
-}
-each_path = pytest.mark.parametrize("name", PATHS)
 # NumPy, since 64-bit types are enabled only inside a test.
 DATA = np.array([-1.6, -0.7, 0.1, 0.9, 2.0])[:, None]
 ENERGY = np.array([0.5, -1.0, 0.8, 0.1, -0.4])
@@ -60,82 +55,74 @@ def over_noise(number=200):
     return nodes, weights / weights.sum()
 
 
-def conditional_gradient(error, path, time_weight, beta):
+def conditional_gradient(error, path):
     """Of CEFM or CED over the whole population: all data, Gauss-Hermite over the noise."""
-    (times, time_weights), (noises, noise_weights) = over_time(), over_noise()
-    data_weights = energy_weights(jnp.asarray(ENERGY), beta)
+    noises, noise_weights = over_noise()
 
-    def loss(theta):
+    def loss(theta, time_weights, beta):
         def one(x0, noise, t):
             return error(lambda x, t: network(theta, x, t), path, x0, noise, t)
 
         for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
             one = jax.vmap(one, axes)
-        errors = one(jnp.asarray(DATA), jnp.asarray(noises)[:, None], jnp.asarray(times))
-        weights = time_weights * time_weight(jnp.asarray(times))
-        return jnp.einsum("i,j,k,ijk", data_weights, noise_weights, weights, errors)
+        errors = one(jnp.asarray(DATA), noises[:, None], over_time()[0])
+        data_weights = energy_weights(ENERGY, beta)
+        return jnp.einsum("i,j,k,ijk", data_weights, noise_weights, time_weights, errors)
 
-    return flat(jax.jit(jax.grad(loss))(parameters()))
+    return jax.jit(jax.grad(loss))
 
 
-def marginal_gradient(field, path, time_weight, beta):
+def marginal_gradient(field, path):
     """Of EFM or ED as the paper has them: ``x ~ p_t`` on a grid, weights ``exp(-E_t(x)) / Z``."""
-    times, time_weights = over_time()
     grid, step = np.linspace(-14.0, 14.0, 6001, retstep=True)
-    z = np.exp(-beta * ENERGY).mean()
+    x, data = grid[:, None], jnp.asarray(DATA)
 
-    def at(t, time_weight):
-        x, column = jnp.asarray(grid)[:, None], jnp.full(grid.shape, t)
-        density = jnp.mean(
-            jax.scipy.stats.norm.pdf(x, path.mean_coef(t) * jnp.asarray(DATA)[:, 0], path.std(t)),
-            axis=-1,
-        )
-        energy = exact.intermediate_energy(
-            path, x, column, jnp.asarray(DATA), jnp.asarray(ENERGY), beta
-        )
-        target = field(path, x, column, jnp.asarray(DATA), -beta * jnp.asarray(ENERGY))
+    def at(theta, t, beta):
+        column = jnp.full(grid.shape, t)
+        pdf = jax.scipy.stats.norm.pdf(x, path.mean_coef(t) * data[:, 0], path.std(t))
+        energy = exact.intermediate_energy(path, x, column, data, ENERGY, beta)
+        target = field(path, x, column, data, -beta * ENERGY)
         # Where the density vanishes the intermediate energy may be anything.
-        weight = time_weight * step * density * jnp.exp(-energy) / z
-        return x, column, weight, target
-
-    weights = time_weights * time_weight(jnp.asarray(times))
-    parts = jax.jit(jax.vmap(at))(jnp.asarray(times), weights)
-    x, t, weight, target = (part.reshape(-1, *part.shape[2:]) for part in parts)
-
-    def loss(theta):
-        prediction = jax.vmap(lambda x, t: network(theta, x, t))(x, t)
+        weight = step * pdf.mean(-1) * jnp.exp(-energy) / jnp.exp(-beta * ENERGY).mean()
+        prediction = jax.vmap(lambda x, t: network(theta, x, t))(x, column)
         return jnp.sum(weight * jnp.sum((prediction - target) ** 2, axis=-1))
 
-    return flat(jax.jit(jax.grad(loss))(parameters()))
+    def loss(theta, time_weights, beta):
+        return time_weights @ jax.vmap(at, (None, 0, None))(theta, over_time()[0], beta)
+
+    return jax.jit(jax.grad(loss))
 
 
 def difference(a, b):
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
+    return np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b))
 
 
 @each_path
-def test_cefm_has_the_gradient_of_efm(x64, name):
+def test_cefm_has_the_gradient_of_efm(x64, path, ref):
     """Thm 4.3; and at ``beta = 0`` Thm 3.1."""
-    path = PATHS[name]
-    conditional = {
-        b: conditional_gradient(losses.cfm_error, path, jnp.ones_like, b) for b in (0.0, BETA)
-    }
-    marginal = {b: marginal_gradient(exact.velocity, path, jnp.ones_like, b) for b in (0.0, BETA)}
+    theta, weights = parameters(), over_time()[1]
+    conditional, marginal = (
+        {beta: gradient(theta, weights, beta) for beta in (0.0, BETA)}
+        for gradient in (
+            conditional_gradient(losses.cfm_error, path),
+            marginal_gradient(exact.velocity, path),
+        )
+    )
     for beta in (0.0, BETA):
         assert difference(conditional[beta], marginal[beta]) < 1e-8
     assert difference(conditional[0.0], marginal[BETA]) > 0.05  # the weights matter
 
 
 @each_path
-@pytest.mark.parametrize("time_weight", ["variance", "other"])
-def test_ced_has_the_gradient_of_ed(x64, name, time_weight):
-    """Cor. 4.8, for any lambda."""
-    path = PATHS[name]
-    weight = {"variance": lambda t: path.std(t) ** 2, "other": lambda t: jnp.exp(-t)}[time_weight]
-    conditional = conditional_gradient(losses.dsm_error, path, weight, BETA)
-    marginal = marginal_gradient(exact.score, path, weight, BETA)
-    assert difference(conditional, marginal) < 1e-8
-    assert difference(conditional, marginal_gradient(exact.score, path, weight, 0.0)) > 0.005
+def test_ced_has_the_gradient_of_ed(x64, path, ref):
+    """Cor. 4.8, for any lambda: the variance and another one."""
+    conditional = conditional_gradient(losses.dsm_error, path)
+    marginal, (times, weights) = marginal_gradient(exact.score, path), over_time()
+    for time_weight in (ref.sigma(times) ** 2, np.exp(-times)):
+        inputs = parameters(), weights * time_weight
+        found = conditional(*inputs, BETA)
+        assert difference(found, marginal(*inputs, BETA)) < 1e-8
+        assert difference(found, marginal(*inputs, 0.0)) > 0.005
 
 
 # --- Thm 4.1: the guided field generates q_t ---
@@ -163,9 +150,8 @@ def continuity(log_density, field, x, t):
 
 
 @each_path
-@pytest.mark.parametrize("d", [1, 2])
-def test_continuity_equation_on_finite_data(x64, name, d):
-    path, rng = PATHS[name], np.random.default_rng(1)
+def test_continuity_equation_on_finite_data(x64, path, ref):
+    rng, d = np.random.default_rng(1), 2
     data = jnp.asarray(1.5 * rng.normal(size=(6, d)))
     log_weights, energy = -BETA * jnp.asarray(rng.normal(size=6)), jnp.asarray(rng.normal(size=6))
     x, t = jnp.asarray(rng.normal(size=(40, d))), jnp.asarray(rng.uniform(0.1, 0.99, 40))
@@ -176,28 +162,26 @@ def test_continuity_equation_on_finite_data(x64, name, d):
     def log_density(x, t):
         return log_guided_density(path, x, t, data, log_weights)
 
-    np.testing.assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
+    assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
     other = functools.partial(field, log_weights=-energy)
     assert np.abs(continuity(log_density, other, x, t)).max() > 0.05
 
 
 @each_path
-def test_intermediate_energy_joins_the_two_densities(x64, name):
+def test_intermediate_energy_joins_the_two_densities(x64, path, ref):
     """``q_t = p_t exp(-E_t) / Z`` on finite data."""
-    path, rng = PATHS[name], np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     x, t = jnp.asarray(2 * rng.normal(size=(20, 1))), jnp.asarray(rng.uniform(0.05, 1.0, 20))
     data, energy = jnp.asarray(DATA), jnp.asarray(ENERGY)
-    got = exact.intermediate_energy(path, x, t, data, energy, BETA)
-    log_p, log_q = (
-        jax.vmap(lambda x, t, w=w: log_guided_density(path, x, t, data, w))(x, t)
-        for w in (jnp.zeros(5), -BETA * energy)
-    )
-    np.testing.assert_allclose(got, log_p - log_q, rtol=1e-8, atol=1e-9)
+    densities = jax.jit(jax.vmap(lambda x, t, w: log_guided_density(path, x, t, data, w)))
+    log_p, log_q = (densities(x, t, np.tile(w, (20, 1))) for w in (np.zeros(5), -BETA * ENERGY))
+    got = jax.jit(lambda x, t: exact.intermediate_energy(path, x, t, data, energy, BETA))(x, t)
+    assert_allclose(got, log_p - log_q, rtol=1e-8, atol=1e-9)
 
 
 @each_path
-def test_continuity_equation_on_a_mixture(x64, name):
-    path, rng = PATHS[name], np.random.default_rng(3)
+def test_continuity_equation_on_a_mixture(x64, path, ref):
+    rng = np.random.default_rng(3)
     parts = rng.normal(size=3), 2 * rng.normal(size=(3, 2)), rng.uniform(0.05, 1.0, 3)
     mixture = exact.GaussianMixture(*map(jnp.asarray, parts))
     guided = mixture.guided(exact.QuadraticEnergy(jnp.array([1.0, -0.5]), 1.2, 0.4), BETA)
@@ -212,15 +196,15 @@ def test_continuity_equation_on_a_mixture(x64, name):
     def field(x, t):
         return guided.velocity(path, x, t)
 
-    np.testing.assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
+    assert_allclose(continuity(log_density, field, x, t), 0.0, atol=1e-9)
     plain = continuity(log_density, lambda x, t: mixture.velocity(path, x, t), x, t)
     assert np.abs(plain).max() > 0.05
 
 
 @each_path
-def test_the_guided_flow_reaches_the_weighted_data(x64, name):
+def test_the_guided_flow_reaches_the_weighted_data(x64, path, ref):
     """Noise at equal quantiles, whose order the flow keeps: no sampling error is left."""
-    path, number = PATHS[name], 800
+    number = 800
     noise = jnp.asarray(norm.ppf((np.arange(number) + 0.5) / number)[:, None])
     data, energy = jnp.asarray(DATA), jnp.asarray(ENERGY)
 
@@ -234,9 +218,7 @@ def test_the_guided_flow_reaches_the_weighted_data(x64, name):
     distance = np.abs(np.asarray(run(noise)) - DATA[:, 0])
     fraction = np.bincount(distance.argmin(-1), minlength=5) / number
     # The linear VP path starts from N(mu_1 x_i, sigma_1^2), mu_1 = 0.0066, and not from N(0, 1).
-    np.testing.assert_allclose(
-        fraction, softmax(-BETA * ENERGY), atol=0.01 if name == "vp_linear" else 0.004
-    )
+    assert_allclose(fraction, softmax(-BETA * ENERGY), atol=0.01 if ref.mu(1.0) > 1e-3 else 0.004)
     assert np.abs(fraction - 0.2).max() > 0.1
     assert np.quantile(distance.min(-1), 0.9) < 0.1
 
@@ -251,9 +233,9 @@ def relative(a, b):
 
 
 @each_path
-def test_classifier_guidance_by_gradients_of_densities(x64, name):
+def test_classifier_guidance_by_gradients_of_densities(x64, path, ref):
     """Eq. 4.6 and 4.7 written with ``grad log E[p(c|x_0)]`` and ``grad log E[p^beta(c|x_0)]``."""
-    path, rng = PATHS[name], np.random.default_rng(4)
+    rng = np.random.default_rng(4)
     data, probability = jnp.asarray(DATA), jnp.asarray(rng.uniform(0.05, 0.95, 5))
     x, t = jnp.asarray(rng.normal(size=(12, 1))), jnp.asarray(rng.uniform(0.2, 0.9, 12))
 
@@ -274,32 +256,12 @@ def test_classifier_guidance_by_gradients_of_densities(x64, name):
 
     for beta in sum(BETAS.values(), ()):
         (eq_46, eq_47), (classifier, guided) = scores(beta)
-        np.testing.assert_allclose(classifier, eq_46, rtol=1e-8, atol=1e-9)
-        np.testing.assert_allclose(guided, eq_47, rtol=1e-8, atol=1e-9)
+        assert_allclose(classifier, eq_46, rtol=1e-8, atol=1e-9)
+        assert_allclose(guided, eq_47, rtol=1e-8, atol=1e-9)
         if beta in BETAS["exact"]:
             assert relative(classifier, guided) < 1e-9
         else:
             assert relative(classifier, guided) > 0.02
-
-
-@each_path
-def test_classifier_guidance_on_a_mixture(x64, name):
-    path, rng = PATHS[name], np.random.default_rng(5)
-    mixture = exact.GaussianMixture(
-        jnp.zeros(2), jnp.array([[-1.5, 0.0], [1.5, 0.5]]), jnp.array([0.1, 0.2])
-    )
-    energy = exact.QuadraticEnergy(jnp.array([0.5, 1.0]), 1.0)
-    x, t = jnp.asarray(rng.normal(size=(12, 2))), jnp.asarray(rng.uniform(0.2, 0.9, 12))
-
-    @jax.jit
-    def both(beta):
-        guided = mixture.guided(energy, beta)
-        return mixture.cg_score(path, x, t, energy, beta), guided.score(path, x, t)
-
-    for beta in BETAS["exact"]:
-        assert relative(*both(beta)) < 1e-9
-    for beta in BETAS["inexact"]:
-        assert relative(*both(beta)) > 0.02
 
 
 # --- CEP (Lu et al. 2023): the minimizer is -E_t up to a function of t ---
@@ -318,37 +280,29 @@ class QuadraturePath(type(paths.vp_cosine())):  # any path: the loss only sample
 
 
 @each_path
-@pytest.mark.parametrize("time", [0.15, 0.3, 0.6])
-def test_minus_the_intermediate_energy_minimizes_cep(x64, name, time):
+def test_minus_the_intermediate_energy_minimizes_cep(x64, path, ref):
     """The library's loss on its population: log quadrature weights go into both softmaxes."""
-    path, data, energy = PATHS[name], jnp.asarray(DATA), jnp.asarray(ENERGY)
-    nodes = np.linspace(-9.0, 9.0, 400)
-    log_weight = jnp.tile(jnp.asarray(-(nodes**2) / 2), 5)
-    pairs = jnp.stack([jnp.repeat(data[:, 0], 400), jnp.tile(jnp.asarray(nodes), 5)], axis=-1)
-    energies = jnp.repeat(energy, 400) - log_weight / BETA
+    data, nodes = jnp.asarray(DATA), np.linspace(-9.0, 9.0, 400)
+    log_weight = np.tile(-(nodes**2) / 2, 5)
+    pairs = jnp.asarray(np.stack([np.repeat(DATA[:, 0], 400), np.tile(nodes, 5)], axis=-1))
+    energies = jnp.asarray(np.repeat(ENERGY, 400) - log_weight / BETA)
 
-    def loss(theta, sign):
+    def loss(theta, sign, time):
         def log_ratio(x, t):
-            features = jnp.stack(
-                [x[:, 0], jnp.sin(2 * x[:, 0]), jnp.tanh(3 * x[:, 0] - 1), x[:, 0] ** 2 / 4]
-            )
-            t = jnp.full_like(t, time)
-            log_ratio = -sign * exact.intermediate_energy(path, x, t, data, energy, BETA)
-            return (
-                log_ratio + jnp.cos(5 * t) + theta @ features + log_weight
-            )  # with any function of t
+            y, t = x[:, 0], jnp.full_like(t, time)
+            features = jnp.stack([y, jnp.sin(2 * y), jnp.tanh(3 * y - 1), y**2 / 4])
+            minus_energy = -sign * exact.intermediate_energy(path, x, t, data, ENERGY, BETA)
+            return minus_energy + jnp.cos(5 * t) + theta @ features + log_weight  # any f(t)
 
         population = QuadraturePath(path, time)
         return losses.cep(log_ratio, population, jax.random.key(0), pairs, energies, BETA)[0]
 
     value_and_gradient = jax.jit(jax.value_and_grad(loss))
-    least, gradient = value_and_gradient(jnp.zeros(4), 1.0)
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
-    for direction in np.eye(4):
-        value, gradient = value_and_gradient(0.3 * direction, 1.0)
-        assert np.abs(gradient).max() > 1e-3
-        assert value > least
-    for sign in (0.0, -1.0):
-        value, gradient = value_and_gradient(jnp.zeros(4), sign)
-        assert np.abs(gradient).max() > 1e-3
-        assert value > least
+    for time in (0.15, 0.3, 0.6):
+        least, gradient = value_and_gradient(np.zeros(4), 1.0, time)
+        assert_allclose(gradient, 0.0, atol=1e-9)
+        others = [(0.3 * direction, 1.0) for direction in np.eye(4)]
+        for theta, sign in [*others, (np.zeros(4), 0.0), (np.zeros(4), -1.0)]:
+            value, gradient = value_and_gradient(theta, sign, time)
+            assert np.abs(gradient).max() > 1e-3
+            assert value > least

@@ -1,9 +1,11 @@
 """The trainer: devices, seeds, resumption."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from efm_jax.rl.agents import player
 from efm_jax.rl.batch import Batch, Table
@@ -13,24 +15,12 @@ from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.types import Normalizer
 from tests.tiny import A, Recorder, S, config, layout, train, transitions
 
-
-def assert_same_tree(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def assert_close(found, expected, tolerance):
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(
-            a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path)
-        )
-
-
+assert_close, assert_same_tree = chex.assert_trees_all_close, chex.assert_trees_all_equal
 VARIANTS = {
     "softmax_q full": {},
     "iql resample": {"critic": "iql", "estimator": "resample", "ema_decay": 0.5},
 }
+EIGHT = tuple(range(8))
 LONG = {
     **{f"{phase}_steps": 30 for phase in PHASES},
     **{f"{period}_every": 15 for period in ("log", "checkpoint", "renew")},
@@ -65,20 +55,16 @@ def one_device():
     return get
 
 
-@pytest.mark.parametrize(
-    ("variant", "devices"),
-    [("softmax_q full", 8), ("iql resample", 4)],
-)
+@pytest.mark.parametrize(("variant", "devices"), [("softmax_q full", 8), ("iql resample", 4)])
 def test_data_on_many_devices_in_float64(x64, one_device, variant, devices):
     many = train(config(**VARIANTS[variant], **LONG), on=layout(devices), dtype=np.float64)
     assert_same_run(many, one_device(variant, np.float64), 1e-9)
 
 
 def test_seeds_on_eight_devices_in_float64(x64, one_device):
-    seeds, variant = tuple(range(8)), "iql resample"
-    options = config(**VARIANTS[variant], **LONG)
-    many = train(options, seeds, on=layout(8, "seeds", 8), dtype=np.float64)
-    assert_same_run(many, one_device(variant, np.float64, seeds), 1e-9)
+    options = config(**VARIANTS["iql resample"], **LONG)
+    many = train(options, EIGHT, on=layout(8, "seeds", 8), dtype=np.float64)
+    assert_same_run(many, one_device("iql resample", np.float64, EIGHT), 1e-9)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -97,9 +83,9 @@ def test_blocks_fill_a_table(devices):
     )
     found = jax.tree.map(lambda leaf: np.concatenate(np.asarray(leaf), axis=1), table)
     assert told == ([(7, 20), (14, 20), (20, 20)] if devices == 1 else [(14, 20), (20, 20)])
-    np.testing.assert_array_equal(found["index"], [np.arange(20)] * 2)
+    assert_array_equal(found["index"], [np.arange(20)] * 2)
     expected = np.arange(20)[None, :, None] * np.array([[[1, 2]], [[3, 4]]]) + 5
-    np.testing.assert_array_equal(found["a"], expected)
+    assert_array_equal(found["a"], expected)
 
 
 @pytest.fixture
@@ -134,77 +120,66 @@ def test_renewals_and_evaluations_compile_nothing_again(compiled):
     assert 0 < counts[1] == counts[2]
 
 
-def test_a_seed_of_two_equals_itself_alone():
-    both, hooks = train(config(), (3, 4))
-    alone, own = train(config(), (4,))
-    assert_close(
-        jax.tree.map(lambda leaf: leaf[1], both), jax.tree.map(lambda leaf: leaf[0], alone), 1e-4
+def test_a_seed_among_eight_equals_itself_alone(x64, one_device):
+    several, alone = (
+        (state, [values for _, _, values in hooks.metrics])
+        for state, hooks in (one_device("iql resample", np.float64, s) for s in (EIGHT, (0,)))
     )
-    for a, b in zip(hooks.metrics, own.metrics, strict=True):
-        assert_close({n: v[1] for n, v in a[2].items()}, {n: v[0] for n, v in b[2].items()}, 1e-4)
-    different = [np.abs(leaf[0] - leaf[1]).max() for leaf in jax.tree.leaves(both.policy.params)]
+    first = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], several)
+    assert_close(first, jax.tree.map(np.asarray, alone), rtol=1e-6, atol=1e-8)
+    policy = jax.tree.leaves(several[0].policy.params)
+    different = [np.ptp(np.asarray(leaf), axis=0).max() for leaf in policy]
     assert min(different) > 1e-4
 
 
-def test_what_a_run_tells_its_hooks():
-    state, hooks = train(config(eval_every=10))
-    assert hooks.phases == [*((phase, 0, 20) for phase in PHASES), ("evaluate", 10)]
-    assert [m[:2] for m in hooks.metrics] == [
-        (phase, step) for phase in PHASES for step in (5, 10, 15, 20)
-    ]
-    assert [step for step, _ in hooks.renewals] == [0, 10]
-    assert {name for name, _, _ in hooks.tables} == {
-        "next_actions",
-        "support set 1",
-        "support set 2",
-    }
-    steps = [tuple(int(getattr(s, phase).step[0]) for phase in PHASES) for s in hooks.saved]
-    assert steps == [(10, 0, 0), (20, 0, 0), (20, 10, 0), (20, 20, 0), (20, 20, 10), (20, 20, 20)]
-    assert_same_tree(jax.tree.map(np.asarray, state), hooks.saved[-1])
-    # The policy starts as the behavior model, which stays as it was.
-    first = hooks.saved[4]
-    assert_same_tree(first.behavior, hooks.saved[1].behavior)
-    assert_same_tree(first.renewed_params, hooks.saved[1].behavior.average)
-    assert_same_tree(hooks.saved[5].renewed_params, hooks.saved[4].policy.average)
-
-
-def step_of(hooks):
-    return int(hooks.saved[-1].policy.step[0])
-
-
-# Seen one chunk later: these stop at behavior step 10, critic step 20, and in the renewal at policy
-# step 10.
-@pytest.mark.parametrize("stop_at", [("behavior", 5), ("critic", 15), ("policy", 10)])
-def test_stopped_run_continues_bit_for_bit(stop_at, whole_run):
-    whole, logged = whole_run
-    nothing, first = train(config(), stop_at=stop_at)
-    assert nothing is None
-    final, second = train(config(), state=first.saved[-1])
-    assert_same_tree(jax.tree.map(np.asarray, final), jax.tree.map(np.asarray, whole))
-    assert [m[:2] for m in first.metrics + second.metrics] == [m[:2] for m in logged.metrics]
-    # A run that continues between renewals tells the current one again, the same.
-    expected = dict(logged.renewals)
-    for step, summary in first.renewals + second.renewals:
-        assert_same_tree(summary, expected[step])
-    assert [step for step, _ in second.renewals] == [
-        s for s in (0, 10) if s >= step_of(first) // 10 * 10
-    ]
-
-
-def test_a_run_stopped_between_renewals_computes_their_table_again():
-    options = config(renew_every=20)
-    whole, logged = train(options)
-    _, first = train(options, stop_at=("policy", 5))
-    assert step_of(first) == 10
-    final, second = train(options, state=first.saved[-1])
-    assert_same_tree(jax.tree.map(np.asarray, final), jax.tree.map(np.asarray, whole))
-    assert [step for step, _ in second.renewals] == [0]
-    assert_same_tree(second.renewals, logged.renewals)
+WHOLE = config(eval_every=10, policy_steps=30, renew_every=20)
 
 
 @pytest.fixture(scope="module")
 def whole_run():
-    return train(config())
+    return train(WHOLE)
+
+
+def test_what_a_run_tells_its_hooks(whole_run):
+    state, hooks = whole_run
+    totals = {"behavior": 20, "critic": 20, "policy": 30}
+    starts = [(phase, 0, total) for phase, total in totals.items()]
+    assert hooks.phases == [*starts, ("evaluate", 10), ("evaluate", 20)]
+    logged = [(phase, step) for phase, n in totals.items() for step in range(5, n + 1, 5)]
+    assert [m[:2] for m in hooks.metrics] == logged
+    assert [step for step, _ in hooks.renewals] == [0, 20]
+    tables = {"next_actions", "support set 1", "support set 2"}
+    assert {name for name, _, _ in hooks.tables} == tables
+    steps = [tuple(int(getattr(s, phase).step[0]) for phase in PHASES) for s in hooks.saved]
+    assert steps[:4] == [(10, 0, 0), (20, 0, 0), (20, 10, 0), (20, 20, 0)]
+    assert steps[4:] == [(20, 20, 10), (20, 20, 20), (20, 20, 30)]
+    assert_same_tree(state, hooks.saved[-1])
+    # The policy starts as the behavior model, which stays as it was.
+    first = hooks.saved[4]
+    assert_same_tree(first.behavior, hooks.saved[1].behavior)
+    assert_same_tree(first.renewed_params, hooks.saved[1].behavior.average)
+    assert_same_tree(hooks.saved[6].renewed_params, hooks.saved[5].policy.average)
+
+
+# Seen one chunk later: these stop at behavior step 10, critic step 20, policy step 10 between
+# renewals, and in the renewal at policy step 20.
+@pytest.mark.parametrize(
+    ("stop_at", "step"),
+    [(("behavior", 5), 0), (("critic", 15), 0), (("policy", 5), 10), (("policy", 20), 20)],
+)
+def test_stopped_run_continues_bit_for_bit(stop_at, step, whole_run):
+    whole, logged = whole_run
+    nothing, first = train(WHOLE, stop_at=stop_at)
+    assert nothing is None
+    assert int(first.saved[-1].policy.step[0]) == step
+    final, second = train(WHOLE, state=first.saved[-1])
+    assert_same_tree(final, whole)
+    assert [m[:2] for m in first.metrics + second.metrics] == [m[:2] for m in logged.metrics]
+    # A run that continues between renewals tells the current one again, the same.
+    expected = dict(logged.renewals)
+    for renewal, summary in first.renewals + second.renewals:
+        assert_same_tree(summary, expected[renewal])
+    assert [renewal for renewal, _ in second.renewals] == ([20] if step == 20 else [0, 20])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +234,7 @@ def test_each_phase_has_its_own_batch_size_and_learning_rate():
     )  # fmt: skip
     state, _ = train(own)
     plain, _ = train(config(batch_size=16, learning_rate=1e-3))
-    jax.tree.map(np.testing.assert_array_equal, state.behavior, plain.behavior)
+    assert_same_tree(state.behavior, plain.behavior)
     trainer = Trainer(own, transitions(), (0,), layout())
     data = jax.tree.map(lambda leaf: leaf[0], trainer.data)
     draw = lambda phase: trainer.agent.draw_batch(phase, jax.random.key(0), data)  # noqa: E731
