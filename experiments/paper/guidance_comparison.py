@@ -8,9 +8,9 @@ the truth.
     python -m experiments.paper.guidance_comparison --output=runs/guidance  # stopped, it continues
     python -m experiments.paper.guidance_comparison --smoke                 # one problem
 
-One unit of work is a problem, a seed and a family of methods; each is written when it is done.
-Several processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last
-step, also on its own as --report, makes results.csv, table.md and the figures from the units.
+One unit of work is a problem, a seed and a family of methods; each is written when it is done, and
+processes with different --problems may share the folder.  The last step, also on its own as
+--report, makes results.csv, table.md and the figures from the units.
 
 Distances, on 1000 samples at a time, as means over repeats: sliced Wasserstein-2 (128 directions),
 MMD (mean of Gaussian kernels with bandwidths sqrt(d) / 4, sqrt(d) / 2, sqrt(d)), and the error of
@@ -22,11 +22,9 @@ against the closed form.
 import argparse
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import pathlib
-import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -41,8 +39,9 @@ from efm_jax.distances import mmd, sliced_wasserstein
 from efm_jax.files import write_whole
 from efm_jax.types import Array
 from efm_jax.weights import effective_sample_size, energy_weights
+from experiments import results
 from experiments.paper import guidance_report
-from experiments.paper.guidance_methods import FAMILIES, Guided, Training, oracles, train_family
+from experiments.paper.guidance_methods import FAMILIES, Guided, Task, Training, oracles
 from experiments.paper.toy2d import Problem, problems
 
 ORACLE = "exact"
@@ -72,18 +71,10 @@ class Settings:
 
 
 SMOKE = Settings(
-    Training(hidden_dims=(32, 32), batch_size=128, num_steps=100),
-    betas=(0.0, 5.0),
-    seeds=1,
-    sample_size=250,
-    repeats=4,
-    floor_repeats=8,
-    sample_steps=10,
-    oracle_points=256,
-    likelihood_points=64,
-    likelihood_steps=8,
-    cost_rounds=0,
-)
+    Training(hidden_dims=(32, 32), batch_size=128, num_steps=100), betas=(0.0, 5.0), seeds=1,
+    sample_size=250, repeats=4, floor_repeats=8, sample_steps=10, oracle_points=256,
+    likelihood_points=64, likelihood_steps=8, cost_rounds=0,
+)  # fmt: skip
 SMOKE_PROBLEMS = ("mixture_2d",)
 
 
@@ -94,21 +85,18 @@ class Measure:
         self, problem: Problem, settings: Settings, target: Callable[[Array, int, float], Array]
     ):
         self._problem, self._settings, self._target = problem, settings, target
-        self._floors: dict[float, dict[str, float]] = {}
+        self.floor = functools.cache(self._floor)
 
     def distances(self, key: Array, samples: Array, beta: float) -> dict[str, float]:
         """Distances of ``samples [repeats * sample_size, d]`` to exact ones: means over repeats."""
         exact_key, measure_key = jax.random.split(key)
         return self._means(measure_key, samples, self._target(exact_key, len(samples), beta))
 
-    def floor(self, beta: float) -> dict[str, float]:
+    def _floor(self, beta: float) -> dict[str, float]:
         """The same distances between exact samples."""
-        if beta not in self._floors:
-            *keys, measure_key = jax.random.split(jax.random.key(7), 3)
-            size = self._settings.floor_repeats * self._settings.sample_size
-            pair = (self._target(key, size, beta) for key in keys)
-            self._floors[beta] = self._means(measure_key, *pair)
-        return self._floors[beta]
+        *keys, measure_key = jax.random.split(jax.random.key(7), 3)
+        size = self._settings.floor_repeats * self._settings.sample_size
+        return self._means(measure_key, *(self._target(key, size, beta) for key in keys))
 
     def _means(self, key: Array, x: Array, y: Array) -> dict[str, float]:
         shape = (-1, self._settings.sample_size, self._problem.dim)
@@ -129,14 +117,7 @@ def _pair_distances(keys: Array, x: Array, y: Array) -> dict[str, Array]:
 def run_unit(
     problem: Problem, family: str, seed: int, settings: Settings, measure: Measure
 ) -> tuple[list[dict], dict]:
-    """Train, sample and measure one family on one problem.
-
-    Args:
-      problem: data and energy.
-      family: of :data:`FAMILIES`, or :data:`ORACLE`.
-      seed: of the data, the initial weights and the samples.
-      settings: sizes.
-      measure: of this problem; used again for every seed and family.
+    """Train, sample and measure one of :data:`FAMILIES`, or :data:`ORACLE`, on one problem.
 
     Returns:
       Rows, one for each method and scale, and some samples of each under ``method/beta``.
@@ -150,7 +131,7 @@ def run_unit(
         if problem.mixture is None:
             measure = Measure(problem, settings, target)  # the finite data are the truth here
     else:
-        models = train_family(family, problem, settings.betas, settings.training, train_key)
+        models = FAMILIES[family](Task(problem, settings.betas, settings.training, train_key))
     plain = {model.method: model for model in models if model.beta == 0}
     rows, shown = [], {}
     for index, model in enumerate(models):
@@ -207,33 +188,27 @@ def _log_density(model: Guided, num_steps: int, x: Array, key: Array | None = No
 
 
 def run(
-    output: pathlib.Path,
-    settings: Settings,
-    names: Sequence[str],
-    families: Sequence[str],
-    shard: tuple[int, int],
+    output: pathlib.Path, settings: Settings, names: Sequence[str], families: Sequence[str]
 ) -> None:
-    """Run the units of this shard that are not there yet."""
+    """Run the units that are not there yet."""
     _check_same_settings(output / "settings.json", settings)
     units = list(itertools.product(range(settings.seeds), names, families))
     found = problems()
     measures = {name: Measure(found[name], settings, found[name].target) for name in names}
     for index, (seed, name, family) in enumerate(units):
         stem = output / UNITS / f"{name}-{family}-{seed}"
-        if index % shard[1] != shard[0] or stem.with_suffix(".json").exists():
+        if stem.with_suffix(".json").exists():
             continue
         start = time.perf_counter()
         rows, shown = run_unit(found[name], family, seed, settings, measures[name])
         if seed == 0:
-            np.savez_compressed(buffer := io.BytesIO(), **shown)
-            write_whole(stem.with_suffix(".npz"), buffer.getvalue())
+            results.write_arrays(stem.with_suffix(".npz"), shown)
         # The rows come last, because a unit is done when they are there.
         write_whole(stem.with_suffix(".json"), json.dumps(rows, indent=1))
         seconds = time.perf_counter() - start
         print(f"{index + 1}/{len(units)} {stem.name}: {seconds:.0f} s", flush=True)
     cost = output / "cost.json"
-    timed = settings.cost_rounds > 0 and shard[0] == 0 and set(families) >= set(FAMILIES)
-    if timed and not cost.exists():
+    if settings.cost_rounds > 0 and set(families) >= set(FAMILIES) and not cost.exists():
         table = measure_cost(found[names[0]], settings)
         write_whole(cost, table.to_json(orient="records", indent=1))
 
@@ -249,7 +224,7 @@ def measure_cost(problem: Problem, settings: Settings) -> pd.DataFrame:
     noise = jax.random.normal(jax.random.key(0), (settings.sample_size, problem.dim))
     rows = []
     for _, family in itertools.product(range(settings.cost_rounds), FAMILIES):
-        for model in train_family(family, problem, (0.0,), training, jax.random.key(0)):
+        for model in FAMILIES[family](Task(problem, (0.0,), training, jax.random.key(0))):
             sample = _sample.lower(model, settings.sample_steps, noise).compile()
             start = time.perf_counter()
             jax.block_until_ready(sample(model, noise))
@@ -266,23 +241,19 @@ def _check_same_settings(path: pathlib.Path, settings: Settings) -> None:
     if not path.exists():
         write_whole(path, json.dumps(wanted, indent=1))
     elif json.loads(path.read_text()) != wanted:
-        raise ValueError(
-            f"{path}: holds other settings; expected {wanted}; choose another --output"
-        )
+        raise ValueError(f"{path}: holds other settings; expected {wanted}; choose another folder")
 
 
 def _override(part: Any, arguments: argparse.Namespace) -> Any:
     """The dataclass with the fields that the command line gives."""
     given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(part)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return dataclasses.replace(part, **{name: v for name, v in given.items() if v is not None})
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
+    return dataclasses.replace(part, **given)
 
 
 def main() -> None:
     """Parse the command line, run what is left to do, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.make_parser(__doc__)
     parser.add_argument("--output", type=pathlib.Path, help="by default runs/guidance[-smoke]")
     parser.add_argument("--smoke", action="store_true", help="one problem, tiny networks")
     parser.add_argument("--problems", nargs="+", choices=list(problems()), metavar="NAME")
@@ -291,8 +262,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--hidden_dims", nargs="+", type=int)
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--num_steps", type=int, help="training steps of every network")
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th unit from the I-th")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
     settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
@@ -302,14 +271,11 @@ def main() -> None:
     names = arguments.problems or (SMOKE_PROBLEMS if arguments.smoke else list(problems()))
     folder = "guidance-smoke" if arguments.smoke else "guidance"
     output = arguments.output or pathlib.Path("runs", folder)
-    match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
-    if match is None or not int(match[1]) < int(match[2]):
-        parser.error(f"--shard: expected I/N with I < N, as 0/2; got {arguments.shard!r}")
     if 0 not in settings.betas:
         parser.error("--betas: expected 0, the plain model, among the scales")
     try:
         if not arguments.report:
-            run(output, settings, names, families, (int(match[1]), int(match[2])))
+            run(output, settings, names, families)
         guidance_report.write(output)
     except (ValueError, OSError) as error:
         parser.error(str(error))

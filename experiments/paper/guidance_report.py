@@ -10,7 +10,7 @@ import pandas as pd
 
 from efm_jax.envs import mean_and_interval
 from efm_jax.files import write_whole
-from experiments import figures
+from experiments import figures, results
 from experiments.paper.toy2d import Problem, problems
 
 # The columns are what the paper's Table 1 says of each method.
@@ -66,10 +66,7 @@ in one process, to train what one scale needs and to draw samples, relative to E
 
 
 def write(output: pathlib.Path) -> None:
-    """Write ``results.csv``, ``table.md`` and the figures beside ``units/``.
-
-    Args:
-      output: the folder of the comparison; units that are missing are left out.
+    """Write ``results.csv``, ``table.md`` and the figures beside ``units/``, of what is done.
 
     Raises:
       ValueError: if no unit is done.
@@ -179,11 +176,9 @@ def _goals(rows: pd.DataFrame) -> str:
 def _draw_ratios(path: pathlib.Path, rows: pd.DataFrame) -> None:
     """The ratio against beta, mean and range over seeds: a panel for each problem."""
     betas, of_problem = sorted(rows["beta"].unique()), rows.groupby("problem", observed=True)
-    columns = min(3, len(of_problem))
-    lines = -(-len(of_problem) // columns)
-    with figures.drawn(path, 4 * columns, 2.6 * lines + 0.8) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-        for axes, (name, here) in zip(panels.flat, of_problem, strict=False):
+    shape = len(of_problem), 3, (4, 2.6), 0.8
+    with figures.panels(path, *shape, sharex=True, sharey=True) as (figure, panels):
+        for axes, (name, here) in zip(panels, of_problem, strict=True):
             for method, line in here.groupby("method", observed=True):
                 ratio = line.groupby("beta")["sliced_w2_ratio"].agg(["mean", "min", "max"])
                 style = {"color": figures.METHODS[method], "label": _METHODS["label"][method]}
@@ -196,11 +191,9 @@ def _draw_ratios(path: pathlib.Path, rows: pd.DataFrame) -> None:
             axes.minorticks_off()
             axes.set_xscale("symlog", linthresh=1)
             axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
-        for axes in panels.flat[len(of_problem) :]:
-            axes.set_visible(False)
         figure.supxlabel("guidance scale beta")
         figure.supylabel("sliced Wasserstein-2 / noise floor")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
+        handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4)
 
 
@@ -210,8 +203,7 @@ def _draw_samples(output: pathlib.Path, problem: Problem, rows: pd.DataFrame) ->
     methods = [m for m in rows["method"].unique() if m not in ("exact_cosine", "exact_vp")]
     samples: dict[str, np.ndarray] = {}
     for file in sorted((output / "units").glob(f"{problem.name}-*-0.npz")):
-        with np.load(file) as arrays:
-            samples |= dict(arrays)
+        samples |= results.read_arrays(file)
     limit = float(np.abs(problem.target(jax.random.key(1), 2000, 0.0)).max()) * 1.1
     window = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [], "yticks": []}
     size = 1.5 * (1 + len(methods)), 1.5 * len(betas) + 0.4

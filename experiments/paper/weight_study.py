@@ -13,7 +13,6 @@ data: the same on a finite dataset whose energies were computed once.
 Nothing is trained but the behavior model of the first, the point at which gradients are taken.
 """
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -32,6 +31,7 @@ from efm_jax.distances import sliced_wasserstein
 from efm_jax.types import Array
 from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
 from experiments.paper import toy2d, weight_figures
+from experiments.results import make_parser
 
 PROBLEMS = toy2d.problems()
 SWISS_ROLL = PROBLEMS["swiss_roll"]
@@ -59,17 +59,10 @@ class Settings:
 
 
 SMOKE = Settings(
-    block=2**13,
-    blocks=16,
-    batch_sizes=(16, 64),
-    fitted_from=16,
-    problems=("checkerboard", "mixture_8d"),
-    ess_sizes=(2**6, 2**13),
-    noise_problems=("swiss_roll",),
-    data_sizes=(2**10, 2**14),
-    samples=256,
-    draws=4,
-)
+    block=2**13, blocks=16, batch_sizes=(16, 64), fitted_from=16, ess_sizes=(2**6, 2**13),
+    problems=("checkerboard", "mixture_8d"), noise_problems=("swiss_roll",),
+    data_sizes=(2**10, 2**14), samples=256, draws=4,
+)  # fmt: skip
 
 
 def _table(**columns: Any) -> pd.DataFrame:
@@ -323,9 +316,7 @@ STUDIES |= {"noise": noise_study, "data": data_study}
 
 def main(argv: list[str] | None = None) -> None:
     """Answer every question and write what it found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds: only shows that all works")
     parser.add_argument("--output", type=Path, default=Path("runs/weight_study"), help="folder")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,13 +14,14 @@ Tables are printed, and written with versions and device to OUT/benchmarks.json 
 OUT/benchmarks.md. docs/performance.md explains them.
 """
 
-import argparse
+import importlib
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
@@ -29,7 +30,8 @@ from typing import Any
 import pandas as pd
 
 from efm_jax.files import write_whole
-from experiments.systems.benchmarks import Rows, measure
+from experiments.results import make_parser, parse_names
+from experiments.systems.benchmarks.timing import Rows
 
 ROWS = ("phases", "overhead", "acting", "sampling", "scaling", "memory", "peers")
 _LESS_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -63,6 +65,13 @@ def markdown(title: str, rows: Rows) -> str:
     return f"### {title}\n\n{text}\n"
 
 
+def measure(name: str, quick: bool) -> tuple[str, float, dict[str, Rows]]:
+    """Name, seconds and tables of one module's measurements."""
+    start = time.perf_counter()
+    tables = importlib.import_module(f"experiments.systems.benchmarks.{name}").run(quick)
+    return name, round(time.perf_counter() - start, 1), tables
+
+
 def run(names: list[str], quick: bool) -> Iterator[tuple[str, float, dict[str, Rows]]]:
     """One row after the other; quick ones, whose times mean nothing, on all cores of a CPU."""
     import jax
@@ -78,22 +87,13 @@ def run(names: list[str], quick: bool) -> Iterator[tuple[str, float, dict[str, R
 
 def main() -> int:
     """Run the rows asked for, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, side by side: only to see that all works"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that all works")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"))
     args = parser.parse_args()
-    names = args.only.split(",")
-    unknown = [name for name in names if name not in ROWS]
-    if unknown:
-        parser.error(f"--only: unknown {unknown[0]!r}; expected {', '.join(ROWS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"machine": machine(), "quick": args.quick}
-    record |= {"seconds": {}, "tables": {}}
+    names = parse_names(parser, "--only", args.only, ROWS)
+    record = {"machine": machine(), "quick": args.quick, "seconds": {}, "tables": {}}
     print(json.dumps(record["machine"]), flush=True)
     written = ""
     for name, seconds, tables in run(names, args.quick):
@@ -102,8 +102,8 @@ def main() -> int:
         print(f"\n{text}\n{name}: {seconds} s", flush=True)
         written += f"{text}\n"
         # After every row: a suite that is stopped keeps what it has.
-        write_whole(args.out / "benchmarks.json", json.dumps(record, indent=1).encode())
-        write_whole(args.out / "benchmarks.md", written.encode())
+        write_whole(args.out / "benchmarks.json", json.dumps(record, indent=1))
+        write_whole(args.out / "benchmarks.md", written)
     return 0
 
 

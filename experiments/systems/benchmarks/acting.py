@@ -16,7 +16,7 @@ from efm_jax.networks import LogRatio
 from efm_jax.rl.agents import make_agent, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Normalizer
-from experiments.systems.benchmarks import Rows, timing
+from experiments.systems.benchmarks.timing import Rows, in_turns
 from experiments.systems.benchmarks.workload import stages
 
 STEPS = 15
@@ -87,7 +87,7 @@ def actor(method: Method, sizes: Sizes, states: int) -> Callable[[], np.ndarray]
 def measure(states: int, sizes: Sizes) -> Rows:
     """One row for every method."""
     calls = {method: actor(method, sizes, states) for method in METHODS}
-    times = timing.in_turns(calls, sizes.seconds)
+    times = in_turns(calls, sizes.seconds)
     guided = {method.evaluations: times[method].best for method in calls if method.policy == "qgpo"}
     published = PUBLISHED_MS.get(states) if sizes is FULL else None
     return [{

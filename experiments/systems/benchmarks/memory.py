@@ -21,11 +21,9 @@ from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import predict
 from efm_jax.rl.trainer import Hooks, Trainer, table_block
 from efm_jax.training.parallel import Layout
-from experiments.systems.benchmarks import Rows
-from experiments.systems.benchmarks.timing import measured_apart
+from experiments.systems.benchmarks.timing import Rows, measured_apart
 from experiments.systems.benchmarks.workload import Workload
 
-_MB = 1e6
 _COPIES = ("state, evaluating", "state, saving")  # the state beside a copy of it
 
 
@@ -43,9 +41,8 @@ def workload(rows: int, width: int) -> Workload:
 class Watch(Hooks):
     """Looks at the device's live arrays; keeps the most bytes of each part.
 
-    Args:
-      rows: of the dataset; arrays with such an axis after those of devices and seeds
-        are tables, after that of devices the dataset, and everything else is the state.
+    Arrays with an axis of the dataset's ``rows`` after those of devices and seeds are tables, after
+    that of devices the dataset, and everything else is the state.
     """
 
     def __init__(self, rows: int):
@@ -78,9 +75,10 @@ class Watch(Hooks):
 
 
 def _row(run: str, part: str, predicted: float | None, measured: float | None) -> dict[str, Any]:
+    """Numbers that are not known are None."""
     return {
-        "run": run, "part": part, "predicted MB": predicted and predicted / _MB,
-        "measured MB": None if measured is None else measured / _MB,
+        "run": run, "part": part, "predicted MB": predicted and predicted / 1e6,
+        "measured MB": measured and measured / 1e6,
         "measured / predicted": measured / predicted if predicted and measured else None,
     }  # fmt: skip
 
@@ -96,9 +94,8 @@ def measure_parts(work: Workload, seeds: int) -> Rows:
     expected = predicted | dict.fromkeys(_COPIES, predicted["state"])
     expected["all at once"] = sum(predicted.values())
     rows = [_row(name, part, size, watch.most[part]) for part, size in expected.items()]
-    for program, used in temporaries(work, layout).items():
-        rows.append(_row(name, f"temporaries, {program}", None, used))
-    return rows
+    used = temporaries(work, layout).items()
+    return rows + [_row(name, f"temporaries, {program}", None, size) for program, size in used]
 
 
 def _predict(work: Workload, layout: Layout) -> dict[str, int]:

@@ -31,9 +31,9 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.solvers import SOLVERS
 from efm_jax.types import Array, Field
-from experiments.paper.guidance_methods import Training, train_family
+from experiments.paper.guidance_methods import FAMILIES, Task, Training
 from experiments.paper.toy2d import Problem, problems
-from experiments.systems.benchmarks import Rows
+from experiments.systems.benchmarks.timing import Rows
 from experiments.systems.benchmarks.workload import stages
 
 PATHS = {"ot": paths.conditional_ot(), "vp": paths.vp_linear()}
@@ -136,7 +136,7 @@ def make_case(name: str, components: int) -> Case:
 
 def train(case: Case, training: Training) -> tuple[Kind, Any]:
     """The EFM network of the OT path, and its parameters."""
-    model = train_family("ot", case.problem, (BETA,), training, jax.random.key(1))[0]
+    model = FAMILIES["ot"](Task(case.problem, (BETA,), training, jax.random.key(1)))[0]
     network = MLPField(training.hidden_dims, input_skip=True, dtype=training.dtype)
     return Kind(f"network, {training.dtype or 'float32'}", "ot", network), model.params
 

@@ -23,8 +23,7 @@ import jax
 
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.training.parallel import Layout, compile_ahead
-from experiments.systems.benchmarks import Rows
-from experiments.systems.benchmarks.timing import in_turns, measured_apart
+from experiments.systems.benchmarks.timing import Rows, in_turns, measured_apart
 from experiments.systems.benchmarks.workload import Workload
 
 # Of one call on several devices: where there are more of them than cores, each of a step's
@@ -86,11 +85,10 @@ def measure_seeds(sizes: Sizes) -> Rows:
     for phase, width in itertools.product(sizes.phases, sizes.widths):
         work = workload(width, sizes.batch, sizes.rows)
         counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
-        calls = {
+        times = in_turns({
             seeds: training(work, phase, Layout.create("data", seeds, device), count)
             for seeds, count in counts.items()
-        }
-        times = in_turns(calls, sizes.seconds)
+        }, sizes.seconds)  # fmt: skip
         step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
         rows += [{
             "phase": phase, "width": width, "seeds": seeds, "ms a step": 1e3 * seconds,
@@ -140,8 +138,8 @@ def count_sent(work: Workload, phase: str, layout: Layout) -> dict[str, Any]:
 def on_virtual_devices(devices: int, quick: bool) -> tuple[Rows, Rows]:
     """Both tables of a process with that many devices, after the flags that the user has set."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    arguments = ["--quick"] if quick else []
-    return measured_apart(__spec__.name, *arguments, XLA_FLAGS=flags.strip(), JAX_PLATFORMS="cpu")
+    environment = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    return measured_apart(__spec__.name, *["--quick"] * quick, **environment)
 
 
 def run(quick: bool) -> dict[str, Rows]:

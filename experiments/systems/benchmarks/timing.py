@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
+Rows = list[dict[str, Any]]  # of a table of results
 
 # A sample of the clock is at least this long, because a scheduler's slice is a few ms.
 _SAMPLE_SECONDS = 0.02
@@ -62,10 +63,17 @@ def measured_apart(module: str, *arguments: str, **environment: str) -> Any:
     Raises:
       RuntimeError: with the end of the process's messages, if it fails.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    command, environment = [sys.executable, "-m", module, *arguments], os.environ | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[2:])}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compiled_once(folder: Any) -> dict[str, str]:
+    """The environment of processes that keep every program that they compile in a folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
