@@ -58,7 +58,6 @@ class Guided(struct.PyTreeNode):
 
     @property
     def score(self) -> Field:
-        """The guided score field."""
         return self.score_fn(self.params, self.beta)
 
 

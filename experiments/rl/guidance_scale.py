@@ -307,12 +307,6 @@ def _plot_slopes(axes: Axes, found: pd.DataFrame) -> None:
     axes.legend()
 
 
-def _plot_r2(axes: Axes, found: pd.DataFrame) -> None:
-    for _, here in found.xs("both", level="measure").groupby("arm", sort=False):
-        axes.plot(here["total_beta"], here["r2"], "o-")
-    axes.set(xlabel="(l + 1) beta", ylabel="median R2 within states", ylim=(-0.02, 1.02))
-
-
 def _plot_points(axes: Axes, last: pd.Series, file: pathlib.Path) -> None:
     """Draw the points of seed 0 at the end, each less its state's mean; ``last`` is its row."""
     points = results.read_arrays(file)
@@ -339,9 +333,9 @@ def report(rows: pd.DataFrame, out: pathlib.Path) -> None:
         return
     found = curves(rows)
     text = (
-        "Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%.\n\n"
-        f"{table(found)}\n"
+        "Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%.\n"
     )
+    text += f"\n{table(found)}\n"
     write_whole(out / "table.md", text)
     first = rows.query("seed == 0 and measure == 'both'").groupby("problem", sort=False)
     with figures.drawn(out / "guidance_scale.png", 14, 4.2 * len(first)) as figure:
@@ -349,13 +343,15 @@ def report(rows: pd.DataFrame, out: pathlib.Path) -> None:
         for (left, middle, right), (problem, seed0) in zip(panels, first, strict=True):
             here, arm = found.loc[[problem]], seed0["arm"].iloc[0]
             _plot_slopes(left, here)
-            _plot_r2(middle, here)
+            for _, line in here.xs("both", level="measure").groupby("arm", sort=False):
+                middle.plot(line["total_beta"], line["r2"], "o-")
             file = points_file(out, problem, arm)
             if file.exists():
                 _plot_points(right, seed0[seed0["arm"] == arm].iloc[-1], file)
             else:  # slopes.csv was copied alone
                 right.set_axis_off()
             left.set_title(problem)
+            middle.set(xlabel="(l + 1) beta", ylabel="median R2 within states", ylim=(-0.02, 1.02))
             middle.set_title(f"{problem}: fit")
             right.set_title(f"{problem}: {arm}, seed 0, at the end")
     print(text, end="")

@@ -50,11 +50,9 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
 
 def parse_datasets(text: str) -> dict[str, str]:
     """Parse ``name=ID_OR_FILE,...``; a bare ``pendulum`` is the built-in dataset."""
-    datasets = {}
-    for part in text.split(","):
-        name, _, source = part.partition("=")
-        datasets[name] = source or {"pendulum": BUILTIN_DATASET}.get(name, name)
-    return datasets
+    pairs = (part.partition("=") for part in text.split(","))
+    known = {"pendulum": BUILTIN_DATASET}
+    return {name: source or known.get(name, name) for name, _, source in pairs}
 
 
 def total_beta(config: QIPOConfig) -> float:
@@ -97,7 +95,6 @@ class Study:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Study":
-        """Make the study that the flags of :func:`make_parser` describe."""
         return cls(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
 
     def load(self, name: str, source: str) -> Problem:
@@ -113,11 +110,9 @@ class Study:
         return Problem(name, config, data, dataset, normalizer)
 
     def rows(self) -> pd.DataFrame:
-        """Read every episode so far."""
         return results.read_rows(self.out / "returns.csv", FIELDS)
 
     def trainer(self, config: QIPOConfig, problem: Problem) -> Trainer:
-        """Make a trainer of all seeds."""
         return Trainer(config, problem.data, range(self.num_seeds))
 
     def run(
@@ -198,7 +193,6 @@ class Progress(Hooks):
         self.dataset, self.method = dataset, method
 
     def say(self, text: str) -> None:
-        """Print one line."""
         print(f"{self.dataset:<12} {self.method:<14} {text}", flush=True)
 
     def on_phase(self, phase: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from efm_jax.envs import mean_and_interval
 from experiments.paper import guidance_comparison as comparison
-from experiments.paper import guidance_report, toy2d
+from experiments.paper import toy2d
 from experiments.paper.toy2d import problems
 
 SETTINGS = comparison.SMOKE
@@ -25,7 +25,7 @@ def output(tmp_path_factory):
     """A finished comparison of one trained family and the exact fields on two problems."""
     folder = tmp_path_factory.mktemp("guidance")
     comparison.run(folder, SETTINGS, ("mixture_2d", "moons"), ("ot", comparison.ORACLE))
-    guidance_report.write(folder)
+    comparison.report(folder)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_the_report_takes_intervals_over_seeds_and_cost_relative_to_ed(output, t
     columns = "method", "parameters", "auxiliary_parameters", "train_seconds", "sample_seconds"
     cost = pd.DataFrame([("ed", 7, 3, 2.0, 0.5), ("cep", 7, 3, 3.0, 2.0)], columns=columns)
     (tmp_path / "cost.json").write_text(cost.to_json(orient="records"))
-    guidance_report.write(tmp_path)
+    comparison.report(tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert cells(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
     mean, _, high = mean_and_interval(ratios)
@@ -117,7 +117,7 @@ def test_a_finished_unit_is_not_run_again_and_settings_do_not_mix(output):
     with pytest.raises(ValueError, match="other settings"):
         comparison.run(output, dataclasses.replace(SETTINGS, seeds=2), ("moons",), ("ot",))
     with pytest.raises(ValueError, match="no unit of the comparison is done yet"):
-        guidance_report.write(output / "elsewhere")
+        comparison.report(output / "elsewhere")
 
 
 @pytest.mark.parametrize("name", problems())

@@ -1,9 +1,7 @@
-"""`launch.reproduce` as a process, on tiny files: once to the end, once interrupted."""
+"""`launch.reproduce` as a process, on tiny files; test_sweep.py interrupts what runs the jobs."""
 
 import json
 import shutil
-import signal
-import time
 
 import numpy as np
 import pandas as pd
@@ -83,26 +81,6 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
     assert [tuple(row[name] for name in columns) for row in found] == expected
 
 
-def test_an_interrupted_job_continues(launcher, files, tmp_path):
-    root = tmp_path / "stopped"
-    steps = {"behavior_steps": 5_000, "log_every": 10, "checkpoint_every": 1000}
-    asked = flags(files, root, f"--tasks={TASK}", "--algorithms=qipo_ot", **steps)
-    process = launcher.start("reproduce", *asked)
-    end = time.monotonic() + 120
-    while not list(root.glob("*/metrics.csv")):
-        assert process.running
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send(signal.SIGTERM)
-    stopped = process.wait()
-    assert (stopped.status, stopped.line["done"]) == (143, 0), stopped.err
-    assert "the same command continues" in stopped.complaints[0]
-    again = launcher.run("reproduce", *asked)
-    assert (again.status, again.line["done"]) == (0, 1), again.err
-    [log] = (root / "logs").iterdir()
-    assert "continuing" in log.read_text()
-
-
 def test_job_list_of_everything(launcher, tmp_path):
     path = tmp_path / "jobs.txt"
     result = launcher.run("reproduce", f"--root={tmp_path / 'root'}", f"--jobs={path}")
@@ -129,8 +107,6 @@ BAD_FLAGS = {
     "file": (["--files=nosuch"], ["--files=nosuch", "halfcheetah_medium_expert-v2.hdf5"]),
     "own flag": (["--train_flags=--config.path=vp"], ["--train_flags", "--config.path=vp"]),
     "seeds twice": (["--train_flags=--num_seeds=2"], ["--train_flags", "--num_seeds=2"]),
-    "two modes": (["--jobs=jobs.txt", "--collect"], ["--jobs", "--collect"]),
-    "nothing to collect": (["--collect"], ["root", "no such folder"]),
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -293,10 +292,3 @@ def test_damaged_result(sweep, root):
         [complaint] = result.complaints
         assert result.status == 2
         assert str(path) in complaint
-
-
-def test_help(launcher):
-    result = launcher.run("sweep", "--help")
-    assert (result.status, result.complaints) == (0, [])
-    flags = "datasets configs seeds root workers train_flags jobs collect"
-    assert set(re.findall(r"--(?:\[no\])?(\w+):", result.out)) >= set(flags.split())

@@ -67,7 +67,6 @@ class Ours:
         self.step = make_step(self.loss, self.optimizer, part_size=part_size)
 
     def field(self, params: Params, observations: Array) -> Field:
-        """The velocity field."""
         return lambda x, t: self.network.apply(params, x, t, observations)
 
     def loss(self, params: Params, _: Params, key: Array, batch: tuple[Array, Array]) -> tuple:

@@ -4,10 +4,9 @@ Seeds: a step of S seeds at once, as a share of S steps of one seed.  Below 1, a
 beside others than alone.
 
 Devices: a step on D virtual devices of the processor, each D in a process of its own, against a
-step on one of these devices, timed in turns.  Virtual devices share this machine's cores, so they
-make nothing faster.  What can be seen is parity of work: the time of D devices over that of one
-device that does the same work is 1 if splitting costs nothing, and what it is above 1 are splitting
-and all-reduces.  What a step of two devices sends is counted in its program.
+step on one of these devices that does the same work, timed in turns.  Virtual devices share this
+machine's cores, so they make nothing faster: the ratio is 1 if splitting and all-reduces cost
+nothing.  What a step of two devices sends is counted in its program.
 """
 
 import itertools
@@ -135,17 +134,13 @@ def count_sent(work: Workload, phase: str, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def on_virtual_devices(devices: int, quick: bool) -> tuple[Rows, Rows]:
-    """Both tables of a process with that many devices, after the flags that the user has set."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-    return measured_apart(__spec__.name, *["--quick"] * quick, **environment)
-
-
 def run(quick: bool) -> dict[str, Rows]:
     """All tables."""
-    sizes = QUICK if quick else Sizes()
-    apart = [on_virtual_devices(count, quick) for count in sizes.devices]
+    sizes, apart = QUICK if quick else Sizes(), []
+    for count in sizes.devices:  # after the flags that the user has set
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        environment = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+        apart.append(measured_apart(__spec__.name, *["--quick"] * quick, **environment))
     devices = sorted((row for rows, _ in apart for row in rows), key=lambda row: row["scaling"])
     cores = len(os.sched_getaffinity(0))
     return {

@@ -30,7 +30,6 @@ class Workload:
 
     @functools.cached_property
     def agent(self) -> Agent:
-        """The agent that is trained."""
         return make_agent(self.config, self.observation_size, self.action_size)
 
     def transitions(self) -> Transitions:
