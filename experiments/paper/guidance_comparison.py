@@ -371,9 +371,8 @@ def _cost(file: pathlib.Path) -> str:
 
 
 def _every_problem(rows: pd.DataFrame, distance: str, label: str) -> str:
-    parts = [
-        f"## Every problem: {label}, ratio to its floor (half width of the 95% interval over seeds)"
-    ]
+    heading = f"{label}, ratio to its floor (half width of the 95% interval over seeds)"
+    parts = [f"## Every problem: {heading}"]
     for name, here in rows.groupby("problem", observed=True):
         cells = _cells(here, f"{distance}_ratio", lambda m, _, high: f"{m:.2f} ± {high - m:.2f}")
         ess = here.groupby("beta")["batch_ess"].mean().map("{:.0f}".format)

@@ -239,12 +239,11 @@ def oracles(
         def target(key: Array, num: int, beta: float) -> Array:
             return data[jax.random.categorical(key, -beta * energies, shape=(num,))]
 
-    fields = {
-        f"exact_{name}": (path, functools.partial(exact_score, path))
-        for name, path in PATHS.items()
-    }
-    fields["exact_cg"] = (VP, classifier_score)
-    found = [Guided(name, beta, *field, ()) for name, field in fields.items() for beta in betas]
+    fields = [
+        (f"exact_{n}", path, functools.partial(exact_score, path)) for n, path in PATHS.items()
+    ]
+    fields.append(("exact_cg", VP, classifier_score))
+    found = [Guided(name, beta, *field, ()) for name, *field in fields for beta in betas]
     return found, target
 
 

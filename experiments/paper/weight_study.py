@@ -116,9 +116,8 @@ def _behavior_model(key: Array, num_steps: int = 500) -> Array:
         return (params + updates, state), None
 
     keys = jax.random.split(train_key, num_steps)
-    return jax.jit(lambda *carry: jax.lax.scan(step, carry, keys)[0][0])(
-        start, optimizer.init(start)
-    )
+    train = jax.jit(lambda *carry: jax.lax.scan(step, carry, keys)[0][0])
+    return train(start, optimizer.init(start))
 
 
 def gradient_study(key: Array, settings: Settings) -> pd.DataFrame:

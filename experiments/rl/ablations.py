@@ -65,14 +65,10 @@ def all_arms(c: QIPOConfig) -> dict[str, Arms]:
     # How a policy acts is not what samplers are compared by.
     acting = {"eval_solver": c.solver if c.eval_solver == "same" else c.eval_solver}
     acting |= {"eval_sample_steps": c.eval_sample_steps or c.sample_steps}
-    samplers = {
-        f"{solver} {steps}": {"solver": solver, "sample_steps": steps, **acting}
-        for solver, steps in (("euler", 5), ("euler", 10), ("euler", 40), ("midpoint", 5))
-    }
-    early = {
-        f"{share:.0%}": {"critic_steps": max(round(share * c.critic_steps), 1)}
-        for share in CRITIC_FRACTIONS
-    }
+    pairs = ("euler", 5), ("euler", 10), ("euler", 40), ("midpoint", 5)
+    samplers = {f"{name} {n}": {"solver": name, "sample_steps": n, **acting} for name, n in pairs}
+    stops = {share: max(round(share * c.critic_steps), 1) for share in CRITIC_FRACTIONS}
+    early = {f"{share:.0%}": {"critic_steps": steps} for share, steps in stops.items()}
     # Sums over states need every action; in expectation the drawn one has the same gradient.
     full, once = {"estimator": "full"}, {"beta": total_beta(c)}
     return {

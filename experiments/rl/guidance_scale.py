@@ -150,10 +150,8 @@ def make_measure(agent: Agent, settings: Settings) -> Callable[..., tuple[Array,
             field = agent.model.field(model, states)
             drawn.append(sampling.sample(field, start, solver="rk4", num_steps=settings.steps))
         actions = jnp.concatenate(drawn, axis=1)
-        log_pi, log_mu = (
-            log_density(agent, model, states, actions, settings.steps)
-            for model in (params.policy, params.behavior)
-        )
+        at = states, actions, settings.steps
+        log_pi, log_mu = (log_density(agent, p, *at) for p in (params.policy, params.behavior))
         q_values = agent.critic.q_values(params.critic, states, actions)
         return actions, q_values, log_pi - log_mu
 
@@ -206,9 +204,8 @@ def slopes_of(
         of_seed = [jax.tree.map(lambda leaf: leaf[seed], params) for params in hooks.params]  # noqa: B023
         if agent.action_size == 1:
             grid = map(np.asarray, on_grid(of_seed[0], observations[:REFERENCE_STATES]))
-            reference = reference_log_ratios(
-                *grid, betas, config.support_size, config.data_copies, settings.draws
-            )
+            sizes = config.support_size, config.data_copies, settings.draws
+            reference = reference_log_ratios(*grid, betas, *sizes)
         for period, params in enumerate(of_seed):
             actions, q, log_ratios = map(np.asarray, measure(params, observations, noise))
             keep = (np.abs(actions) <= 1 - MARGIN).all(-1) & np.isfinite(log_ratios)
@@ -268,10 +265,8 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """
     seeds = rows.groupby(["problem", "arm", "renewals", "measure"], sort=False)
     low, high, several = seeds["low"].min(), seeds["high"].max(), seeds.size() > 1
-    least, most = (
-        seeds["slope"].min().where(several, low),
-        seeds["slope"].max().where(several, high),
-    )
+    least = seeds["slope"].min().where(several, low)
+    most = seeds["slope"].max().where(several, high)
     return seeds.mean().assign(low=low, high=high, least=least, most=most)
 
 
@@ -332,10 +327,8 @@ def report(rows: pd.DataFrame, out: pathlib.Path) -> None:
         print("no arm is finished yet")
         return
     found = curves(rows)
-    text = (
-        "Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%.\n"
-    )
-    text += f"\n{table(found)}\n"
+    text = "Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%."
+    text += f"\n\n{table(found)}\n"
     write_whole(out / "table.md", text)
     first = rows.query("seed == 0 and measure == 'both'").groupby("problem", sort=False)
     with figures.drawn(out / "guidance_scale.png", 14, 4.2 * len(first)) as figure:
@@ -377,9 +370,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--problems: {error}")
         config = problem.config
         if config.path != "ot":
-            parser.error(
-                f"--problems: {name}: expected path 'ot' of its preset; got {config.path!r}"
-            )
+            parser.error(f"--problems: {name}: expected a preset of path 'ot'; got {config.path!r}")
         # An evaluation at the end of every period hands its parameters over.
         every = config.renew_every
         config = dataclasses.replace(config, policy_steps=args.periods * every, eval_every=every)

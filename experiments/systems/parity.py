@@ -85,13 +85,10 @@ def main() -> int:
     for variant, dtype in itertools.product(variants, dtypes):
         with jax.enable_x64(dtype is np.float64):
             one = train(variant, SEEDS, "data", 1, dtype)
-            cases = {
-                f"{mode}, {count} devices": (SEEDS, mode, count, one)
-                for mode, count in itertools.product(MODES, counts)
-            }
             third = jax.tree.map(lambda leaf: leaf[3:4], one)
-            cases["one seed alone"] = (SEEDS[3:4], "data", 1, third)
-            for name, (seeds, mode, count, expected) in cases.items():
+            cases = [(SEEDS, *case, one) for case in itertools.product(MODES, counts)]
+            for seeds, mode, count, expected in [*cases, (SEEDS[3:4], "data", 1, third)]:
+                name = f"{mode}, {count} devices" if count > 1 else "one seed alone"
                 found = train(variant, seeds, mode, count, dtype)
                 errors = [difference(*pair) for pair in zip(found, expected, strict=True)]
                 parity &= max(errors) <= TOLERANCES[dtype]

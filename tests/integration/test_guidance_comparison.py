@@ -16,6 +16,7 @@ from efm_jax.envs import mean_and_interval
 from experiments.paper import guidance_comparison as comparison
 from experiments.paper import toy2d
 from experiments.paper.toy2d import problems
+from tests.markdown import cells
 
 SETTINGS = comparison.SMOKE
 
@@ -47,11 +48,10 @@ def test_every_cell_is_measured(output):
     assert wrong["log_ratio_std"] > 10 * right["log_ratio_std"]
 
 
-def cells(table, heading, row):
-    """The cells of the row of a table of the report that stands below a heading."""
-    part = table.split(f"{heading}\n", 1)[1]
-    line = next(line for line in part.splitlines() if line.startswith(f"| {row}"))
-    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+def row(text, heading, name):
+    """Cells of a row in the first table with it below a heading."""
+    found = cells(text.split(f"{heading}\n", 1)[1])
+    return next(row[1:] for row in found if row[0] == name)
 
 
 def test_tables_and_figures(output):
@@ -60,14 +60,14 @@ def test_tables_and_figures(output):
     label = "energy-weighted flow, OT (EFM)"
     found = rows.xs("efm_ot", level="method")
     means = found["sliced_w2_ratio"].groupby("beta").mean()
-    summary = cells(table, "## Over all problems", label)
+    summary = row(table, "## Over all problems", label)
     assert summary == ["yes", "yes", *(f"{m:.2f} ({m:.2f} to {m:.2f})" for m in means)]
     likelihood = found["log_ratio_std"].xs(5, level="beta").median()
-    assert cells(table, "## Likelihood", label)[0] == f"{likelihood:.3f}"
+    assert row(table, "## Likelihood", label)[0] == f"{likelihood:.3f}"
     moons = rows.loc["moons"]["sliced_w2_ratio"]
     expected = [f"{moons['efm_ot', beta]:.2f} ± 0.00" for beta in (0, 5)]
-    assert cells(table, "**moons**", label) == expected
-    assert cells(table, "**moons**", "ESS of a batch")[0] == "128"
+    assert row(table, "**moons**", label) == expected
+    assert row(table, "**moons**", "ESS of a batch")[0] == "128"
     exact = rows.loc[(slice(None), ["exact_ot", "exact_cosine", "exact_vp"]), "sliced_w2_ratio"]
     assert f"at most 1.05 x the floor: {(exact <= 1.05).sum()} of 12 cells" in table
     assert "beta = 5" in table
@@ -88,11 +88,11 @@ def test_the_report_takes_intervals_over_seeds_and_cost_relative_to_ed(output, t
     (tmp_path / "cost.json").write_text(cost.to_json(orient="records"))
     comparison.report(tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert cells(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
+    assert row(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
     mean, _, high = mean_and_interval(ratios)
     expected = f"{mean:.2f} ± {high - mean:.2f}"
     part = table.split("## Every problem: MMD", 1)[1]
-    assert cells(part, "**moons**", "energy-weighted flow, OT")[1] == expected
+    assert row(part, "**moons**", "energy-weighted flow, OT (EFM)")[1] == expected
 
 
 def test_the_picture_of_the_problems(tmp_path):

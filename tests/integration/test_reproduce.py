@@ -10,6 +10,7 @@ import pytest
 from efm_jax.data.d4rl_files import D4RL_FILES
 from efm_jax.envs import mean_and_interval, reference_scores
 from tests.integration.runs import CONFIG, table
+from tests.markdown import cells
 
 TASK = "halfcheetah-medium-v2"
 # The settings of the paper, shrunken.
@@ -55,17 +56,17 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
         by_seed = scores(workdir, row["task"])
         assert len(by_seed) == 2
         for name, values in (("last", by_seed[-1]), ("best", by_seed.max(axis=0))):
-            cells = [float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
-            np.testing.assert_allclose(cells, mean_and_interval(values), rtol=1e-9)
+            numbers = [float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
+            np.testing.assert_allclose(numbers, mean_and_interval(values), rtol=1e-9)
             assert float(row[f"{name}_difference"]) == pytest.approx(values.mean() - 54.2)
     text = (root / "results.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith(f"| {TASK} | qipo_ot "))
+    [shown] = [row for row in cells(text) if row[:2] == [TASK, "qipo_ot"]]
     row = {name: float(found[0][name]) for name in found[0] if name.startswith(("last", "best"))}
     expected = (
         "{last:.1f} ({last_low:.1f} to {last_high:.1f})|{best:.1f} ({best_low:.1f} to "
         "{best_high:.1f})|54.2|{last_difference:+.1f}|{best_difference:+.1f}"
     ).format(**row)
-    assert [cell.strip() for cell in line.split("|")[5:10]] == expected.split("|")
+    assert shown[4:] == expected.split("|")
     assert "qipo_ot: 1 of 1 tasks done, 1 of them published; mean difference " in text
     # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published
     # number.

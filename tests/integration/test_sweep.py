@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.helpers import REPOSITORY
 from tests.integration.runs import CONFIG, table
+from tests.markdown import cells
 
 # Takes the place of launch/train.py; the first word of --dataset says what the job does.
 TRAINER = """
@@ -87,11 +88,10 @@ def calls(workdir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def cells(root, first):
+def row(root, first):
     """Find the row of results.md that begins with `first`."""
-    lines = [line.split("|")[1:-1] for line in (root / "results.md").read_text().splitlines()]
-    [found] = [line for line in lines if line and line[0].strip() == first]
-    return [cell.strip() for cell in found]
+    [found] = [row for row in cells((root / "results.md").read_text()) if row[0] == first]
+    return found
 
 
 def test_sweep_with_the_real_trainer(launcher, dataset, root):
@@ -102,19 +102,19 @@ def test_sweep_with_the_real_trainer(launcher, dataset, root):
     assert (first.status, first.complaints) == (0, []), first.err
     assert first.line == {"jobs": 2, "done": 2, "failed": 0, "results": str(root / "results.csv")}
     found = rows(root)
-    assert [row["seed"] for row in found] == ["3", "5"]
-    for row in found:
-        assert row["job"].startswith(f"small-quick-seed{row['seed']}")
-        workdir = root / row["job"]
+    assert [job["seed"] for job in found] == ["3", "5"]
+    for job in found:
+        assert job["job"].startswith(f"small-quick-seed{job['seed']}")
+        workdir = root / job["job"]
         saved = json.loads((workdir / "config.json").read_text())
-        assert (saved["seed"], saved["config"]["batch_size"]) == (int(row["seed"]), 32)
+        assert (saved["seed"], saved["config"]["batch_size"]) == (int(job["seed"]), 32)
         result = json.loads((workdir / "result.json").read_text())
-        printed = json.loads((root / "logs" / f"{row['job']}.log").read_text().splitlines()[-1])
+        printed = json.loads((root / "logs" / f"{job['job']}.log").read_text().splitlines()[-1])
         assert result == printed
-        assert float(row["policy_return"]) == result["policy_return"]
-        assert [float(row["policy_low"]), float(row["policy_high"])] == result["policy_interval"]
-    mean = np.mean([float(row["policy_return"]) for row in found])
-    assert cells(root, str(dataset))[6].startswith(f"{mean:.1f} (")
+        assert float(job["policy_return"]) == result["policy_return"]
+        assert [float(job["policy_low"]), float(job["policy_high"])] == result["policy_interval"]
+    mean = np.mean([float(job["policy_return"]) for job in found])
+    assert row(root, str(dataset))[6].startswith(f"{mean:.1f} (")
     logs = {path: path.stat() for path in (root / "logs").iterdir()}
     second = launcher.run("sweep", *flags)
     assert (second.status, second.out) == (0, first.out)
@@ -132,12 +132,12 @@ def test_tables(sweep, root):
         *("experiments/configs/qipo_ot.py", "3 of 3", "3", "-3.0 (-3.0 to -3.0)"),
         *("-2.0 (-2.0 to -2.0)", f"11.7 ({low:.1f} to {high:.1f})", "", "51.0 (48.5 to 53.5)"),
     ]
-    assert cells(root, "one")[1:] == cells(root, "two")[1:] == expected
+    assert row(root, "one")[1:] == row(root, "two")[1:] == expected
     job = "two-qipo_ot-seed2"
-    assert cells(root, job) == [job, "-3.0", "-2.0", "14.0", "", "52.0"]
+    assert row(root, job) == [job, "-3.0", "-2.0", "14.0", "", "52.0"]
     found = rows(root)
     asked = [(dataset, seed) for dataset in ("one", "two") for seed in "012"]
-    assert [(row["dataset"], row["seed"]) for row in found] == asked
+    assert [(job["dataset"], job["seed"]) for job in found] == asked
     expected = {"job": job, "policy_low": "11.0", "policy_high": "14.0", "behavior_score": ""}
     assert found[5].items() >= (expected | {"steps": "7", "workdir": str(root / job)}).items()
 
@@ -147,10 +147,10 @@ def test_jobs_not_done_have_empty_rows(sweep, root):
     result = sweep("--datasets=one,two", "--seeds=1,2", "--collect")
     assert (result.status, result.complaints) == (0, [])
     assert result.line == {"jobs": 4, "done": 1, "failed": 0, "results": str(root / "results.csv")}
-    found = [(row["policy_return"], row["seeds"]) for row in rows(root)]
+    found = [(job["policy_return"], job["seeds"]) for job in rows(root)]
     assert found == [("11.0", "1"), *3 * [("", "")]]
-    assert cells(root, "one")[2:5] == ["1 of 2", "1", "-3.0"]
-    assert cells(root, "two")[2:] == ["0 of 2", "0", *5 * [""]]
+    assert row(root, "one")[2:5] == ["1 of 2", "1", "-3.0"]
+    assert row(root, "two")[2:] == ["0 of 2", "0", *5 * [""]]
     made = {"logs", "one-qipo_ot-seed1", "results.csv", "results.md"}
     assert {path.name for path in root.iterdir()} == made
 
@@ -167,8 +167,8 @@ def test_train_flags_reach_the_trainer_and_the_name(sweep, root):
     own |= {"workdir": str(root / name), "num_seeds": "3", "config.beta": "5"}
     assert {key: call[key] for key in call.keys() - {"at", "group"}} == own
     # A job of several seeds has an interval over seeds of its own.
-    assert cells(root, name)[3] == "26.0 (13.0 to 16.0)"
-    assert cells(root, "one")[2:4] == ["2 of 2", "6"]
+    assert row(root, name)[3] == "26.0 (13.0 to 16.0)"
+    assert row(root, "one")[2:4] == ["2 of 2", "6"]
 
 
 def test_failed_job(sweep, root):
@@ -180,7 +180,7 @@ def test_failed_job(sweep, root):
         f"launch.sweep: failed with exit status 3: {log}: no such dataset",
         f"launch.sweep: failed with exit status 0: {silent}: no output",
     ]
-    assert [bool(row["policy_return"]) for row in rows(root)] == [True, False, False, True]
+    assert [bool(job["policy_return"]) for job in rows(root)] == [True, False, False, True]
     (root / "mended").touch()
     again = sweep("--datasets=one,fails,two")
     assert (again.status, again.line["done"], again.complaints) == (0, 3, [])

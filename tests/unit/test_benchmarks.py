@@ -15,7 +15,8 @@ from efm_jax.training.parallel import Layout
 from experiments.systems.benchmarks import __main__ as suite
 from experiments.systems.benchmarks import memory, phases, sampling, scaling, timing
 from experiments.systems.benchmarks.phases import Product, flops, products
-from experiments.systems.benchmarks.workload import Workload, dense_of_renewal, dense_of_step
+from experiments.systems.benchmarks.workload import Workload
+from tests.markdown import cells
 
 SMALL = QIPOConfig(
     hidden_dims=(32, 24), critic_hidden_dims=(16, 20), support_size=4, batch_size=8, sample_steps=2
@@ -79,7 +80,7 @@ def test_a_step_s_products_are_the_dense_formula_s(phase, changes):
     _, metrics = program.call()
     assert jnp.isfinite(metrics["loss"])
     counted = flops(products(program.function, *program.inputs))
-    assert counted == program.formula == 8 * dense_of_step(work, phase)
+    assert counted == program.formula == 8 * work.dense_of_step(phase)
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])
@@ -87,7 +88,7 @@ def test_a_renewal_s_products_are_the_dense_formula_s(path):
     work = phases.workload(16, path, "renewal", 64)
     program = phases.renewal_program(work)
     counted = flops(products(program.function, *program.inputs))
-    assert counted == program.formula == dense_of_renewal(work, phases.RENEWAL_STATES)
+    assert counted == program.formula == work.dense_of_renewal(phases.RENEWAL_STATES)
 
 
 def test_xla_counts_the_products_and_little_else():
@@ -139,11 +140,11 @@ def test_cheapest_setting_of_a_field():
 
 def test_tables():
     rows = [{"what": "a", "n": 1234, "x": 0.123456}, {"what": "b", "x": None, "y": 1.5e7}]
-    lines = suite.markdown("Title", rows).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert lines[0] == "### Title"
-    assert cells[0] == ["what", "n", "x", "y"]
-    assert cells[2:] == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
+    text = suite.markdown("Title", rows)
+    assert text.startswith("### Title\n")
+    head, *rows = cells(text)
+    assert head == ["what", "n", "x", "y"]
+    assert rows == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
 
 
 def test_command(tmp_path):

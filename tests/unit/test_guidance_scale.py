@@ -70,9 +70,7 @@ def test_a_few_states_of_wide_values_move_the_pooled_slope_alone():
     found = within_regression(ratios, q, np.ones_like(q))
     assert found.slope == pytest.approx(2.0)
     assert found.pooled < 0.1
-
-
-def test_without_spread_there_is_no_slope():
+    # Without spread there is no slope.
     found = within_regression(np.zeros((3, 4)), np.ones((3, 4)), np.ones((3, 4)))
     assert np.isnan(found.slope)
     assert found.kept == 1

@@ -243,10 +243,8 @@ def load_torch(ours: Ours) -> Torch | None:
 
 def training(ours: Ours, peer: Torch | None, batch: int) -> dict[str, Way]:
     """Every way to train."""
-    programs = {
-        "efm_jax, scan of steps": ours.train_scan(batch),
-        "JAX, batches from the host": ours.train_host(batch),
-    }
+    programs = {"efm_jax, scan of steps": ours.train_scan(batch)}
+    programs["JAX, batches from the host"] = ours.train_host(batch)
     if peer is not None:
         for name, compiled in peer.ways(peer.train, batch, "a training step of").items():
             programs[name] = peer.train(batch, compiled=compiled)

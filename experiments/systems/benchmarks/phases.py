@@ -22,12 +22,7 @@ from jax.extend import core
 from efm_jax.training.step import make_chunk
 from experiments.configs import mujoco
 from experiments.systems.benchmarks.timing import Rows, in_turns
-from experiments.systems.benchmarks.workload import (
-    Workload,
-    dense_of_renewal,
-    dense_of_step,
-    filled,
-)
+from experiments.systems.benchmarks.workload import Workload, filled
 
 PHASES = ("behavior", "critic", "policy full", "policy resample")  # the policy's with an estimator
 RENEWAL_STATES = 4096  # a block of the trainer's
@@ -149,7 +144,7 @@ class Program(NamedTuple):
 def step_program(work: Workload, phase: str, steps: int | None = None) -> Program:
     """Compiled steps in one scan, as they are trained with; by default some tenths of a second."""
     agent, inputs = work.agent, work.shapes(phase, work.rows)
-    formula = work.config.batch_size * dense_of_step(work, phase)
+    formula = work.config.batch_size * work.dense_of_step(phase)
     steps = steps or max(2, min(200, round(2e10 / formula)))
     parts, whole = (functools.partial(work.one_step, phase, in_parts=p) for p in (True, False))
 
@@ -174,7 +169,7 @@ def renewal_program(work: Workload) -> Program:
         return work.agent.support_rows(params, jax.random.key(0), 0, data, index)
 
     call = functools.partial(jax.jit(rows), filled(data))
-    return Program(call, 1, rows, (data,), dense_of_renewal(work, RENEWAL_STATES))
+    return Program(call, 1, rows, (data,), work.dense_of_renewal(RENEWAL_STATES))
 
 
 def measure(program: Program) -> dict[str, Any]:
