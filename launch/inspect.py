@@ -21,11 +21,9 @@ from launch.datasets import dataset_folders
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
 _ENV = flags.DEFINE_string(
-    "env", None, "Gymnasium id of the environment, instead of the one that the dataset names."
+    "env", None, "Gymnasium id of the environment, instead of the dataset's."
 )
-_PLOT = flags.DEFINE_string(
-    "plot", None, "A .png file, local or gs://, that the picture is saved in."
-)
+_PLOT = flags.DEFINE_string("plot", None, "A .png file for the picture, local or gs://.")
 
 _STATS = ("min", "q25", "median", "mean", "q75", "max")
 _MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
