@@ -100,12 +100,6 @@ def test_the_table_of_offline_rl_has_a_place_for_every_run():
     np.testing.assert_array_equal(only[1], [[10, 20], [12, 22]])
 
 
-def test_ablations_refuse_what_they_do_not_know(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        ablations.main([f"--out={tmp_path}", "--only=m,moons"])
-    assert "unknown 'moons'" in capsys.readouterr().err
-
-
 def test_guidance_scale(small, tmp_path, monkeypatch):
     arguments = ["--problems=bandit", "--seeds=1", "--periods=2", f"--out={tmp_path}", "--smoke"]
     assert guidance_scale.main([*arguments, "--arms=preset,8 data copies"]) == 0
