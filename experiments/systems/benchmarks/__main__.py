@@ -14,14 +14,12 @@ Tables are printed, and written with versions and device to OUT/benchmarks.json 
 OUT/benchmarks.md. docs/performance.md explains them.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
@@ -31,7 +29,7 @@ import pandas as pd
 
 from efm_jax.files import write_whole
 from experiments.results import make_parser, parse_names
-from experiments.systems.benchmarks.timing import Rows
+from experiments.systems.benchmarks.timing import Rows, run_module
 
 ROWS = ("phases", "overhead", "acting", "sampling", "scaling", "memory", "peers")
 _LESS_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -65,24 +63,17 @@ def markdown(title: str, rows: Rows) -> str:
     return f"### {title}\n\n{text}\n"
 
 
-def measure(name: str, quick: bool) -> tuple[str, float, dict[str, Rows]]:
-    """Name, seconds and tables of one module's measurements."""
-    start = time.perf_counter()
-    tables = importlib.import_module(f"experiments.systems.benchmarks.{name}").run(quick)
-    return name, round(time.perf_counter() - start, 1), tables
-
-
 def run(names: list[str], quick: bool) -> Iterator[tuple[str, float, dict[str, Rows]]]:
     """One row after the other; quick ones, whose times mean nothing, on all cores of a CPU."""
     import jax
 
     if not quick or len(names) == 1 or jax.default_backend() != "cpu":
-        yield from (measure(name, quick) for name in names)
+        yield from (run_module(name, quick) for name in names)
         return
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _LESS_COMPILATION
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
-        yield from pool.map(measure, names, [quick] * len(names))
+        yield from pool.map(run_module, names, [quick] * len(names))
 
 
 def main() -> int:

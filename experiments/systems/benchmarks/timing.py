@@ -1,5 +1,6 @@
 """The clock: alternatives are timed in turns, so that what else runs here falls on all of them."""
 
+import importlib
 import json
 import os
 import statistics
@@ -55,6 +56,13 @@ def in_turns(calls: Mapping[Name, Callable[[], Any]], seconds: float = 2.0) -> d
             if sum(samples[name]) * counts[name] < seconds or len(samples[name]) < 3:
                 samples[name].append(_sample(call, counts[name]))
     return {name: Timing(min(times), statistics.median(times)) for name, times in samples.items()}
+
+
+def run_module(name: str, quick: bool) -> tuple[str, float, dict[str, Rows]]:
+    """Name, seconds and tables of one module's measurements."""
+    start = time.perf_counter()
+    tables = importlib.import_module(f"experiments.systems.benchmarks.{name}").run(quick)
+    return name, round(time.perf_counter() - start, 1), tables
 
 
 def measured_apart(module: str, *arguments: str, **environment: str) -> Any:
