@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -42,6 +43,20 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height))
         yield figure
         save(figure, path)
+
+
+@contextlib.contextmanager
+def panels(
+    path: Path, count: int, most: int, size: tuple[float, float], more: float = 0, **shared: bool
+) -> Iterator[tuple[Figure, np.ndarray]]:
+    """Give a figure and its ``count`` panels, at most ``most`` in a row, each of a size."""
+    columns = min(count, most)
+    lines = -(-count // columns)
+    with drawn(path, size[0] * columns, size[1] * lines + more) as figure:
+        found = figure.subplots(lines, columns, squeeze=False, **shared).ravel()
+        for axes in found[count:]:
+            axes.set_axis_off()
+        yield figure, found[:count]
 
 
 def save(figure: Figure, path: Path) -> None:

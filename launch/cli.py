@@ -19,9 +19,8 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM, as a shell reports it
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-PLUGINS = flags.DEFINE_list(
-    "plugins", [], "Modules to import first: they register paths, losses, critics, agents."
-)
+_FIRST = "Modules to import first: they register paths, losses, critics, agents."
+PLUGINS = flags.DEFINE_list("plugins", [], _FIRST)
 
 
 class UsageError(Exception):

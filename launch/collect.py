@@ -34,23 +34,14 @@ from efm_jax.envs import (
 from efm_jax.runs.workdir import RunInfo, resolve
 from launch import cli, datasets
 
-_POLICY = flags.DEFINE_string(
-    "policy", None, "random, waypoints, or the work directory of launch.train."
-)
-_DATASET = flags.DEFINE_string(
-    "dataset", None, "Minari id to record; by default efm/ENV/POLICY-v0."
-)
+_POLICY = flags.DEFINE_string("policy", None, "random, waypoints, or a run's work directory.")
+_DATASET = flags.DEFINE_string("dataset", None, "Minari id; by default efm/ENV/POLICY-v0.")
 _EPISODES = flags.DEFINE_integer("episodes", None, "How many episodes to record.", 1)
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "The least number of steps, instead of --episodes; by default 100,000.", 1
-)
+_STEPS = flags.DEFINE_integer("steps", None, "Least steps, not --episodes; default: 100,000.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 - 1)
-_NOISE = flags.DEFINE_float(
-    "noise",
-    None,
-    "Standard deviation of Gaussian noise on actions, in units of half their range; waypoints: "
-    "its mean over episodes, by default 0.5; a work directory: by default 0.",
-)
+_NOISE_HELP = """Standard deviation of Gaussian noise on actions, in units of half their range;
+waypoints: its mean over episodes, by default 0.5; a work directory: by default 0."""
+_NOISE = flags.DEFINE_float("noise", None, _NOISE_HELP)
 
 flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(datasets)

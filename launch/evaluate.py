@@ -35,27 +35,15 @@ from launch import cli, datasets
 from launch.evaluation import print_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
-_EPISODES = flags.DEFINE_integer(
-    "episodes", None, "Episodes per seed; by default as in training.", 1
-)
-_SOLVER = flags.DEFINE_enum(
-    "solver", None, SOLVERS, "Solver of the sampler; by default as in training."
-)
-_SAMPLE_STEPS = flags.DEFINE_integer(
-    "sample_steps", None, "Its steps; by default as in training.", 1
-)
-_SELECTION = flags.DEFINE_enum(
-    "action_selection",
-    None,
-    ACTION_SELECTIONS,
-    "Which sampled action is played; by default as in training.",
-)
-_CANDIDATES = flags.DEFINE_integer(
-    "num_candidates", None, "Actions that best and mean sample; by default as in training.", 1
-)
-_VIDEO = flags.DEFINE_string(
-    "video", None, "An .mp4 or .gif file to record (needs the extra video)."
-)
+_SAME = "by default as in training."
+_EPISODES = flags.DEFINE_integer("episodes", None, f"Episodes per seed; {_SAME}", 1)
+_SOLVER = flags.DEFINE_enum("solver", None, SOLVERS, f"Solver of the sampler; {_SAME}")
+_SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", None, f"Its steps; {_SAME}", 1)
+_SELECTION_HELP = f"Which sampled action is played; {_SAME}"
+_SELECTION = flags.DEFINE_enum("action_selection", None, ACTION_SELECTIONS, _SELECTION_HELP)
+_CANDIDATES_HELP = f"Actions that best and mean sample; {_SAME}"
+_CANDIDATES = flags.DEFINE_integer("num_candidates", None, _CANDIDATES_HELP, 1)
+_VIDEO = flags.DEFINE_string("video", None, "An .mp4 or .gif to record (needs the extra video).")
 flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(datasets)
 

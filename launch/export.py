@@ -22,9 +22,7 @@ from efm_jax.runs.workdir import resolve
 from launch import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
-_OUT = flags.DEFINE_string(
-    "out", None, "The file; by default policy.jax_export in the work directory."
-)
+_OUT = flags.DEFINE_string("out", None, "The file; default: WORKDIR/policy.jax_export.")
 _NAME = flags.DEFINE_enum("name", "policy", ("policy", "behavior"), "What acts.")
 _SEED_INDEX = flags.DEFINE_integer("seed_index", 0, "Which of the run's training seeds, from 0.", 0)
 _PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")

@@ -19,9 +19,7 @@ from efm_jax.files import write_whole
 from launch import cli, datasets
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_PLOT = flags.DEFINE_string(
-    "plot", None, "A .png file, local or gs://, that the picture is saved in."
-)
+_PLOT = flags.DEFINE_string("plot", None, "A .png file for the picture, local or gs://.")
 flags.adopt_module_key_flags(datasets)
 
 _STATS = ("min", "q25", "median", "mean", "q75", "max")

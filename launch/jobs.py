@@ -30,15 +30,9 @@ from launch import cli
 
 ROOT = flags.DEFINE_string("root", "runs/sweep", "Folder of the work directories, logs and tables.")
 _TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
-_WORKERS = flags.DEFINE_integer(
-    "workers",
-    1,
-    "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told.",
-    1,
-)
-_JOBS = flags.DEFINE_string(
-    "jobs", None, "Only write the commands of jobs that are not done to this file."
-)
+_ROOM = "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told."
+_WORKERS = flags.DEFINE_integer("workers", 1, _ROOM, 1)
+_JOBS = flags.DEFINE_string("jobs", None, "Only write the commands that are left to this file.")
 _COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
 
 

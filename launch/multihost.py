@@ -18,18 +18,12 @@ from launch import cli
 _HEARTBEAT_SECONDS = 30
 _EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 
-_MULTIHOST = flags.DEFINE_bool(
-    "multihost",
-    False,
-    "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm.",
-)
-flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, where hosts are not found."
-)
-flags.DEFINE_integer("num_processes", None, "Number of hosts, where they are not found.", 1)
-flags.DEFINE_integer(
-    "process_id", None, "Number of this host, from 0, where hosts are not found.", 0
-)
+_HOSTS = "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm."
+_ELSE = "where hosts are not found."
+_MULTIHOST = flags.DEFINE_bool("multihost", False, _HOSTS)
+flags.DEFINE_string("coordinator_address", None, f"HOST:PORT of process 0, {_ELSE}")
+flags.DEFINE_integer("num_processes", None, f"Number of hosts, {_ELSE}", 1)
+flags.DEFINE_integer("process_id", None, f"Number of this host, from 0, {_ELSE}", 0)
 
 
 @contextlib.contextmanager

@@ -66,27 +66,18 @@ _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 _MAX_SEED = 2**32 - 1
 
 _DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    f"Preset, a .py file, here or where launch is installed; by default {_DEFAULT_PRESET.name}.",
-)
+_CONFIG_HELP = f"Preset, a .py file here or in the installation; default: {_DEFAULT_PRESET.name}."
+_CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results go; by default runs/ALGORITHM-DATASET-SEED."
+    "workdir", None, "For results; default: runs/ALGORITHM-DATASET-SEED."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
-_PARALLEL = flags.DEFINE_enum(
-    "parallel",
-    "data",
-    MODES,
-    "Over devices: data splits batches and dataset, seeds spreads whole seeds.",
-)
+_PARALLEL_HELP = "Over devices: data splits batches and dataset, seeds spreads whole seeds."
+_PARALLEL = flags.DEFINE_enum("parallel", "data", MODES, _PARALLEL_HELP)
 flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(multihost)
-_NUM_SEEDS = flags.DEFINE_integer(
-    "num_seeds", 1, "Training runs, with consecutive seeds, in one program.", 1
-)
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
 
 
 def main(_: list[str]) -> int:

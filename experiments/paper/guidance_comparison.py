@@ -8,9 +8,9 @@ the truth.
     python -m experiments.paper.guidance_comparison --output=runs/guidance  # stopped, it continues
     python -m experiments.paper.guidance_comparison --smoke                 # one problem
 
-One unit of work is a problem, a seed and a family of methods; each is written when it is done.
-Several processes may share the work: --shard=0/2 and --shard=1/2 take every other unit.  The last
-step, also on its own as --report, makes results.csv, table.md and the figures from the units.
+One unit of work is a problem, a seed and a family of methods; each is written when it is done, and
+processes with different --problems may share the folder.  The last step, also on its own as
+--report, makes results.csv, table.md and the figures from the units.
 
 Distances, on 1000 samples at a time, as means over repeats: sliced Wasserstein-2 (128 directions),
 MMD (mean of Gaussian kernels with bandwidths sqrt(d) / 4, sqrt(d) / 2, sqrt(d)), and the error of
@@ -22,11 +22,9 @@ against the closed form.
 import argparse
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import pathlib
-import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -38,11 +36,12 @@ import pandas as pd
 
 from efm_jax import sampling
 from efm_jax.distances import mmd, sliced_wasserstein
+from efm_jax.envs import mean_and_interval
 from efm_jax.files import write_whole
 from efm_jax.types import Array
 from efm_jax.weights import effective_sample_size, energy_weights
-from experiments.paper import guidance_report
-from experiments.paper.guidance_methods import FAMILIES, Guided, Training, oracles, train_family
+from experiments import figures, results
+from experiments.paper.guidance_methods import FAMILIES, Guided, Task, Training, oracles
 from experiments.paper.toy2d import Problem, problems
 
 ORACLE = "exact"
@@ -72,19 +71,62 @@ class Settings:
 
 
 SMOKE = Settings(
-    Training(hidden_dims=(32, 32), batch_size=128, num_steps=100),
-    betas=(0.0, 5.0),
-    seeds=1,
-    sample_size=250,
-    repeats=4,
-    floor_repeats=8,
-    sample_steps=10,
-    oracle_points=256,
-    likelihood_points=64,
-    likelihood_steps=8,
-    cost_rounds=0,
-)
+    Training(hidden_dims=(32, 32), batch_size=128, num_steps=100), betas=(0.0, 5.0), seeds=1,
+    sample_size=250, repeats=4, floor_repeats=8, sample_steps=10, oracle_points=256,
+    likelihood_points=64, likelihood_steps=8, cost_rounds=0,
+)  # fmt: skip
 SMOKE_PROBLEMS = ("mixture_2d",)
+
+# The columns are what the paper's Table 1 says of each method.
+_METHODS = pd.DataFrame(
+    {
+        "cg": ("classifier (CG)", "no", "no"),
+        "cfg": ("classifier-free (CFG)", "no", "yes"),
+        "cep": ("contrastive energy (CEP)", "yes", "no"),
+        "ed": ("energy-weighted diffusion (ED)", "yes", "yes"),
+        "efm_ot": ("energy-weighted flow, OT (EFM)", "yes", "yes"),
+        "efm_cosine": ("energy-weighted flow, cosine (EFM)", "yes", "yes"),
+        "exact_cg": ("exact field of CG (eq. 4.6)", "no", ""),
+        "exact_ot": ("exact field, OT", "yes", ""),
+        "exact_cosine": ("exact field, cosine", "yes", ""),
+        "exact_vp": ("exact field, VP", "yes", ""),
+    },
+    index=["label", "exact for beta ≠ 1", "no auxiliary model"],
+).T
+_WEIGHTED, _EXACT = ("ed", "efm_ot", "efm_cosine"), ("exact_ot", "exact_cosine", "exact_vp")
+_DISTANCES = {"sliced_w2": "sliced Wasserstein-2", "mmd": "MMD"}
+_DISTANCES |= {"energy": "error of the mean energy"}
+_LOG_Q_ERRORS = {"log_q_error": "error of log q"}
+_LOG_Q_ERRORS |= {"log_q_error_hutchinson": "with Hutchinson's estimate"}
+_GOAL_LEARNED, _GOAL_EXACT, _LEAST_ESS = 1.25, 1.05, 50.0
+
+_TEXT = """## Over all problems
+
+Ratio of the sliced Wasserstein-2 distance to its noise floor, mean over problems and {seeds} \
+seeds (95% interval over seeds). The first two columns are the paper's Table 1.
+
+{summary}
+
+## Likelihood
+
+Standard deviation, over exact samples of q, of log q - log p + beta E in nats (0: exactly \
+guided), median over problems and seeds; and on the mixtures the mean absolute error of log q \
+against the closed form, with the exact divergence and with Hutchinson's estimate of one probe.
+
+{likelihood}
+
+{cost}{problems}
+
+## Goals
+
+{goals}
+"""
+_COST = """## Cost
+
+Parameters of all networks evaluated to sample and of those that only guide; times taken in turns \
+in one process, to train what one scale needs and to draw samples, relative to ED.
+
+"""
 
 
 class Measure:
@@ -94,21 +136,18 @@ class Measure:
         self, problem: Problem, settings: Settings, target: Callable[[Array, int, float], Array]
     ):
         self._problem, self._settings, self._target = problem, settings, target
-        self._floors: dict[float, dict[str, float]] = {}
+        self.floor = functools.cache(self._floor)
 
     def distances(self, key: Array, samples: Array, beta: float) -> dict[str, float]:
         """Distances of ``samples [repeats * sample_size, d]`` to exact ones: means over repeats."""
         exact_key, measure_key = jax.random.split(key)
         return self._means(measure_key, samples, self._target(exact_key, len(samples), beta))
 
-    def floor(self, beta: float) -> dict[str, float]:
+    def _floor(self, beta: float) -> dict[str, float]:
         """The same distances between exact samples."""
-        if beta not in self._floors:
-            *keys, measure_key = jax.random.split(jax.random.key(7), 3)
-            size = self._settings.floor_repeats * self._settings.sample_size
-            pair = (self._target(key, size, beta) for key in keys)
-            self._floors[beta] = self._means(measure_key, *pair)
-        return self._floors[beta]
+        *keys, measure_key = jax.random.split(jax.random.key(7), 3)
+        size = self._settings.floor_repeats * self._settings.sample_size
+        return self._means(measure_key, *(self._target(key, size, beta) for key in keys))
 
     def _means(self, key: Array, x: Array, y: Array) -> dict[str, float]:
         shape = (-1, self._settings.sample_size, self._problem.dim)
@@ -129,14 +168,7 @@ def _pair_distances(keys: Array, x: Array, y: Array) -> dict[str, Array]:
 def run_unit(
     problem: Problem, family: str, seed: int, settings: Settings, measure: Measure
 ) -> tuple[list[dict], dict]:
-    """Train, sample and measure one family on one problem.
-
-    Args:
-      problem: data and energy.
-      family: of :data:`FAMILIES`, or :data:`ORACLE`.
-      seed: of the data, the initial weights and the samples.
-      settings: sizes.
-      measure: of this problem; used again for every seed and family.
+    """Train, sample and measure one of :data:`FAMILIES`, or :data:`ORACLE`, on one problem.
 
     Returns:
       Rows, one for each method and scale, and some samples of each under ``method/beta``.
@@ -150,7 +182,7 @@ def run_unit(
         if problem.mixture is None:
             measure = Measure(problem, settings, target)  # the finite data are the truth here
     else:
-        models = train_family(family, problem, settings.betas, settings.training, train_key)
+        models = FAMILIES[family](Task(problem, settings.betas, settings.training, train_key))
     plain = {model.method: model for model in models if model.beta == 0}
     rows, shown = [], {}
     for index, model in enumerate(models):
@@ -207,49 +239,45 @@ def _log_density(model: Guided, num_steps: int, x: Array, key: Array | None = No
 
 
 def run(
-    output: pathlib.Path,
-    settings: Settings,
-    names: Sequence[str],
-    families: Sequence[str],
-    shard: tuple[int, int],
+    output: pathlib.Path, settings: Settings, names: Sequence[str], families: Sequence[str]
 ) -> None:
-    """Run the units of this shard that are not there yet."""
-    _check_same_settings(output / "settings.json", settings)
+    """Run the units that are not there yet."""
+    wanted, path = json.loads(json.dumps(dataclasses.asdict(settings))), output / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise ValueError(f"{path}: holds other settings; expected {wanted}; choose another folder")
+    write_whole(path, json.dumps(wanted, indent=1))
     units = list(itertools.product(range(settings.seeds), names, families))
     found = problems()
     measures = {name: Measure(found[name], settings, found[name].target) for name in names}
     for index, (seed, name, family) in enumerate(units):
         stem = output / UNITS / f"{name}-{family}-{seed}"
-        if index % shard[1] != shard[0] or stem.with_suffix(".json").exists():
+        if stem.with_suffix(".json").exists():
             continue
         start = time.perf_counter()
         rows, shown = run_unit(found[name], family, seed, settings, measures[name])
         if seed == 0:
-            np.savez_compressed(buffer := io.BytesIO(), **shown)
-            write_whole(stem.with_suffix(".npz"), buffer.getvalue())
+            results.write_arrays(stem.with_suffix(".npz"), shown)
         # The rows come last, because a unit is done when they are there.
         write_whole(stem.with_suffix(".json"), json.dumps(rows, indent=1))
         seconds = time.perf_counter() - start
         print(f"{index + 1}/{len(units)} {stem.name}: {seconds:.0f} s", flush=True)
     cost = output / "cost.json"
-    timed = settings.cost_rounds > 0 and shard[0] == 0 and set(families) >= set(FAMILIES)
-    if timed and not cost.exists():
+    if settings.cost_rounds > 0 and set(families) >= set(FAMILIES) and not cost.exists():
         table = measure_cost(found[names[0]], settings)
         write_whole(cost, table.to_json(orient="records", indent=1))
 
 
 def measure_cost(problem: Problem, settings: Settings) -> pd.DataFrame:
-    """What each method costs, taken in turns in one process: the least time of the rounds counts.
+    """The least time of a method in rounds that all take in turns in one process.
 
-    Training is of 300 steps of everything that one guidance scale needs, sampling of one call of
-    the sampler.
+    Training is of 300 steps of all that one guidance scale needs, sampling of one call.
     """
     steps = min(300, settings.training.num_steps)
     training = dataclasses.replace(settings.training, num_steps=steps)
     noise = jax.random.normal(jax.random.key(0), (settings.sample_size, problem.dim))
     rows = []
     for _, family in itertools.product(range(settings.cost_rounds), FAMILIES):
-        for model in train_family(family, problem, (0.0,), training, jax.random.key(0)):
+        for model in FAMILIES[family](Task(problem, (0.0,), training, jax.random.key(0))):
             sample = _sample.lower(model, settings.sample_steps, noise).compile()
             start = time.perf_counter()
             jax.block_until_ready(sample(model, noise))
@@ -260,29 +288,168 @@ def measure_cost(problem: Problem, settings: Settings) -> pd.DataFrame:
     return table.groupby("method", sort=False, as_index=False).min()
 
 
-def _check_same_settings(path: pathlib.Path, settings: Settings) -> None:
-    """Units of different settings must not be mixed."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if not path.exists():
-        write_whole(path, json.dumps(wanted, indent=1))
-    elif json.loads(path.read_text()) != wanted:
-        raise ValueError(
-            f"{path}: holds other settings; expected {wanted}; choose another --output"
-        )
-
-
 def _override(part: Any, arguments: argparse.Namespace) -> Any:
     """The dataclass with the fields that the command line gives."""
     given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(part)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return dataclasses.replace(part, **{name: v for name, v in given.items() if v is not None})
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v}
+    return dataclasses.replace(part, **given)
+
+
+def report(output: pathlib.Path) -> None:
+    """Write ``results.csv``, ``table.md`` and the figures beside ``units/``, of what is done.
+
+    Raises:
+      ValueError: if no unit is done.
+    """
+    files = sorted((output / UNITS).glob("*-*.json"))
+    rows = pd.DataFrame([row for file in files for row in json.loads(file.read_text())])
+    if rows.empty:
+        raise ValueError(f"{output}: no unit of the comparison is done yet")
+    for name, order in (("problem", list(problems())), ("method", _METHODS.index)):
+        rows[name] = pd.Categorical(rows[name], order, ordered=True)
+    rows = rows.sort_values(["problem", "method", "beta", "seed"])
+    write_whole(output / "results.csv", rows.to_csv(index=False, float_format="%.6g"))
+    rows = rows.reindex(columns=rows.columns.union(["log_ratio_std", *_LOG_Q_ERRORS]))
+    text = _TEXT.format(
+        seeds=rows["seed"].nunique(),
+        summary=_summary(rows),
+        likelihood=_likelihoods(rows),
+        cost=_cost(output / "cost.json"),
+        problems="\n\n".join(_every_problem(rows, *each) for each in _DISTANCES.items()),
+        goals=_goals(rows),
+    )
+    write_whole(output / "table.md", text)
+    _draw_ratios(output / "ratios.png", rows)
+    for name, here in rows.groupby("problem", observed=True):
+        if problems()[name].dim == 2:
+            _draw_samples(output, problems()[name], here)
+    print(f"wrote {output}/results.csv, {output}/table.md and the figures ({len(files)} units)")
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A row for each method; columns that are numbers are guidance scales."""
+    table = table.rename(columns=lambda name: name if isinstance(name, str) else _scale(name))
+    table.index = pd.Index([_METHODS["label"].get(m, m) for m in table.index], name="guidance")
+    return table.fillna("").to_markdown(disable_numparse=True)
+
+
+def _scale(beta: float) -> str:
+    return f"beta = {beta:g}"
+
+
+def _cells(rows: pd.DataFrame, column: str, form: Callable[..., str]) -> pd.DataFrame:
+    """``form(mean, low, high)`` over seeds of the mean over problems: methods by scales."""
+    seeds = rows.groupby(["method", "beta", "seed"], observed=True)[column].mean()
+    cells = seeds.groupby(["method", "beta"], observed=True)
+    return cells.apply(lambda values: form(*mean_and_interval(values))).unstack("beta")
+
+
+def _summary(rows: pd.DataFrame) -> str:
+    cells = _cells(rows, "sliced_w2_ratio", "{:.2f} ({:.2f} to {:.2f})".format)
+    return _markdown(_METHODS.drop(columns="label").join(cells, how="inner"))
+
+
+def _likelihoods(rows: pd.DataFrame) -> str:
+    known = rows.dropna(subset="log_ratio_std")
+    methods = known.groupby("method", observed=True)
+    scales = known[known["beta"] > 0].groupby(["method", "beta"], observed=True)
+    medians = scales["log_ratio_std"].median().unstack("beta")
+    errors = methods[list(_LOG_Q_ERRORS)].median().rename(columns=_LOG_Q_ERRORS)
+    table = errors.join(medians)[[*medians, *errors]]
+    return _markdown(table.map("{:.3f}".format, na_action="ignore"))
+
+
+def _cost(file: pathlib.Path) -> str:
+    if not file.exists():
+        return ""
+    cost = pd.read_json(file).set_index("method")
+    seconds = cost[["train_seconds", "sample_seconds"]]
+    times = (seconds / seconds.loc["ed"]).map("{:.2f}".format)
+    table = cost[["parameters", "auxiliary_parameters"]].astype(str).join(times)
+    table.columns = ["parameters", "auxiliary", "training time", "sampling time"]
+    return f"{_COST}{_markdown(table)}\n\n"
+
+
+def _every_problem(rows: pd.DataFrame, distance: str, label: str) -> str:
+    heading = f"{label}, ratio to its floor (half width of the 95% interval over seeds)"
+    parts = [f"## Every problem: {heading}"]
+    for name, here in rows.groupby("problem", observed=True):
+        cells = _cells(here, f"{distance}_ratio", lambda m, _, high: f"{m:.2f} ± {high - m:.2f}")
+        ess = here.groupby("beta")["batch_ess"].mean().map("{:.0f}".format)
+        cells.index = cells.index.astype(str)
+        cells.loc["ESS of a batch"] = ess
+        parts += [f"**{name}**", _markdown(cells)]
+    return "\n\n".join(parts)
+
+
+def _goals(rows: pd.DataFrame) -> str:
+    """Which cells of the exact fields and of the energy-weighted methods are beyond the goals."""
+    cells = rows.groupby(["method", "problem", "beta"], observed=True)
+    cells = cells[["sliced_w2_ratio", "batch_ess"]].mean().reset_index()
+    exact = cells["method"].isin(_EXACT)
+    learned = cells["method"].isin(_WEIGHTED)
+    learned &= (cells["beta"] <= 10) | (cells["batch_ess"] > _LEAST_ESS)
+    reached = cells["sliced_w2_ratio"] <= np.where(exact, _GOAL_EXACT, _GOAL_LEARNED)
+    missed = [
+        f"- {_METHODS['label'][c.method]}, {c.problem}, {_scale(c.beta)}: {c.sliced_w2_ratio:.2f}"
+        for c in cells[(exact | learned) & ~reached].itertuples()
+    ]
+    return (
+        f"Exact fields at most {_GOAL_EXACT} x the floor: {reached[exact].sum()} of {exact.sum()} "
+        f"cells. Energy-weighted methods at most {_GOAL_LEARNED} x the floor (beta <= 10, and "
+        f"beta = 20 where the effective sample size of a batch is over {_LEAST_ESS:.0f}): "
+        f"{reached[learned].sum()} of {learned.sum()} cells.\n\nMissed:\n\n"
+    ) + "\n".join(missed or ["- none"])
+
+
+def _draw_ratios(path: pathlib.Path, rows: pd.DataFrame) -> None:
+    """The ratio against beta, mean and range over seeds: a panel for each problem."""
+    betas, of_problem = sorted(rows["beta"].unique()), rows.groupby("problem", observed=True)
+    shape = len(of_problem), 3, (4, 2.6), 0.8
+    with figures.panels(path, *shape, sharex=True, sharey=True) as (figure, panels):
+        for axes, (name, here) in zip(panels, of_problem, strict=True):
+            for method, line in here.groupby("method", observed=True):
+                ratio = line.groupby("beta")["sliced_w2_ratio"].agg(["mean", "min", "max"])
+                style = {"color": figures.METHODS[method], "label": _METHODS["label"][method]}
+                style["linestyle"] = "--" if method.startswith("exact") else "-"
+                figures.banded(axes, ratio.index, *ratio.to_numpy().T, **style, markersize=3)
+            axes.axhline(1.0, color="black", linewidth=0.8)
+            axes.axhline(_GOAL_LEARNED, color="black", linewidth=0.8, linestyle=":")
+            axes.set(title=name, yscale="log")
+            axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+            axes.minorticks_off()
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        figure.supxlabel("guidance scale beta")
+        figure.supylabel("sliced Wasserstein-2 / noise floor")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+
+
+def _draw_samples(output: pathlib.Path, problem: Problem, rows: pd.DataFrame) -> None:
+    """Samples of seed 0: a column for the truth and each method, a row for each guidance scale."""
+    betas = sorted(rows["beta"].unique())
+    methods = [m for m in rows["method"].unique() if m not in ("exact_cosine", "exact_vp")]
+    samples: dict[str, np.ndarray] = {}
+    for file in sorted((output / UNITS).glob(f"{problem.name}-*-0.npz")):
+        samples |= results.read_arrays(file)
+    limit = float(np.abs(problem.target(jax.random.key(1), 2000, 0.0)).max()) * 1.1
+    window = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [], "yticks": []}
+    size = 1.5 * (1 + len(methods)), 1.5 * len(betas) + 0.4
+    with figures.drawn(output / f"samples_{problem.name}.png", *size) as figure:
+        panels = figure.subplots(len(betas), 1 + len(methods), squeeze=False)
+        for row, beta in zip(panels, betas, strict=True):
+            samples[f"truth/{beta:g}"] = np.asarray(problem.target(jax.random.key(0), 2000, beta))
+            for axes, method in zip(row, ["truth", *methods], strict=True):
+                points = samples.get(f"{method}/{beta:g}", np.zeros((0, 2)))
+                axes.plot(*points.T, ",", color=figures.COLORS["blue"], alpha=0.6)
+                axes.set(**window, aspect="equal", title=method if beta == betas[0] else "")
+            row[0].set_ylabel(_scale(beta))
 
 
 def main() -> None:
     """Parse the command line, run what is left to do, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.make_parser(__doc__)
     parser.add_argument("--output", type=pathlib.Path, help="by default runs/guidance[-smoke]")
     parser.add_argument("--smoke", action="store_true", help="one problem, tiny networks")
     parser.add_argument("--problems", nargs="+", choices=list(problems()), metavar="NAME")
@@ -291,8 +458,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--hidden_dims", nargs="+", type=int)
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--num_steps", type=int, help="training steps of every network")
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th unit from the I-th")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
     settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
@@ -302,15 +467,12 @@ def main() -> None:
     names = arguments.problems or (SMOKE_PROBLEMS if arguments.smoke else list(problems()))
     folder = "guidance-smoke" if arguments.smoke else "guidance"
     output = arguments.output or pathlib.Path("runs", folder)
-    match = re.fullmatch(r"(\d+)/(\d+)", arguments.shard)
-    if match is None or not int(match[1]) < int(match[2]):
-        parser.error(f"--shard: expected I/N with I < N, as 0/2; got {arguments.shard!r}")
     if 0 not in settings.betas:
         parser.error("--betas: expected 0, the plain model, among the scales")
     try:
         if not arguments.report:
-            run(output, settings, names, families, (int(match[1]), int(match[2])))
-        guidance_report.write(output)
+            run(output, settings, names, families)
+        report(output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

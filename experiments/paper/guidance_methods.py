@@ -58,12 +58,11 @@ class Guided(struct.PyTreeNode):
 
     @property
     def score(self) -> Field:
-        """The guided score field."""
         return self.score_fn(self.params, self.beta)
 
 
-class _Task(NamedTuple):
-    """The arguments of :func:`train_family`, the same for every method."""
+class Task(NamedTuple):
+    """What one of :data:`FAMILIES` trains its methods for, at every guidance scale."""
 
     problem: Problem
     betas: Sequence[float]
@@ -71,19 +70,10 @@ class _Task(NamedTuple):
     key: Array
 
 
-def train_family(
-    family: str, problem: Problem, betas: Sequence[float], training: Training, key: Array
-) -> list[Guided]:
-    """Train every method of a family (:data:`FAMILIES`) at every guidance scale."""
-    return FAMILIES[family](_Task(problem, betas, training, key))
-
-
-def _energy_weighted(
-    method: str, path: paths.GaussianPath, task: _Task, *, diffusion: bool = False
-) -> list[Guided]:
-    """Energy-weighted flow matching (velocity), or diffusion (noise prediction)."""
+def _energy_weighted(method: str, path: paths.GaussianPath, task: Task) -> list[Guided]:
+    """Energy-weighted flow matching (velocity), or on the VP path diffusion (noise prediction)."""
     width, dtype = task.training.hidden_dims, task.training.dtype
-    network = networks.MLPField(width, input_skip=True, dtype=dtype)
+    network, diffusion = networks.MLPField(width, input_skip=True, dtype=dtype), path is VP
 
     def score_fn(params: Params, beta: Array) -> Field:
         del beta  # it is in the weights of the loss, and so in the parameters
@@ -109,11 +99,11 @@ def _energy_weighted(
     ]
 
 
-def _diffusion_family(task: _Task) -> list[Guided]:
+def _diffusion_family(task: Task) -> list[Guided]:
     """On the linear VP path: energy-weighted diffusion, CEP, classifier and classifier-free."""
-    weighted = _energy_weighted("ed", VP, task, diffusion=True)
+    found = _energy_weighted("ed", VP, task)
     # The energy-weighted model at beta = 0 is the plain one, which the guided methods start from.
-    plain = weighted[list(task.betas).index(0.0)]
+    plain = found[list(task.betas).index(0.0)]
     scalar = networks.LogRatio(task.training.hidden_dims)
 
     def scalar_fn(params: Params) -> Callable[[Array, Array], Array]:
@@ -122,9 +112,7 @@ def _diffusion_family(task: _Task) -> list[Guided]:
     def plain_score(params: Params) -> Field:
         return plain.score_fn(params, 0.0)
 
-    def contrastive_loss(
-        params: Params, key: Array, x0: Array, energy: Array, beta: Array
-    ) -> tuple:
+    def cep_loss(params: Params, key: Array, x0: Array, energy: Array, beta: Array) -> tuple:
         group = math.gcd(_CONTRAST, x0.shape[0])
         x0, energy = x0.reshape(-1, group, x0.shape[-1]), energy.reshape(-1, group)
         return losses.cep(scalar_fn(params), VP, key, x0, energy, beta)
@@ -139,11 +127,10 @@ def _diffusion_family(task: _Task) -> list[Guided]:
     def classifier(params: Params, beta: Array) -> Field:
         return guidance.classifier_guided(plain_score(params[0]), scalar_fn(params[1]), beta)
 
-    log_ratios, cep_seconds = _train(scalar, contrastive_loss, task, task.betas)
+    log_ratios, cep_seconds = _train(scalar, cep_loss, task, task.betas)
     (classifier_params,), cg_seconds = _train(scalar, classifier_loss, task, (1.0,))
     auxiliary = _size(classifier_params)
     sizes = plain.num_params + auxiliary, auxiliary
-    found = weighted
     for beta, log_ratio in zip(task.betas, log_ratios, strict=True):
         for method, score_fn, params, seconds in (
             ("cep", contrastive, log_ratio, cep_seconds),
@@ -154,7 +141,7 @@ def _diffusion_family(task: _Task) -> list[Guided]:
     return found + _classifier_free(task)
 
 
-def _classifier_free(task: _Task) -> list[Guided]:
+def _classifier_free(task: Task) -> list[Guided]:
     network = networks.MLPField(task.training.hidden_dims, input_skip=True)
 
     def score(params: Params, labels: Array) -> Field:
@@ -183,7 +170,7 @@ def _classifier_free(task: _Task) -> list[Guided]:
 def _train(
     network: networks.MLPField | networks.LogRatio,
     loss: Callable[..., tuple[Array, losses.Aux]],
-    task: _Task,
+    task: Task,
     betas: Sequence[float],
     *condition: Array,
 ) -> tuple[list[Params], float]:
@@ -228,11 +215,7 @@ def oracles(
     """Exact guided fields on all paths, and classifier guidance with an exact classifier (eq. 4.6).
 
     In closed form for a mixture; otherwise on ``num_data`` points, which are then the whole
-    distribution.
-
-    Returns:
-      The methods at every scale, and exact draws ``(key, num, beta) -> [num, d]`` of what they
-      should give.
+    distribution.  With exact draws ``(key, num, beta) -> [num, d]`` of what they should give.
     """
     if problem.mixture is not None:
         mixture, energy, target = problem.mixture, problem.energy, problem.target
@@ -256,16 +239,15 @@ def oracles(
         def target(key: Array, num: int, beta: float) -> Array:
             return data[jax.random.categorical(key, -beta * energies, shape=(num,))]
 
-    fields = {
-        f"exact_{name}": (path, functools.partial(exact_score, path))
-        for name, path in PATHS.items()
-    }
-    fields["exact_cg"] = (VP, classifier_score)
-    found = [Guided(name, beta, *field, ()) for name, field in fields.items() for beta in betas]
+    fields = [
+        (f"exact_{n}", path, functools.partial(exact_score, path)) for n, path in PATHS.items()
+    ]
+    fields.append(("exact_cg", VP, classifier_score))
+    found = [Guided(name, beta, *field, ()) for name, *field in fields for beta in betas]
     return found, target
 
 
-FAMILIES: dict[str, Callable[[_Task], list[Guided]]] = {
+FAMILIES: dict[str, Callable[[Task], list[Guided]]] = {
     "ot": functools.partial(_energy_weighted, "efm_ot", OT),
     "cosine": functools.partial(_energy_weighted, "efm_cosine", COSINE),
     "vp": _diffusion_family,

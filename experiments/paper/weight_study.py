@@ -1,19 +1,16 @@
 """What reviewers asked about the energy weights, measured: a table and a figure per question.
 
-gradient: bias and variance of the CEFM gradient under the batch's softmax and the dataset's
-  normalizer.
-ess: effective sample size against beta, on every problem of ``experiments.paper.toy2d``.
-fraction: the effective sample size that ``beta_for_ess`` aims at, on fresh data and from batch to
-  batch.
-noise: energies with an error, as of an imperfect critic: independent noise and a smooth error.
-data: the same on a finite dataset whose energies were computed once.
+gradient  bias and variance of the CEFM gradient: the batch's softmax and the dataset's normalizer
+ess       effective sample size against beta, on every problem of ``experiments.paper.toy2d``
+fraction  what ``beta_for_ess`` aims at, on fresh data and from batch to batch
+noise     energies with an error, as of an imperfect critic: independent noise and a smooth error
+data      the same on a finite dataset whose energies were computed once
 
     python -m experiments.paper.weight_study [--smoke] [--output=runs/weight_study] [--seed=0]
 
 Nothing is trained but the behavior model of the first, the point at which gradients are taken.
 """
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -26,12 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from efm_jax import losses, paths
 from efm_jax.distances import sliced_wasserstein
+from efm_jax.files import write_whole
 from efm_jax.types import Array
 from efm_jax.weights import beta_for_ess, effective_sample_size, energy_weights, log_normalizer
-from experiments.paper import toy2d, weight_figures
+from experiments import figures
+from experiments.figures import REFERENCE
+from experiments.paper import toy2d
+from experiments.results import make_parser
 
 PROBLEMS = toy2d.problems()
 SWISS_ROLL = PROBLEMS["swiss_roll"]
@@ -40,6 +44,10 @@ GRADIENT_BETAS, NOISE_BETAS, DATA_BETAS = (1.0, 5.0, 20.0), (1.0, 5.0, 10.0, 20.
 KINDS = (("independent",), ("smooth",))
 FLOORS = 32  # pairs of exact samples
 SIGMAS = (0.0, 0.03, 0.1, 0.3, 1.0)
+_HOLLOW = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "linestyle": ""}
+_GRAY = "#555555"  # of entries of the legend that hold for all colors
+_KINDS = {"independent": "independent noise", "smooth": "smooth error"}
+_WEIGHTS = {"softmax": "softmax of the batch", "dataset": "normalizer of the dataset"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +67,10 @@ class Settings:
 
 
 SMOKE = Settings(
-    block=2**13,
-    blocks=16,
-    batch_sizes=(16, 64),
-    fitted_from=16,
-    problems=("checkerboard", "mixture_8d"),
-    ess_sizes=(2**6, 2**13),
-    noise_problems=("swiss_roll",),
-    data_sizes=(2**10, 2**14),
-    samples=256,
-    draws=4,
-)
+    block=2**13, blocks=16, batch_sizes=(16, 64), fitted_from=16, ess_sizes=(2**6, 2**13),
+    problems=("checkerboard", "mixture_8d"), noise_problems=("swiss_roll",),
+    data_sizes=(2**10, 2**14), samples=256, draws=4,
+)  # fmt: skip
 
 
 def _table(**columns: Any) -> pd.DataFrame:
@@ -115,9 +116,8 @@ def _behavior_model(key: Array, num_steps: int = 500) -> Array:
         return (params + updates, state), None
 
     keys = jax.random.split(train_key, num_steps)
-    return jax.jit(lambda *carry: jax.lax.scan(step, carry, keys)[0][0])(
-        start, optimizer.init(start)
-    )
+    train = jax.jit(lambda *carry: jax.lax.scan(step, carry, keys)[0][0])
+    return train(start, optimizer.init(start))
 
 
 def gradient_study(key: Array, settings: Settings) -> pd.DataFrame:
@@ -170,17 +170,12 @@ def gradient_study(key: Array, settings: Settings) -> pd.DataFrame:
     noise[1] += error_of_z[:, None] * norm**2
     square = (means.mean(0) ** 2).sum(2)
     return _table(
-        problem=SWISS_ROLL.name,
-        beta=betas[:, None],
-        weights=[[["softmax"]], [["dataset"]]],
-        batch_size=settings.batch_sizes,
-        ess_fraction=ess.mean(0)[:, None] / settings.block,
+        problem=SWISS_ROLL.name, beta=betas[:, None], weights=[[["softmax"]], [["dataset"]]],
+        batch_size=settings.batch_sizes, ess_fraction=ess.mean(0)[:, None] / settings.block,
         # The squared norm of a noisy mean is too large by the noise's own variance.
-        bias=np.sqrt(np.maximum(square - noise, 0)) / norm,
-        bias_noise=np.sqrt(noise) / norm,
-        resolved=(square > 9 * noise).astype(int),
-        rms_error=np.sqrt(squares.mean(0)) / norm,
-    )
+        bias=np.sqrt(np.maximum(square - noise, 0)) / norm, bias_noise=np.sqrt(noise) / norm,
+        resolved=(square > 9 * noise).astype(int), rms_error=np.sqrt(squares.mean(0)) / norm,
+    )  # fmt: skip
 
 
 def fitted_slope(rows: pd.DataFrame, beta: float, column: str, smallest: int) -> float:
@@ -250,9 +245,7 @@ def smooth_error(key: Array, x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("name", "size", "num"))
-def _noisy_targets(
-    key: Array, beta: Array, sigmas: Array, *, name: str, size: int, num: int
-) -> tuple:
+def _noisy_targets(key: Array, beta: Array, sigmas: Array, name: str, size: int, num: int) -> tuple:
     """``num`` samples of the target under noisy energies of fresh data, and the weights' ESS.
 
     Two kinds of error times sigmas: ``[kinds * sigmas, num, d]``, ``[kinds * sigmas]``.
@@ -291,9 +284,8 @@ def _error_table(
         of_floor = {"floor": floors.mean(), "floor_error": floors.std(ddof=1) / FLOORS**0.5}
         for size in sizes:
             distances, ess = [], []
-            noisy = functools.partial(_noisy_targets, name=name, size=size, num=num)
             for draw, target in zip(jax.random.split(draw_key, draws), targets, strict=True):
-                found = noisy(draw, beta, np.array(SIGMAS))
+                found = _noisy_targets(draw, beta, np.array(SIGMAS), name, size, num)
                 distances += [_distance(slice_key, samples, target) for samples in found[0]]
                 ess.append(found[1])
             ratio = np.reshape(distances, shape) / floors.mean()
@@ -307,8 +299,7 @@ def _error_table(
 def noise_study(key: Array, settings: Settings) -> pd.DataFrame:
     """Errors of the energy with data that are as good as unlimited."""
     names, sizes = settings.noise_problems, settings.data_sizes[-1:]
-    keys = jax.random.split(key, len(names))
-    pairs = zip(keys, names, strict=True)
+    pairs = zip(jax.random.split(key, len(names)), names, strict=True)
     return pd.concat(_error_table(*pair, settings, NOISE_BETAS, sizes) for pair in pairs)
 
 
@@ -321,11 +312,118 @@ STUDIES = {"gradient": gradient_study, "ess": ess_study, "fraction": fraction_st
 STUDIES |= {"noise": noise_study, "data": data_study}
 
 
+def write(path: Path, table: pd.DataFrame) -> None:
+    """Write the table as CSV, and beside it the figure of what the file says."""
+    write_whole(path, table.to_csv(index=False, float_format="%.6g"))
+    rows = pd.read_csv(path)
+    draw, size, title, label = _FIGURES[path.stem]
+    with figures.drawn(path.with_suffix(".png"), *size) as figure:
+        draw(figure, rows)
+        figure.suptitle(title.format(**rows.iloc[0]))
+        handles, _ = figure.axes[-1].get_legend_handles_labels()
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
+        for axes in figure.axes:
+            figures.log_numbers(axes)
+            axes.set_xlabel(label if axes.get_subplotspec().is_last_row() else "")
+
+
+def _gradient(figure: Figure, rows: pd.DataFrame) -> None:
+    """Bias above, root-mean-square error below; a column for each beta."""
+    grid = figure.subplots(2, rows["beta"].nunique(), sharex=True, sharey="row")
+    for (above, below), (beta, of_beta) in zip(grid.T, rows.groupby("beta"), strict=True):
+        for i, (name, here) in enumerate(of_beta.groupby("weights", sort=False)):
+            size, rms = here["batch_size"], here["rms_error"]
+            seen, hidden = here[here["resolved"] == 1], here[here["resolved"] == 0]
+            above.errorbar("batch_size", "bias", "bias_noise", data=seen, color=f"C{i}", marker="o")
+            # What cannot be told from zero is an upper limit, not a point.
+            limits = hidden["batch_size"], 3 * hidden["bias_noise"]
+            above.plot(*limits, "v", color=f"C{i}", fillstyle="none")
+            below.plot(size, rms, "o-", color=f"C{i}", label=_WEIGHTS[name])
+            if name == "softmax":
+                middle = here.iloc[len(here) // 2]
+                ratio = middle["batch_size"] / size
+                above.plot(size, middle["bias"] * ratio, **REFERENCE)
+                below.plot(size, middle["rms_error"] * ratio**0.5, **REFERENCE)
+        above.set_title(f"beta = {beta:g} (ESS {of_beta['ess_fraction'].iloc[0]:.2f} of n)")
+    below.set_xscale("log", base=2)
+    grid[0, 0].set_ylabel("relative bias\n" + r"$\|E\,g_B - g\|\,/\,\|g\|$")
+    grid[1, 0].set_ylabel("relative error\n" + r"$\sqrt{E\|g_B - g\|^2}\,/\,\|g\|$")
+    below.plot([], [], "v", color=_GRAY, fillstyle="none", label="less than this (3 std errors)")
+    below.plot([], [], **REFERENCE, label="slopes -1 (above) and -1/2 (below)")
+
+
+def _ess(figure: Figure, rows: pd.DataFrame) -> None:
+    """A line for each problem; crosses are closed forms."""
+    axes = figure.subplots()
+    for i, (name, here) in enumerate(rows.groupby("problem", sort=False)):
+        axes.plot("beta", "ess_fraction", data=here, color=f"C{i}", label=name)
+        axes.plot(here["beta"], here["exact"], "x", color=f"C{i}")
+    axes.plot(here["beta"], here["uniform"], "k--", linewidth=2, label="uniform energies")
+    axes.plot([], [], "x", color=_GRAY, label="closed form")
+    axes.set(xscale="log", ylabel="effective sample size / n")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _fraction(figure: Figure, rows: pd.DataFrame) -> None:
+    """The mean and the spread over batches against their size; the largest is that of the fit."""
+    means, spreads = figure.subplots(1, 2, sharex=True)
+    rows = rows.assign(found=rows["mean"] / rows["fraction"], spread=rows["std"] / rows["mean"])
+    for asked, here in rows.groupby("fraction", sort=False):
+        for axes, name in ((means, "found"), (spreads, "spread")):
+            line = here.groupby("batch_size")[name].agg(["median", "min", "max"])
+            figures.banded(axes, line.index, *line.to_numpy().T, label=f"{asked:g} asked for")
+    means.axhline(1, **REFERENCE)
+    spreads.plot(line.index, 2 / np.sqrt(line.index), **REFERENCE, label="slope -1/2")
+    means.set(ylabel="mean fraction / asked for", title="Mean over fresh batches")
+    spreads.set(ylabel="std of the fraction / its mean", title="Spread over fresh batches")
+    means.set_xscale("log", base=2)
+
+
+def _errors(figure: Figure, rows: pd.DataFrame, panel: str, x: str, each: str) -> Axes:
+    """Distance over floor against column x: a panel for each kind of error and value of a column.
+
+    A line for each value of another.
+    """
+    panels = rows.groupby([panel, "error"], sort=False)
+    grid = figure.subplots(len(panels) // 2, 2, sharex=True, sharey=True, squeeze=False)
+    for axes, ((value, kind), of_panel) in zip(grid.flat, panels, strict=True):
+        for i, (of_each, here) in enumerate(of_panel.groupby(each)):
+            ratio, std = here["ratio"], here["ratio_std"]
+            label = f"{each} = {of_each:g}"
+            figures.banded(axes, here[x], ratio, ratio - std, ratio + std, label=label)
+            few = here[here["ess"] < here["samples"]]
+            axes.plot(few[x], few["ratio"], color=f"C{i}", **_HOLLOW)
+        axes.axhline(1, **REFERENCE)
+        axes.set_title(f"{_KINDS[kind]}, {panel} {value}")
+    axes.plot([], [], color=_GRAY, label=f"ESS below {rows['samples'].iloc[0]}", **_HOLLOW)
+    figure.supylabel("distance to the true target / distance of two samples of it")
+    return axes
+
+
+def _noise(figure: Figure, rows: pd.DataFrame) -> None:
+    axes = _errors(figure, rows, "problem", "sigma", "beta")
+    axes.set_xscale("symlog", linthresh=0.03, linscale=0.4)
+    axes.set_xticks(rows["sigma"].unique(), [f"{value:g}" for value in rows["sigma"].unique()])
+    axes.set_xticks([], minor=True)
+
+
+def _data(figure: Figure, rows: pd.DataFrame) -> None:
+    _errors(figure, rows, "beta", "data", "sigma").set_xscale("log", base=2)
+
+
+_BAND = "(band: std over draws)"
+_FIGURES = {  # drawn by, size in inches, title, x axis
+    "gradient": (_gradient, (10, 5.6), "The CEFM gradient of a batch ({problem})", "batch size B"),
+    "ess": (_ess, (8, 5), "How much of the data is left", "beta"),
+    "fraction": (_fraction, (9, 4.2), "beta_for_ess (problems: median, range)", "batch size"),
+    "noise": (_noise, (9, 7), f"Energies with an error {_BAND}", "sigma, std of the error"),
+    "data": (_data, (9, 6.5), f"Errors on finite data of {{problem}} {_BAND}", "dataset size n"),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Answer every question and write what it found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds: only shows that all works")
     parser.add_argument("--output", type=Path, default=Path("runs/weight_study"), help="folder")
     parser.add_argument("--seed", type=int, default=0)
@@ -334,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     for index, (name, study) in enumerate(STUDIES.items()):
         start, path = time.perf_counter(), arguments.output / f"{name}.csv"
         rows = study(jax.random.fold_in(jax.random.key(arguments.seed), index), settings)
-        weight_figures.write(path, rows)
+        write(path, rows)
         print(f"{path}: {len(rows)} rows in {time.perf_counter() - start:.1f} s", flush=True)
         smallest = settings.fitted_from
         for beta in GRADIENT_BETAS if name == "gradient" else ():

@@ -10,30 +10,22 @@ from typing import final
 
 import jax.numpy as jnp
 
+from efm_jax import weights as w
 from efm_jax.losses import Aux
-from efm_jax.rl.agents import AGENTS, Agent, AgentParams
-from efm_jax.rl.agents.qipo import Support, draw_support, weigh_support
-from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
+from efm_jax.rl.agents import AGENTS, Agent
+from efm_jax.rl.agents.qipo import QIPO, Support, weigh_support
+from efm_jax.rl.agents.reweighting import Reweighting
 from efm_jax.rl.batch import Batch, gather
-from efm_jax.rl.model import GenerativeModel
 from efm_jax.training.step import StepFn
 from efm_jax.types import Array, Params
-from efm_jax.weights import (
-    AxisName,
-    boltzmann_logits,
-    effective_sample_size,
-    energy_weights,
-    log_normalizer,
-    psum_if,
-)
 
 QIPO_BATCH, QIPO_DATASET, REWEIGHT_BATCH = "qipo_batch", "qipo_dataset", "reweight_batch"
 
 
-def batch_weights(log_weights: Array, axis_name: AxisName) -> Array:
+def batch_weights(log_weights: Array, axis_name: w.AxisName) -> Array:
     """Weigh by Algorithm 1: a softmax over the global batch, times its size."""
-    weights = energy_weights(-log_weights.ravel(), 1.0, axis_name=axis_name)
-    size = psum_if(jnp.asarray(weights.size, weights.dtype), axis_name)
+    weights = w.energy_weights(-log_weights.ravel(), 1.0, axis_name=axis_name)
+    size = w.psum_if(jnp.asarray(weights.size, weights.dtype), axis_name)
     return size * weights.reshape(log_weights.shape)
 
 
@@ -46,27 +38,25 @@ class PooledQIPO(Agent):
     """
 
     renews = True
+    support_set, sample = QIPO.support_set, Reweighting.sample
 
-    def step(self, phase: str, axis_name: AxisName = None, *, in_parts: bool = True) -> StepFn:
+    def step(self, phase: str, axis_name: w.AxisName = None, *, in_parts: bool = True) -> StepFn:
         # At once, because the noise of an action is drawn by its place among the batch's actions.
         return super().step(phase, axis_name, in_parts=in_parts and phase != "policy")
 
-    def support_set(self, params: AgentParams, key: Array, batch: Batch, index: Array) -> Support:
-        return draw_support(self, params.policy, params.critic, key, batch, index)
-
     def weigh(
-        self, support: Support, axis_name: AxisName
+        self, support: Support, axis_name: w.AxisName
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         _, summary = weigh_support(self.config, support, axis_name)
-        logits = boltzmann_logits(-support.q_values, summary["beta"])
+        logits = w.boltzmann_logits(-support.q_values, summary["beta"])
         logits = logits.at[..., 0].add(math.log(self.config.data_copies))
-        log_weights = logits - log_normalizer(-logits.ravel(), 1.0, axis_name=axis_name)
-        ess = effective_sample_size(jnp.exp(log_weights).ravel(), axis_name=axis_name)
-        share = ess / psum_if(jnp.asarray(logits.size, ess.dtype), axis_name)
+        log_weights = logits - w.log_normalizer(-logits.ravel(), 1.0, axis_name=axis_name)
+        ess = w.effective_sample_size(jnp.exp(log_weights).ravel(), axis_name=axis_name)
+        share = ess / w.psum_if(jnp.asarray(logits.size, ess.dtype), axis_name)
         return (support.actions, log_weights), summary | {"ess_share": share}
 
     def gather(
-        self, key: Array, table: tuple[Array, Array], index: Array, axis_name: AxisName
+        self, key: Array, table: tuple[Array, Array], index: Array, axis_name: w.AxisName
     ) -> tuple[Array, Array]:
         actions, log_weights = gather(table, index)
         if self.config.policy == QIPO_DATASET:
@@ -74,45 +64,23 @@ class PooledQIPO(Agent):
         return actions, batch_weights(log_weights, axis_name)
 
     def policy_loss(
-        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
+        self, params: Params, key: Array, batch: Batch, axis_name: w.AxisName
     ) -> tuple[Array, Aux]:
         actions, weights = batch.support
         states = jnp.repeat(batch.observations, weights.shape[1], axis=0)
         actions, weights = actions.reshape(-1, self.action_size), weights.ravel()
         return self.model.loss(params, key, states, actions, weights=weights, axis_name=axis_name)
 
-    def sample(
-        self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
-    ) -> Array:
-        return model.sample(params.policy, observations, noise)
-
 
 @final
 class BatchReweighting(Agent):
     """One-step reweighting with Algorithm 1's weights: a softmax over the batch's data actions."""
 
-    def support_set(self, params: AgentParams, key: Array, batch: Batch, index: Array) -> Array:
-        return advantages(self, params, key, batch, index)
+    support_set, weigh = Reweighting.support_set, Reweighting.weigh
+    policy_loss, sample = Reweighting.policy_loss, Reweighting.sample
 
-    def weigh(self, support: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
-        return weigh_advantages(support, self.config.beta, axis_name)
-
-    def gather(self, key: Array, table: Array, index: Array, axis_name: AxisName) -> Array:
+    def gather(self, key: Array, table: Array, index: Array, axis_name: w.AxisName) -> Array:
         return batch_weights(jnp.log(table[index]), axis_name)
-
-    def policy_loss(
-        self, params: Params, key: Array, batch: Batch, axis_name: AxisName
-    ) -> tuple[Array, Aux]:
-        states, actions, weights = batch.observations, batch.actions, batch.support
-        loss, _ = self.model.loss(
-            params, key, states, actions, weights=weights, axis_name=axis_name
-        )
-        return loss, {}  # a batch's effective sample size is no mean over its parts
-
-    def sample(
-        self, model: GenerativeModel, params: AgentParams, observations: Array, noise: Array
-    ) -> Array:
-        return model.sample(params.policy, observations, noise)
 
 
 AGENTS[QIPO_BATCH] = AGENTS[QIPO_DATASET] = PooledQIPO

@@ -7,16 +7,13 @@
 After l renewals the policy should be ``mu exp((l + 1) beta Q) / Z(s)`` (Zhang et al. 2025, eq.
 5.4).  Flows have exact likelihoods, so at the end of every period ``log pi_l(a|s) - log mu(a|s)``
 is regressed on ``Q(s, a)`` within states; the median of the states' slopes stands beside (l + 1)
-beta (one slope for all states, in the files too, is that of the few states whose Q-values have a
-cliff).
+beta (one slope for all states is that of the few whose Q-values have a cliff).
 
-Actions are drawn from mu and from pi_l, half each: mu alone has few where pi_l has its mass and is
-judged by its tails, pi_l alone the reverse, and both together spread the Q-values most.  Slopes
-over each half are reported too; where the law holds all three agree.  The sampler clips to [-1, 1]
-and a flow's density is on all of R^A, but clipping leaves the density inside as it is: actions are
-drawn without clipping, by the solver of the likelihoods, and those outside, or within ``MARGIN`` of
-a bound, are left out (the next period is trained on clipped actions, and its flow smears what lies
-on the bound).
+Actions are drawn from mu and from pi_l, half each, because each alone has few where the other has
+its mass; where the law holds the slopes over both and over each half agree.  The sampler clips to
+[-1, 1] and a flow's density is on all of R^A: actions are drawn without clipping, which leaves the
+density inside as it is, and those outside, or within ``MARGIN`` of a bound, are left out (the next
+period is trained on clipped actions, and its flow smears what lies on the bound).
 
 ``reference``, for one-dimensional actions, is the slope of the algorithm itself with perfect
 models, at the same actions (:func:`guidance_scale_regression.reference_log_ratios`): what it is
@@ -39,8 +36,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from efm_jax import sampling
+from efm_jax.files import write_whole
 from efm_jax.losses import Aux
 from efm_jax.rl.agents import Agent, AgentParams
 from efm_jax.rl.batch import Batch
@@ -49,18 +48,9 @@ from efm_jax.rl.critics import CRITICS, Critic
 from efm_jax.rl.trainer import Trainer
 from efm_jax.types import Array, Params, Transitions
 from efm_jax.weights import AxisName
-from experiments.rl import guidance_scale_report
+from experiments import figures, results
 from experiments.rl.guidance_scale_regression import reference_log_ratios, within_regression
-from experiments.rl.study import (
-    Problem,
-    Progress,
-    Study,
-    append_rows,
-    make_parser,
-    parse_datasets,
-    parse_names,
-    read_rows,
-)
+from experiments.rl.study import Problem, Progress, Study, make_parser, parse_datasets
 
 MARGIN = 0.05
 REFERENCE_STATES = 64
@@ -68,6 +58,10 @@ REFERENCE_STATES = 64
 _SPACING, _REACH = 0.02, 3.0
 _GRID = np.linspace(-1, 1, round(2 / _SPACING) + 1)  # from bound to bound
 _CURVATURE, _STD, _ROWS = 5.0, 0.3, 4096
+
+_MEASURES = {"mu": "over mu", "pi": "over pi", "reference": "reference"}
+_MEASURES |= {"reference pi": "its over pi"}
+_NUMBERS = {"r2": "{:.2f}", "pooled": "{:.3g}", "kept": "{:.2f}"}
 
 # Fields that an arm changes.
 ARMS: dict[str, Callable[[QIPOConfig], dict[str, Any]]] = {
@@ -156,10 +150,8 @@ def make_measure(agent: Agent, settings: Settings) -> Callable[..., tuple[Array,
             field = agent.model.field(model, states)
             drawn.append(sampling.sample(field, start, solver="rk4", num_steps=settings.steps))
         actions = jnp.concatenate(drawn, axis=1)
-        log_pi, log_mu = (
-            log_density(agent, model, states, actions, settings.steps)
-            for model in (params.policy, params.behavior)
-        )
+        at = states, actions, settings.steps
+        log_pi, log_mu = (log_density(agent, p, *at) for p in (params.policy, params.behavior))
         q_values = agent.critic.q_values(params.critic, states, actions)
         return actions, q_values, log_pi - log_mu
 
@@ -207,30 +199,25 @@ def slopes_of(
     noise = rng.standard_normal(shape, np.float32)
     of_pi = np.arange(2 * settings.actions) >= settings.actions
     measure, on_grid = make_measure(agent, settings), make_grid(agent, settings)
-    rows: list[dict[str, Any]] = []
-    points: dict[str, np.ndarray] = {}
+    rows, points = [], {}
     for seed, betas in enumerate(np.array(hooks.betas).T):
         of_seed = [jax.tree.map(lambda leaf: leaf[seed], params) for params in hooks.params]  # noqa: B023
         if agent.action_size == 1:
             grid = map(np.asarray, on_grid(of_seed[0], observations[:REFERENCE_STATES]))
-            reference = reference_log_ratios(
-                *grid, betas, config.support_size, config.data_copies, settings.draws
-            )
+            sizes = config.support_size, config.data_copies, settings.draws
+            reference = reference_log_ratios(*grid, betas, *sizes)
         for period, params in enumerate(of_seed):
             actions, q, log_ratios = map(np.asarray, measure(params, observations, noise))
             keep = (np.abs(actions) <= 1 - MARGIN).all(-1) & np.isfinite(log_ratios)
             # Independent kinds of evidence for one number: see the module's docstring.
-            slopes = {
-                "both": within_regression(log_ratios, q, keep),
-                "mu": within_regression(log_ratios, q, keep & ~of_pi),
-                "pi": within_regression(log_ratios, q, keep & of_pi),
-            }
+            used = {"both": keep, "mu": keep & ~of_pi, "pi": keep & of_pi}
+            slopes = {m: within_regression(log_ratios, q, kept) for m, kept in used.items()}
             if agent.action_size == 1:
                 at = zip(actions[..., 0], reference[period], strict=False)
                 exact = np.stack([np.interp(state, _GRID, values) for state, values in at])
                 some = slice(len(exact))
-                slopes["reference"] = within_regression(exact, q[some], keep[some])
-                slopes["reference pi"] = within_regression(exact, q[some], (keep & of_pi)[some])
+                for m, kept in (("reference", keep), ("reference pi", used["pi"])):
+                    slopes[m] = within_regression(exact, q[some], kept[some])
             key = {"seed": seed, "renewals": period, "total_beta": betas[: period + 1].sum()}
             rows += [key | {"measure": m} | slope._asdict() for m, slope in slopes.items()]
             if seed == 0:
@@ -239,12 +226,12 @@ def slopes_of(
 
 
 def run(
-    study: Study, problem: Problem, arms: list[str], settings: Settings, table: pathlib.Path
+    study: Study, problem: Problem, arms: list[str], settings: Settings, path: pathlib.Path
 ) -> None:
-    """Run every arm of one problem that is not in the table yet."""
+    """Run every arm of one problem that is not in slopes.csv yet."""
     for arm in arms:
-        rows = read_rows(table, ["problem", "arm"])
-        if ((rows["problem"] == problem.name) & (rows["arm"] == arm)).any():
+        rows = results.read_rows(path, ["problem", "arm"])
+        if len(rows.query("problem == @problem.name and arm == @arm")):
             continue
         started = time.perf_counter()
         config = dataclasses.replace(problem.config, **ARMS[arm](problem.config)).validate()
@@ -252,11 +239,10 @@ def run(
         stages = study.trained(problem, problem.config, hooks)
         hooks.on_evaluate(config.policy_steps, study.improve(trainer, stages, hooks))
         rows, points = slopes_of(problem, trainer, hooks, settings)
-        file = guidance_scale_report.points_file(study.out, problem.name, arm)
-        np.savez_compressed(file, **points)
+        results.write_arrays(points_file(study.out, problem.name, arm), points)
         rows.insert(0, "problem", problem.name)
         rows.insert(1, "arm", arm)
-        append_rows(table, rows)
+        results.append_rows(path, rows)
         for row in rows.query("seed == 0 and measure in ('both', 'reference')").itertuples():
             hooks.say(
                 f"l = {row.renewals}, (l + 1) beta = {row.total_beta:.3g}, {row.measure}: "
@@ -266,35 +252,130 @@ def run(
         hooks.say(f"{time.perf_counter() - started:.0f} s")
 
 
+def points_file(out: pathlib.Path, problem: str, arm: str) -> pathlib.Path:
+    """Name the file of the points of seed 0 at the end of an arm."""
+    return out / f"points-{problem}-{arm.replace(' ', '').replace('/', 'over')}.npz"
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Summarize seeds: means for each problem, arm, renewal and measure.
+
+    ``least`` and ``most`` are the range of slopes over seeds, or where there is one seed the
+    bootstrap interval over states; ``low`` and ``high`` the ends of all intervals.
+    """
+    seeds = rows.groupby(["problem", "arm", "renewals", "measure"], sort=False)
+    low, high, several = seeds["low"].min(), seeds["high"].max(), seeds.size() > 1
+    least = seeds["slope"].min().where(several, low)
+    most = seeds["slope"].max().where(several, high)
+    return seeds.mean().assign(low=low, high=high, least=least, most=most)
+
+
+def table(found: pd.DataFrame) -> str:
+    """Lay out a row for each problem, arm and renewal: slopes of every measure."""
+    both = found.xs("both", level="measure")
+    cells = both[["total_beta"]].map("{:.3g}".format).set_axis(["(l + 1) beta"], axis=1)
+    ends = zip(both["slope"], both["least"], both["most"], strict=True)
+    cells["slope"] = ["{:.3g} [{:.3g}, {:.3g}]".format(*each) for each in ends]
+    for measure, name in _MEASURES.items():
+        slopes = found.loc[found.index.get_level_values("measure") == measure, "slope"]
+        cells[name] = slopes.droplevel("measure").map("{:.3g}".format)
+    for column, form in _NUMBERS.items():
+        cells[{"r2": "R2"}.get(column, column)] = both[column].map(form.format)
+    cells = cells.fillna("").reset_index().rename(columns={"renewals": "l"})
+    return cells.to_markdown(index=False, disable_numparse=True)
+
+
+def _plot_slopes(axes: Axes, found: pd.DataFrame) -> None:
+    furthest = found["total_beta"].max()
+    slopes = found[found.index.isin(["both", "reference"], level="measure")]
+    for arm, here in slopes.groupby("arm", sort=False):
+        both = here.xs("both", level="measure")
+        line = both["total_beta"], both["slope"], both["low"], both["high"]
+        figures.banded(axes, *line, label=arm)
+        reference = here[here.index.get_level_values("measure") == "reference"]
+        color = axes.lines[-1].get_color()
+        axes.plot(reference["total_beta"], reference["slope"], "--", color=color, linewidth=1)
+    axes.plot([0, furthest], [0, furthest], color="black", linewidth=0.8, label="(l + 1) beta")
+    axes.plot([], [], "--", color="gray", linewidth=1, label="reference: perfect models")
+    axes.set_ylim(0, 1.1 * slopes["high"].max())  # the law may leave the figure
+    axes.set(xlabel="(l + 1) beta", ylabel="median slope of log pi - log mu on Q")
+    axes.legend()
+
+
+def _plot_points(axes: Axes, last: pd.Series, file: pathlib.Path) -> None:
+    """Draw the points of seed 0 at the end, each less its state's mean; ``last`` is its row."""
+    points = results.read_arrays(file)
+    keep, of_pi = points["keep"], points["of_pi"]
+    used = [np.ma.masked_array(points[name], ~keep) for name in ("q", "log_ratio")]
+    x, y = ((v - v.mean(axis=1, keepdims=True)).data for v in used)
+    for name, chosen, color in (("mu", keep & ~of_pi, "gray"), ("pi", keep & of_pi, "blue")):
+        style = {"markersize": 2, "alpha": 0.4, "color": figures.COLORS[color]}
+        axes.plot(x[chosen], y[chosen], ".", label=f"actions of {name}", **style)
+    ends = np.quantile(x[keep], [0.02, 0.98])  # a few states reach far beyond
+    label = f"median slope {last['slope']:.3g}"
+    axes.plot(ends, last["slope"] * ends, color=figures.COLORS["red"], label=label)
+    label = f"(l + 1) beta = {last['total_beta']:.3g}"
+    axes.plot(ends, last["total_beta"] * ends, color="black", linewidth=0.8, label=label)
+    axes.set(xlabel="Q less its mean in the state", ylabel="log pi - log mu, likewise")
+    axes.set(xlim=ends, ylim=np.quantile(y[keep], [0.02, 0.98]) + np.array([-1, 1]))
+    axes.legend(markerscale=4)
+
+
+def report(rows: pd.DataFrame, out: pathlib.Path) -> None:
+    """Write table.md and guidance_scale.png of what is finished."""
+    if rows.empty:
+        print("no arm is finished yet")
+        return
+    found = curves(rows)
+    text = "Slopes: medians over states, means over seeds; brackets: range over seeds, of one 95%."
+    text += f"\n\n{table(found)}\n"
+    write_whole(out / "table.md", text)
+    first = rows.query("seed == 0 and measure == 'both'").groupby("problem", sort=False)
+    with figures.drawn(out / "guidance_scale.png", 14, 4.2 * len(first)) as figure:
+        panels = figure.subplots(len(first), 3, squeeze=False)
+        for (left, middle, right), (problem, seed0) in zip(panels, first, strict=True):
+            here, arm = found.loc[[problem]], seed0["arm"].iloc[0]
+            _plot_slopes(left, here)
+            for _, line in here.xs("both", level="measure").groupby("arm", sort=False):
+                middle.plot(line["total_beta"], line["r2"], "o-")
+            file = points_file(out, problem, arm)
+            if file.exists():
+                _plot_points(right, seed0[seed0["arm"] == arm].iloc[-1], file)
+            else:  # slopes.csv was copied alone
+                right.set_axis_off()
+            left.set_title(problem)
+            middle.set(xlabel="(l + 1) beta", ylabel="median R2 within states", ylim=(-0.02, 1.02))
+            middle.set_title(f"{problem}: fit")
+            right.set_title(f"{problem}: {arm}, seed 0, at the end")
+    print(text, end="")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing, then the table and the figure."""
     parser = make_parser(__doc__, "runs/guidance_scale")
-    parser.add_argument(
-        "--problems", default="bandit,pendulum", help="bandit, pendulum, NAME=ID_OR_FILE"
-    )
+    known = "bandit, pendulum, NAME=ID_OR_FILE"
+    parser.add_argument("--problems", default="bandit,pendulum", help=known)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--periods", type=int, default=6, help="l + 1 of the last policy")
     args = parser.parse_args(argv)
-    arms = parse_names(parser, "--arms", args.arms, ARMS)
+    arms = results.parse_names(parser, "--arms", args.arms, ARMS)
     settings = Settings(states=32, actions=4, steps=4, draws=100) if args.smoke else Settings()
-    study, table = Study.from_args(args), args.out / "slopes.csv"
+    study, path = Study.from_args(args), args.out / "slopes.csv"
     problems = {} if args.report else parse_datasets(args.problems)
     for name, source in problems.items():
         try:
-            known = name == "bandit"
-            problem = bandit(study.changes) if known else study.load(name, source)
+            is_bandit = name == "bandit"
+            problem = bandit(study.changes) if is_bandit else study.load(name, source)
         except ValueError as error:
             parser.error(f"--problems: {error}")
         config = problem.config
         if config.path != "ot":
-            parser.error(
-                f"--problems: expected a preset with path 'ot'; that of {name} is {config.path!r}"
-            )
+            parser.error(f"--problems: {name}: expected a preset of path 'ot'; got {config.path!r}")
         # An evaluation at the end of every period hands its parameters over.
         every = config.renew_every
         config = dataclasses.replace(config, policy_steps=args.periods * every, eval_every=every)
-        run(study, problem._replace(config=config.validate()), arms, settings, table)
-    guidance_scale_report.write(read_rows(table, []), args.out)
+        run(study, problem._replace(config=config.validate()), arms, settings, path)
+    report(results.read_rows(path, []), args.out)
     return 0
 
 

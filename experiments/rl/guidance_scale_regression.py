@@ -37,17 +37,9 @@ def within_regression(
     Q-values (each counts with its variance of Q), the median that of a typical state.  Leaving out
     actions by where they are (``keep``) is such a choice and no selection on the result.
 
-    Args:
-      log_ratios: ``[n, m]``, of m actions at n states.
-      q_values: ``[n, m]``.
-      keep: ``[n, m]``, which actions to use; a state counts if it has four of them, not all of one
-        Q-value.
-      resamples: bootstrap samples; whole states are drawn, as the actions of one share its
-        intercept.
-      seed: of the bootstrap.
-
-    Returns:
-      NaN but for ``kept`` where no state counts.
+    All are ``[n, m]``, of m actions at n states.  A state counts if ``keep`` leaves it four
+    actions, not all of one Q-value; where none does all but ``kept`` is NaN.  The bootstrap draws
+    whole states, as the actions of one share its intercept.
     """
     keep = np.asarray(keep, bool)
     used = keep & (keep.sum(1, keepdims=True) >= _MIN_ACTIONS)
@@ -98,17 +90,8 @@ def reference_log_ratios(
     Q) / Z`` (Zhang et al. 2025, eq. 5.4); as a weight is at most 1, ``pi' <= mu + M pi``: with M
     actions a period cannot tilt further than that.
 
-    Args:
-      masses: ``[n, K]``, mu at n states; each row sums to 1.
-      q_values: ``[n, K]``.
-      betas: ``[L]``, of each period.
-      support_size: M.
-      data_copies: c.
-      draws: support sets per state and period.
-      seed: of the support sets.
-
-    Returns:
-      ``[L, n, K]``, after each period.
+    From ``masses [n, K]`` of mu at n states, ``q_values [n, K]`` and ``betas [L]`` of each period
+    to ``[L, n, K]``, after each period.
     """
     rng, c, size = np.random.default_rng(seed), float(data_copies), int(support_size)
     found = np.empty((len(betas), *masses.shape))

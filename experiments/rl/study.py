@@ -7,13 +7,9 @@ in returns.csv is not computed again.
 
 import argparse
 import dataclasses
-import fcntl
 import importlib
-import os
 import pathlib
-import pickle
 import time
-from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +24,7 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.trainer import Hooks, Trainer
 from efm_jax.runs.evaluation import episode_seeds
 from efm_jax.types import Dataset, Normalizer, Transitions
+from experiments import results
 
 # Beginning of an environment's id -> preset.
 FAMILIES = {"Pendulum": "qipo_ot", "PointMaze": "pointmaze"}
@@ -36,16 +33,13 @@ SMOKE = {"hidden_dims": (16,), "critic_hidden_dims": (16,), "batch_size": 32, "s
 SMOKE |= {"behavior_steps": 50, "critic_steps": 50, "policy_steps": 50, "renew_every": 25}
 SMOKE |= {"log_every": 25, "checkpoint_every": 50, "eval_every": 25, "eval_episodes": 2}
 SMOKE |= {"sample_steps": 2, "num_critics": 2, "num_candidates": 2}
-_KEYS = ["dataset", "method", "seed", "step"]
-FIELDS = [*_KEYS, "final", "episode_seed", "return", "length", "score", "seconds"]
-RENEWAL_FIELDS = [*_KEYS, "name", "value"]
+FIELDS = ["dataset", "method", "seed", "step", "final", "episode_seed", "return", "length", "score"]
+FIELDS += ["seconds"]
 
 
 def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     """Make a parser with the flags that all studies have."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.make_parser(description)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out))
     parser.add_argument("--stages", type=pathlib.Path, help="trained behavior models and critics")
@@ -54,24 +48,11 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_names(
-    parser: argparse.ArgumentParser, flag: str, text: str, known: Container[str]
-) -> list[str]:
-    """Split names at commas; one that is not known ends the program."""
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            parser.error(f"{flag}: unknown {name!r}; expected {', '.join(known)}")
-    return names
-
-
 def parse_datasets(text: str) -> dict[str, str]:
     """Parse ``name=ID_OR_FILE,...``; a bare ``pendulum`` is the built-in dataset."""
-    datasets = {}
-    for part in text.split(","):
-        name, _, source = part.partition("=")
-        datasets[name] = source or {"pendulum": BUILTIN_DATASET}.get(name, name)
-    return datasets
+    pairs = (part.partition("=") for part in text.split(","))
+    known = {"pendulum": BUILTIN_DATASET}
+    return {name: source or known.get(name, name) for name, _, source in pairs}
 
 
 def total_beta(config: QIPOConfig) -> float:
@@ -85,21 +66,6 @@ def preset(env_id: str) -> QIPOConfig:
         if env_id.startswith(start):
             return importlib.import_module(f"experiments.configs.{name}").get_config()
     raise ValueError(f"no family has the environment {env_id}; known: {', '.join(FAMILIES)}")
-
-
-def read_rows(path: pathlib.Path, fields: list[str]) -> pd.DataFrame:
-    """Read a CSV file; no rows where there is no file."""
-    if not path.exists():
-        return pd.DataFrame(columns=fields)
-    names = dict.fromkeys(("dataset", "method", "problem", "arm"), str)
-    return pd.read_csv(path, dtype=names, float_precision="round_trip")
-
-
-def append_rows(path: pathlib.Path, rows: pd.DataFrame) -> None:
-    """Append rows to a CSV file, one process at a time."""
-    with path.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        rows.to_csv(file, header=path.stat().st_size == 0, index=False)
 
 
 class Problem(NamedTuple):
@@ -125,12 +91,10 @@ class Study:
 
     def __post_init__(self) -> None:
         self.stages = self.stages or self.out / "stages"
-        for folder in (self.out, self.stages):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Study":
-        """Make the study that the flags of :func:`make_parser` describe."""
         return cls(args.out, args.seeds, SMOKE if args.smoke else {}, args.stages)
 
     def load(self, name: str, source: str) -> Problem:
@@ -146,11 +110,9 @@ class Study:
         return Problem(name, config, data, dataset, normalizer)
 
     def rows(self) -> pd.DataFrame:
-        """Read every episode so far."""
-        return read_rows(self.out / "returns.csv", FIELDS)
+        return results.read_rows(self.out / "returns.csv", FIELDS)
 
     def trainer(self, config: QIPOConfig, problem: Problem) -> Trainer:
-        """Make a trainer of all seeds."""
         return Trainer(config, problem.data, range(self.num_seeds))
 
     def run(
@@ -163,11 +125,7 @@ class Study:
     ) -> None:
         """Train and evaluate one method, unless it is finished.
 
-        Args:
-          problem: the data.
-          method: the method's name in results.
-          config: its configuration, validated.
-          stages, part: configuration and part of :meth:`trained`, by default of ``config``.
+        ``stages`` and ``part`` are those of :meth:`trained`, by default of ``config``.
         """
         done = self.rows().query("final == 1 and dataset == @problem.name and method == @method")
         if done.empty:
@@ -175,7 +133,7 @@ class Study:
             hooks = Evaluation(self.out, problem, method, trainer)
             stages = self.trained(problem, stages or config, hooks, part)
             params = self.improve(trainer, stages, hooks)
-            hooks.evaluate(trainer.agent.phase_steps["policy"], params, final=True)
+            hooks.on_evaluate(trainer.agent.phase_steps["policy"], params, final=True)
 
     def improve(self, trainer: Trainer, stages: State, hooks: Hooks) -> AgentParams:
         """Train the policy on the behavior model and critic of :meth:`trained`."""
@@ -192,15 +150,8 @@ class Study:
     ) -> State:
         """Train behavior model and critic, or read them where they are in the folder.
 
-        Args:
-          problem: the data.
-          config: which behavior model and critic, and for how many steps.
-          hooks: told of the training.
-          part: names a critic that is trained for other than the usual steps.
-          after: the part that this one continues, if it is there.
-
-        Returns:
-          A state, of which only behavior model and critic are to be used.
+        ``part`` names a critic that is trained for other than the usual steps, ``after`` the part
+        that this one continues, if it is there.  Of the state only these two are to be used.
         """
         # Without a policy phase a run ends when both are trained.
         config = dataclasses.replace(config, policy="bc", action_selection="sample")
@@ -220,23 +171,16 @@ class Study:
             return like.replace(**found)
         state = trainer.run(trainer.init_state().replace(**found), hooks)
         for phase in missing:
-            _save(files[phase], getattr(state, phase))
+            results.write_arrays(files[phase], jax.tree.leaves(getattr(state, phase)))
         return state
 
     def _file(self, stem: str) -> pathlib.Path:
-        return self.stages / f"{stem}-x{self.num_seeds}.pkl"
-
-
-def _save(file: pathlib.Path, tree: Any) -> None:
-    """Write the leaves of a pytree; a process that is killed leaves no half of a file."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(pickle.dumps([np.asarray(leaf) for leaf in jax.tree.leaves(tree)]))
-    partial.replace(file)
+        return self.stages / f"{stem}-x{self.num_seeds}.npz"
 
 
 def _load(file: pathlib.Path, like: Any) -> Any:
-    """Read the pytree that :func:`_save` wrote, of the structure of ``like``."""
-    leaves = pickle.loads(file.read_bytes())
+    """Read the leaves of a pytree of the structure of ``like``."""
+    leaves = list(results.read_arrays(file).values())
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(like)]:
         raise ValueError(f"{file}: was trained with another configuration; choose another folder")
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -249,7 +193,6 @@ class Progress(Hooks):
         self.dataset, self.method = dataset, method
 
     def say(self, text: str) -> None:
-        """Print one line."""
         print(f"{self.dataset:<12} {self.method:<14} {text}", flush=True)
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
@@ -261,8 +204,8 @@ class Evaluation(Progress):
 
     def __init__(self, out: pathlib.Path, problem: Problem, method: str, trainer: Trainer):
         super().__init__(problem.name, method)
-        self._out, self._trainer, dataset = out, trainer, problem.dataset
-        self._env_spec, self._normalizer = dataset.env_spec, problem.normalizer
+        self._out, self._trainer, self._problem = out, trainer, problem
+        dataset = problem.dataset
         references = dataset.reference_scores, dataset.name, dataset.env_spec
         self._references = dataset_references(*references)
         if self._references is None:
@@ -270,25 +213,20 @@ class Evaluation(Progress):
         self._episodes = episode_seeds(trainer.config.eval_episodes)
         self._started = time.perf_counter()
 
-    def on_evaluate(self, step: int, params: AgentParams) -> None:
-        self.evaluate(step, params)
-
-    def evaluate(self, step: int, params: AgentParams, final: bool = False) -> None:
-        """Play the episodes and write every return."""
+    def on_evaluate(self, step: int, params: AgentParams, final: bool = False) -> None:
         agent, keys, episodes = self._trainer.agent, self._trainer.keys, self._episodes
-        act = player(agent, "policy", params, self._normalizer, keys, episodes)
-        returns, lengths = evaluate(
-            act, self._env_spec, num_policies=len(keys), episode_seeds=episodes
-        )
-        scores = returns
-        if self._references is not None:
-            scores = normalized_score(returns, self._references)
+        act = player(agent, "policy", params, self._problem.normalizer, keys, episodes)
+        how = {"num_policies": len(keys), "episode_seeds": episodes}
+        returns, lengths = evaluate(act, self._problem.dataset.env_spec, **how)
+        known = self._references is not None
+        scores = normalized_score(returns, self._references) if known else returns
         seconds = round(time.perf_counter() - self._started, 1)
         columns = {"dataset": self.dataset, "method": self.method}
         columns |= {"seed": np.repeat(range(len(keys)), len(episodes)), "step": step}
         columns |= {"final": int(final), "episode_seed": np.tile(episodes, len(keys))}
         columns |= {"return": returns.ravel(), "length": lengths.ravel(), "score": scores.ravel()}
-        append_rows(self._out / "returns.csv", pd.DataFrame(columns | {"seconds": seconds}))
+        rows = pd.DataFrame(columns | {"seconds": seconds})
+        results.append_rows(self._out / "returns.csv", rows)
         means = " ".join(f"{mean:.1f}" for mean in scores.mean(axis=1))
         self.say(f"step {step}{' (last)' if final else ''}: scores {means}, {seconds} s")
 
@@ -297,5 +235,6 @@ class Evaluation(Progress):
         self.say(f"table at {step}: {means}")
         rows = pd.DataFrame(summary, dtype=float).rename_axis("seed").reset_index()
         rows = rows.melt("seed", var_name="name")
-        rows = rows.assign(dataset=self.dataset, method=self.method, step=step)[RENEWAL_FIELDS]
-        append_rows(self._out / "renewals.csv", rows)
+        rows = rows.assign(dataset=self.dataset, method=self.method, step=step)
+        rows = rows[[*FIELDS[:4], "name", "value"]]
+        results.append_rows(self._out / "renewals.csv", rows)

@@ -1,6 +1,6 @@
 """Does a run that is killed again and again end as one that was left alone?
 
-    python -m experiments.systems.preemption_stress [--kills=30] [--seed=0] [--smoke] [--workdir=D]
+    python -m experiments.systems.preemption_stress [--kills=30] [--seed=0] [--smoke]
 
 Trains the built-in data once without interruption; then in rounds, each in a work directory of its
 own, in which the process is killed at random moments, by SIGKILL or SIGTERM, and started again,
@@ -13,7 +13,7 @@ longer than 30 s.
 """
 
 import argparse
-import contextlib
+import csv
 import json
 import os
 import random
@@ -30,12 +30,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pandas as pd
 
+from experiments.systems.benchmarks.timing import compiled_once
+
 PHASES = ("behavior", "critic", "policy")
 CHECKPOINT_EVERY = 20
 # A save goes on while the next steps run, and the next save waits for it.
 MOST_LOST = 2 * CHECKPOINT_EVERY
 LONGEST_EXIT = 30.0  # seconds from SIGTERM
-MARK = "--- a start ---"
 READY = "memory of each device"  # printed once SIGTERM is listened for
 
 
@@ -57,18 +58,9 @@ class Run(NamedTuple):
     workdir: Path
     settings: Settings
 
-    @property
-    def log(self) -> Path:
-        """The output of all processes."""
-        return self.workdir.with_suffix(".log")
-
     def start(self) -> subprocess.Popen:
         """The launcher, in a process that compiles nothing twice."""
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(self.workdir.parent / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        environment = os.environ | compiled_once(self.workdir.parent / "cache")
         steps, renewal, rows, _ = self.settings
         fields = {
             "hidden_dims": "(32,)", "critic_hidden_dims": "(32,)", "support_size": 4,
@@ -77,20 +69,19 @@ class Run(NamedTuple):
         } | {f"{phase}_steps": steps for phase in PHASES}  # fmt: skip
         flags = [f"--workdir={self.workdir}", "--config=experiments/configs/quick.py"]
         flags += [f"--config.{name}={value}" for name, value in fields.items()]
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
-            print(MARK, file=log, flush=True)
-            command = [sys.executable, "-m", "launch.train", *flags]
+        command = [sys.executable, "-m", "launch.train", *flags]
+        with self.log.open("w") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def printed(self) -> str:
+    @property
+    def log(self) -> Path:
         """The output of the last process."""
-        return self.log.read_text().rpartition(MARK)[2]
+        return self.workdir.with_suffix(".log")
 
     def continued(self) -> int:
         """The checkpoint that the last process continued from; -1 where it did not come so far."""
-        found = re.findall(r"continuing \S+ from step (\d+)", self.printed())
-        return int(found[-1]) if found else 0 if READY in self.printed() else -1
+        found = re.findall(r"continuing \S+ from step (\d+)", self.log.read_text())
+        return int(found[-1]) if found else 0 if READY in self.log.read_text() else -1
 
     def unfinished(self) -> set[str]:
         """Checkpoints that Orbax has begun and not completed, those of killed processes too."""
@@ -101,23 +92,18 @@ class Run(NamedTuple):
         names = [path.name for path in self.workdir.glob("checkpoints/*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
-    def metrics(self) -> list[str]:
-        """Lines of metrics.csv; an unfinished last one does not count."""
-        path = self.workdir / "metrics.csv"
-        return path.read_text().split("\n")[:-1] if path.exists() else []
-
     def reached(self) -> int:
-        """Steps of all phases that metrics.csv has seen."""
-        lines = self.metrics()
-        where = lines[0].split(",").index("total_step") if lines else 0
-        return int(lines[-1].split(",")[where]) if len(lines) > 1 else 0
+        """Steps of all phases in metrics.csv; an unfinished last line does not count."""
+        path = self.workdir / "metrics.csv"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return max((int(row["total_step"]) for row in csv.DictReader(lines)), default=0)
 
-    def result(self) -> tuple[dict[str, bytes], pd.DataFrame, pd.DataFrame]:
+    def result(self) -> tuple[dict[tuple, bytes], pd.DataFrame, pd.DataFrame]:
         """What must not differ: the last checkpoint, read without our code, and both tables."""
         with ocp.StandardCheckpointer() as reader:
             path = self.workdir / "checkpoints" / str(self.saved()) / "state"
             tree = ocp.tree.to_flat_dict(reader.restore(path.resolve()))
-        bits = {"/".join(map(str, key)): np.asarray(leaf).tobytes() for key, leaf in tree.items()}
+        bits = {key: np.asarray(leaf).tobytes() for key, leaf in tree.items()}
         names = ("metrics.csv", "returns.csv")
         metrics, returns = (pd.read_csv(self.workdir / name, dtype=str) for name in names)
         return bits, metrics.drop(columns="steps_per_second"), returns
@@ -131,20 +117,17 @@ class Run(NamedTuple):
 
 def await_moment(how: str, process: subprocess.Popen, run: Run, rng: random.Random) -> None:
     """Wait for a random moment of one kind, at most 14 s, or the end of the process."""
-    begin, stale, first = time.monotonic(), run.unfinished(), run.reached()
-    steps, renewal, *_ = run.settings
+    stale, first, (steps, renewal, *_) = run.unfinished(), run.reached(), run.settings
     delay, after = rng.uniform(0.5, 14.0), rng.randrange(10, steps, 10)
-    while time.monotonic() - begin < (delay if how == "time" else 14) and process.poll() is None:
-        if how == "save":
-            due = run.unfinished() - stale and run.reached() >= first + after // 4
-        elif how == "progress":
-            due = run.reached() >= first + after
-        elif how == "renewal":
-            step = run.reached()
-            due = step >= max(first + 1, 2 * steps) and step % renewal == 0
-        else:
-            due = False
-        if due:
+    end = time.monotonic() + (delay if how == "time" else 14)
+    while time.monotonic() < end and process.poll() is None:
+        step = run.reached()
+        due = {
+            "save": run.unfinished() - stale and step >= first + after // 4,
+            "progress": step >= first + after,
+            "renewal": step >= max(first + 1, 2 * steps) and step % renewal == 0,
+        }
+        if due.get(how):
             # Of a save, which is short, any moment; a renewal and an evaluation take longer.
             time.sleep(rng.uniform(0, 0.02 if how == "save" else 0.4))
             return
@@ -171,7 +154,7 @@ def kill_once(
         return None  # it finished as the signal came
     if kill:
         saving = bool(run.unfinished() - stale)
-    step, kept, ready = run.reached(), run.saved(), READY in run.printed()
+    step, kept, ready = run.reached(), run.saved(), READY in run.log.read_text()
     phase = PHASES[max(0, step - 1) // run.settings.steps] if ready else "start-up"
     # Before it listens, SIGTERM ends the process as the system does.
     expected = [-number] if kill else [143] if ready else [143, -number]
@@ -190,17 +173,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--smoke", action="store_true", help="2 kills of a short run")
-    parser.add_argument("--workdir", type=Path, help="new or empty; by default one that is removed")
     args = parser.parse_args()
     settings = SMOKE if args.smoke else Settings()
     wanted, rng = 2 if args.smoke else args.kills, random.Random(args.seed)
     numbers = [signal.SIGKILL, signal.SIGTERM] * (wanted // 2 + 1)
     rng.shuffle(numbers := numbers[:wanted])
-    if args.workdir is not None and args.workdir.exists() and any(args.workdir.iterdir()):
-        parser.error(f"--workdir={args.workdir}: is not empty")
     kills, identical, newest, rounds = [], True, True, 0
-    folder = contextlib.nullcontext(args.workdir) if args.workdir else tempfile.TemporaryDirectory()
-    with folder as name:
+    with tempfile.TemporaryDirectory() as name:
         whole = Run(Path(name) / "whole", settings)
         if whole.start().wait() != 0:
             print(whole.log.read_text(), file=sys.stderr)

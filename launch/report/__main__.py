@@ -18,12 +18,8 @@ from launch import cli
 from launch.report.page import build_page
 from launch.report.runs import load_runs
 
-_WORKDIRS = flags.DEFINE_multi_string(
-    "workdir", [], "Work directory of launch.train; may be repeated."
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "The page; by default report.html in the first work directory."
-)
+_WORKDIRS = flags.DEFINE_multi_string("workdir", [], "Of launch.train; may be repeated.")
+_OUT = flags.DEFINE_string("out", None, "The page; default: report.html in the first workdir.")
 
 
 def main(_: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The guidance comparison, small: what it writes, that it continues, that it sees errors."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -13,27 +14,26 @@ from matplotlib.image import imread
 
 from efm_jax.envs import mean_and_interval
 from experiments.paper import guidance_comparison as comparison
-from experiments.paper import guidance_report, toy2d
+from experiments.paper import toy2d
 from experiments.paper.toy2d import problems
+from tests.markdown import cells
 
-SETTINGS = dataclasses.replace(comparison.SMOKE, betas=(0.0, 5.0))
+SETTINGS = comparison.SMOKE
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """A finished comparison of one trained family and the exact fields on two problems."""
     folder = tmp_path_factory.mktemp("guidance")
-    comparison.run(folder, SETTINGS, ("mixture_2d", "moons"), ("ot", comparison.ORACLE), (0, 1))
-    guidance_report.write(folder)
+    comparison.run(folder, SETTINGS, ("mixture_2d", "moons"), ("ot", comparison.ORACLE))
+    comparison.report(folder)
     return folder
 
 
 def test_every_cell_is_measured(output):
     rows = pd.read_csv(output / "results.csv").set_index(["problem", "method", "beta"])
     methods = ("efm_ot", "exact_ot", "exact_cosine", "exact_vp", "exact_cg")
-    assert set(rows.index) == {
-        (p, m, b) for p in ("mixture_2d", "moons") for m in methods for b in (0, 5)
-    }
+    assert set(rows.index) == {*itertools.product(("mixture_2d", "moons"), methods, (0, 5))}
     ratios = ["sliced_w2_ratio", "mmd_ratio", "energy_ratio", "batch_ess"]
     assert (rows[ratios] > 0).all(axis=None)
     # Finite data have no density; everything else has a likelihood, which is a constant at beta 0.
@@ -48,11 +48,10 @@ def test_every_cell_is_measured(output):
     assert wrong["log_ratio_std"] > 10 * right["log_ratio_std"]
 
 
-def cells(table, heading, row):
-    """The cells of the row of a table of the report that stands below a heading."""
-    part = table.split(f"{heading}\n", 1)[1]
-    line = next(line for line in part.splitlines() if line.startswith(f"| {row}"))
-    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+def row(text, heading, name):
+    """Cells of a row in the first table with it below a heading."""
+    found = cells(text.split(f"{heading}\n", 1)[1])
+    return next(row[1:] for row in found if row[0] == name)
 
 
 def test_tables_and_figures(output):
@@ -61,17 +60,16 @@ def test_tables_and_figures(output):
     label = "energy-weighted flow, OT (EFM)"
     found = rows.xs("efm_ot", level="method")
     means = found["sliced_w2_ratio"].groupby("beta").mean()
-    summary = cells(table, "## Over all problems", label)
+    summary = row(table, "## Over all problems", label)
     assert summary == ["yes", "yes", *(f"{m:.2f} ({m:.2f} to {m:.2f})" for m in means)]
     likelihood = found["log_ratio_std"].xs(5, level="beta").median()
-    assert cells(table, "## Likelihood", label)[0] == f"{likelihood:.3f}"
+    assert row(table, "## Likelihood", label)[0] == f"{likelihood:.3f}"
     moons = rows.loc["moons"]["sliced_w2_ratio"]
     expected = [f"{moons['efm_ot', beta]:.2f} ± 0.00" for beta in (0, 5)]
-    assert cells(table, "**moons**", label) == expected
-    assert cells(table, "**moons**", "ESS of a batch")[0] == "128"
-    exact = rows.loc[(slice(None), ["exact_ot", "exact_cosine", "exact_vp"]), :]
-    reached = (exact["sliced_w2_ratio"] <= 1.05).sum()
-    assert f"at most 1.05 x the floor: {reached} of 12 cells" in table
+    assert row(table, "**moons**", label) == expected
+    assert row(table, "**moons**", "ESS of a batch")[0] == "128"
+    exact = rows.loc[(slice(None), ["exact_ot", "exact_cosine", "exact_vp"]), "sliced_w2_ratio"]
+    assert f"at most 1.05 x the floor: {(exact <= 1.05).sum()} of 12 cells" in table
     assert "beta = 5" in table
     assert "## Cost" not in table
     for name in ("ratios", "samples_moons", "samples_mixture_2d"):
@@ -81,31 +79,20 @@ def test_tables_and_figures(output):
 def test_the_report_takes_intervals_over_seeds_and_cost_relative_to_ed(output, tmp_path):
     shutil.copytree(output / comparison.UNITS, tmp_path / comparison.UNITS)
     first = tmp_path / comparison.UNITS / "moons-ot-0.json"
-    ratios = []
-    for seed, factor in enumerate((1.0, 1.3, 1.7)):
-        units = json.loads(first.read_text())
-        for row in units:
-            row |= {"seed": seed, "mmd_ratio": factor * row["mmd_ratio"]}
-        first.with_name(f"moons-ot-{seed}.json").write_text(json.dumps(units))
-        ratios.append(units[1]["mmd_ratio"])
-    cost = {"parameters": 7, "auxiliary_parameters": 3}
-    cost = [
-        {"method": "ed", **cost, "train_seconds": 2.0, "sample_seconds": 0.5},
-        {"method": "cep", **cost, "train_seconds": 3.0, "sample_seconds": 2.0},
-    ]
-    (tmp_path / "cost.json").write_text(json.dumps(cost))
-    guidance_report.write(tmp_path)
+    units = pd.read_json(first)
+    for seed, ratio in enumerate(ratios := [1.0, 1.3, 1.7]):
+        text = units.assign(seed=seed, mmd_ratio=ratio).to_json(orient="records")
+        first.with_name(f"moons-ot-{seed}.json").write_text(text)
+    columns = "method", "parameters", "auxiliary_parameters", "train_seconds", "sample_seconds"
+    cost = pd.DataFrame([("ed", 7, 3, 2.0, 0.5), ("cep", 7, 3, 3.0, 2.0)], columns=columns)
+    (tmp_path / "cost.json").write_text(cost.to_json(orient="records"))
+    comparison.report(tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert cells(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
+    assert row(table, "## Cost", "contrastive energy (CEP)") == ["7", "3", "1.50", "4.00"]
     mean, _, high = mean_and_interval(ratios)
     expected = f"{mean:.2f} ± {high - mean:.2f}"
     part = table.split("## Every problem: MMD", 1)[1]
-    assert cells(part, "**moons**", "energy-weighted flow, OT")[1] == expected
-
-
-def test_no_unit_is_no_report(tmp_path):
-    with pytest.raises(ValueError, match="no unit of the comparison is done yet"):
-        guidance_report.write(tmp_path)
+    assert row(part, "**moons**", "energy-weighted flow, OT (EFM)")[1] == expected
 
 
 def test_the_picture_of_the_problems(tmp_path):
@@ -124,11 +111,13 @@ def test_cost_is_measured_for_every_method():
 def test_a_finished_unit_is_not_run_again_and_settings_do_not_mix(output):
     unit = output / comparison.UNITS / "moons-ot-0.json"
     before = unit.stat().st_mtime_ns
-    comparison.run(output, SETTINGS, ("moons",), ("ot",), (0, 1))
+    comparison.run(output, SETTINGS, ("moons",), ("ot",))
     assert unit.stat().st_mtime_ns == before
     assert len(json.loads(unit.read_text())) == 2
     with pytest.raises(ValueError, match="other settings"):
-        comparison.run(output, dataclasses.replace(SETTINGS, seeds=2), ("moons",), ("ot",), (0, 1))
+        comparison.run(output, dataclasses.replace(SETTINGS, seeds=2), ("moons",), ("ot",))
+    with pytest.raises(ValueError, match="no unit of the comparison is done yet"):
+        comparison.report(output / "elsewhere")
 
 
 @pytest.mark.parametrize("name", problems())
@@ -141,11 +130,10 @@ def test_problems_have_the_energies_and_targets_they_promise(name):
     if problem.mixture is None:
         assert energy.max() <= 1
     np.testing.assert_allclose(x.std(), 1.0, atol=0.35)
-    beta = 3.0
-    weights = np.exp(-beta * np.asarray(energy, np.float64))
+    weights = np.exp(-3.0 * np.asarray(energy, np.float64))
     expected = (weights[:, None] * np.asarray(x)).sum(0) / weights.sum()
     ess = weights.sum() ** 2 / (weights**2).sum()
-    target = problem.target(jax.random.key(1), 20_000, beta)
+    target = problem.target(jax.random.key(1), 20_000, 3.0)
     assert target.shape == (20_000, problem.dim)
     error = np.asarray(target.std(0)) * np.sqrt(1 / ess + 1 / 20_000)
     np.testing.assert_array_less(np.abs(np.asarray(target.mean(0)) - expected), 5 * error)

@@ -19,39 +19,35 @@ def folder(tmp_path_factory):
 def test_a_figure_for_each_question(folder, name):
     picture = folder / f"{name}.png"
     assert picture.stat().st_size < 150 * 1024
-    colors = Image.open(picture).convert("RGB").getcolors(256)
-    drawn = sum(count for count, color in colors if min(color) < 240)
-    assert drawn > 0.01 * sum(count for count, _ in colors)
-    assert len(colors) > 50
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert (pixels.min(-1) < 240).mean() > 0.01
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
 def test_bias_of_the_softmax_falls_as_one_over_the_batch_and_the_dataset_has_none(folder):
     rows = pd.read_csv(folder / "gradient.csv")
-    smallest = []
-    for beta, here in rows.groupby("beta"):
-        softmax = here[here["weights"] == "softmax"].iloc[0]
+    assert rows["beta"].nunique() == len(weight_study.GRADIENT_BETAS)
+    smallest = rows.query("weights == 'softmax' and batch_size == 16")
+    assert smallest["bias"].is_monotonic_increasing
+    for (_, softmax), (beta, here) in zip(smallest.iterrows(), rows.groupby("beta"), strict=True):
         dataset = here[here["weights"] == "dataset"]
         assert softmax["resolved"]
         assert softmax["bias"] > 6 * softmax["bias_noise"]
         assert -1.4 < weight_study.fitted_slope(rows, beta, "bias", 16) < -0.7
         assert -0.6 < weight_study.fitted_slope(rows, beta, "rms_error", 16) < -0.35
-        smallest.append(softmax["bias"])
         assert not dataset["resolved"].any()
         assert (dataset["bias_noise"] < softmax["bias"] / 5).all()
         # Independent samples: the square error is that of one, over B.
         scaled = dataset["rms_error"] * np.sqrt(dataset["batch_size"])
         np.testing.assert_allclose(scaled, scaled.iloc[0], rtol=0.1)
-    assert len(smallest) == len(weight_study.GRADIENT_BETAS)
-    assert smallest == sorted(smallest)
 
 
 def test_effective_sample_size_agrees_with_the_closed_forms(folder):
     rows = pd.read_csv(folder / "ess.csv")
     for name, form in (("checkerboard", "uniform"), ("mixture_8d", "exact")):
         here = rows[rows["problem"] == name]
-        np.testing.assert_allclose(here["ess_fraction"], here[form], rtol=0.05)
-        small = here[here["beta"] < 5]
-        np.testing.assert_allclose(small["ess_fraction"], small[form], rtol=0.01)
+        error = np.abs(here["ess_fraction"] / here[form] - 1)
+        assert (error < np.where(here["beta"] < 5, 0.01, 0.05)).all()
 
 
 def test_beta_for_ess_holds_on_fresh_data(folder):

@@ -13,9 +13,10 @@ import pytest
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.training.parallel import Layout
 from experiments.systems.benchmarks import __main__ as suite
-from experiments.systems.benchmarks import memory, phases, products, sampling, scaling, timing
-from experiments.systems.benchmarks.products import Product
-from experiments.systems.benchmarks.workload import Workload, dense_of_renewal, dense_of_step
+from experiments.systems.benchmarks import memory, phases, sampling, scaling, timing
+from experiments.systems.benchmarks.phases import Product, flops, products
+from experiments.systems.benchmarks.workload import Workload
+from tests.markdown import cells
 
 SMALL = QIPOConfig(
     hidden_dims=(32, 24), critic_hidden_dims=(16, 20), support_size=4, batch_size=8, sample_steps=2
@@ -35,36 +36,28 @@ def test_products_of_loops_branches_and_batches():
         return jax.jit(lambda y: y @ b)(x).sum() + jnp.einsum("kij,kjl->kil", c, c).sum()
 
     a, b, c = jnp.ones((5, 4)), jnp.ones((4, 4)), jnp.ones((2, 3, 3))
-    found = products.products(function, a, b, c)
+    found = products(function, a, b, c)
     assert found == {Product(1, 5, 4, 4): 4, Product(2, 3, 3, 3): 1}
-    assert products.flops(found) == 4 * 2 * 5 * 4 * 4 + 2 * 2 * 3 * 3 * 3
-
-
-def test_what_no_result_needs_is_not_counted():
-    def function(a):
-        jnp.zeros_like(a @ a)
-        return a + 1
-
-    assert not products.products(function, jnp.ones((3, 3)))
+    assert flops(found) == 4 * 2 * 5 * 4 * 4 + 2 * 2 * 3 * 3 * 3
+    # What no result needs is not counted.
+    assert not products(lambda a: (a + 1, jnp.zeros_like(a @ a))[0], jnp.ones((3, 3)))
 
 
 def test_the_repeated_product_is_computed_in_every_turn():
     a, b = jnp.ones((1, 8, 8)), jnp.full((1, 8, 8), 0.5)
-    text = products.repeat.lower(a, b, "bmk,bkn->bmn", 5).compile().as_text()
+    text = phases.repeat.lower(a, b, "bmk,bkn->bmn", 5).compile().as_text()
     assert " dot(" in text or "custom-call" in text or "dot_general" in text
     assert "while" in text
-    assert jnp.array_equal(products.repeat(a, b, "bmk,bkn->bmn", 5), b)
+    assert jnp.array_equal(phases.repeat(a, b, "bmk,bkn->bmn", 5), b)
 
 
 def test_every_alternative_has_its_turn():
     calls = []
-    times = timing.in_turns(
-        {name: lambda name=name: calls.append(name) for name in "ab"}, seconds=0.05
-    )
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.in_turns(functions, seconds=0.05)
     assert set(times) == {"a", "b"}
     assert all(0 < time.best <= time.median for time in times.values())
-    switches = sum(first != second for first, second in itertools.pairwise(calls))
-    assert switches >= 5
+    assert sum(first != second for first, second in itertools.pairwise(calls)) >= 5
 
 
 def test_the_json_of_a_process_and_its_failure(tmp_path):
@@ -75,32 +68,27 @@ def test_the_json_of_a_process_and_its_failure(tmp_path):
         timing.measured_apart("no.such")
 
 
-@pytest.mark.parametrize(
-    ("phase", "changes"),
-    [
-        ("behavior", {}),
-        ("critic", {}),
-        ("critic", {"critic": "iql", "critic_layer_norm": True}),
-        ("policy", {}),
-        ("policy", {"network": "unet"}),
-        ("policy", {"estimator": "resample", "layer_norm": True}),
-    ],
-)
+CASES = [(phase, {}) for phase in PHASES]
+CASES += [("critic", {"critic": "iql", "critic_layer_norm": True}), ("policy", {"network": "unet"})]
+CASES += [("policy", {"estimator": "resample", "layer_norm": True})]
+
+
+@pytest.mark.parametrize(("phase", "changes"), CASES)
 def test_a_step_s_products_are_the_dense_formula_s(phase, changes):
     work = workload(**changes)
     program = phases.step_program(work, phase, 2)
     _, metrics = program.call()
     assert jnp.isfinite(metrics["loss"])
-    counted = products.flops(products.products(program.function, *program.inputs))
-    assert counted == program.formula == 8 * dense_of_step(work, phase)
+    counted = flops(products(program.function, *program.inputs))
+    assert counted == program.formula == 8 * work.dense_of_step(phase)
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])
 def test_a_renewal_s_products_are_the_dense_formula_s(path):
     work = phases.workload(16, path, "renewal", 64)
     program = phases.renewal_program(work)
-    counted = products.flops(products.products(program.function, *program.inputs))
-    assert counted == program.formula == dense_of_renewal(work, phases.RENEWAL_STATES)
+    counted = flops(products(program.function, *program.inputs))
+    assert counted == program.formula == work.dense_of_renewal(phases.RENEWAL_STATES)
 
 
 def test_xla_counts_the_products_and_little_else():
@@ -141,39 +129,33 @@ def test_memory_has_every_part_of_a_run():
 
 def test_cheapest_setting_of_a_field():
     numbers = [("a", 4, 2.0), ("a", 8, 1.0), ("b", 4, 1.0), ("b", 8, 1.04)]
-    rows = [
-        {"problem": problem, "path": "ot", "field": "exact", "solver": "midpoint",
-         "evaluations": count, "ratio to floor": ratio}
-        for problem, count, ratio in numbers
-    ]  # fmt: skip
+    numbers = [("midpoint", *each) for each in numbers]
     # dopri5 is best, but takes another number of evaluations in each problem.
-    rows += [
-        rows[0] | {"solver": "dopri5", "problem": problem, "evaluations": count}
-        | {"ratio to floor": 1.0} for problem, count in (("a", 90), ("b", 91))
-    ]  # fmt: skip
+    numbers += [("dopri5", "a", 90, 1.0), ("dopri5", "b", 91, 1.0)]
+    names = "solver", "problem", "evaluations", "ratio to floor"
+    rows = [dict(zip(names, each, strict=True), path="ot", field="exact") for each in numbers]
     found = {row["problem"]: row["evaluations"] for row in sampling.cheapest(rows)}
     assert found == {"a": 8, "b": 4, "all of them": 8}
 
 
 def test_tables():
     rows = [{"what": "a", "n": 1234, "x": 0.123456}, {"what": "b", "x": None, "y": 1.5e7}]
-    lines = suite.markdown("Title", rows).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert lines[0] == "### Title"
-    assert cells[0] == ["what", "n", "x", "y"]
-    assert cells[2:] == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
+    text = suite.markdown("Title", rows)
+    assert text.startswith("### Title\n")
+    head, *rows = cells(text)
+    assert head == ["what", "n", "x", "y"]
+    assert rows == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "experiments.systems.benchmarks", f"--out={tmp_path}"]
-    bad = subprocess.run(
-        [*command, "--only=phases,speed"], capture_output=True, text=True, check=False
-    )
+    def suite(*flags):
+        command = [sys.executable, "-m", "experiments.systems.benchmarks", f"--out={tmp_path}"]
+        return subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+
+    bad = suite("--only=phases,speed")
     assert bad.returncode == 2
     assert "unknown 'speed'" in bad.stderr.splitlines()[-1]
-    good = subprocess.run(
-        [*command, "--quick", "--only=acting,phases"], capture_output=True, text=True, check=False
-    )
+    good = suite("--quick", "--only=acting,phases")
     assert good.returncode == 0, good.stderr
     record = json.loads((tmp_path / "benchmarks.json").read_text())
     assert record["quick"]

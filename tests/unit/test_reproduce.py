@@ -41,30 +41,22 @@ def test_presets_are_the_papers(name, path, algorithm):
     assert config.reward_transform == name
 
 
-def returns(values):
-    """Make the rows of returns.csv: at two steps, episodes of seeds 0 and 10."""
-    rows = [
-        {"policy": "policy", "total_step": step, "seed": seed, "return": str(value)}
-        for step, by_seed in values.items()
-        for seed, episodes in by_seed.items()
-        for value in episodes
-    ]
-    return pd.DataFrame(rows)
+def returns(*rows):
+    """Make the rows of returns.csv of (step, seed, episodes)."""
+    columns = ["total_step", "seed", "return"]
+    return pd.DataFrame(rows, columns=columns).explode("return").assign(policy="policy")
 
 
 def test_locomotion_scores_are_of_the_mean_return():
     low, high = reference_scores("hopper-medium-v2")
-    scores = seed_scores(
-        "hopper-medium-v2",
-        returns(
-            {"1000": {"0": [low, low], "10": [low, high]}, "90": {"0": [low, high], "10": [high]}}
-        ),
-    )
+    last = ("1000", "0", [low, low]), ("1000", "10", [low, high])
+    early = ("90", "0", [low, high]), ("90", "10", [high])
+    scores = seed_scores("hopper-medium-v2", returns(*last, *early))
     assert list(scores.index) == [("policy", 90), ("policy", 1000)]  # numbers in order, not texts
     np.testing.assert_allclose(scores, [[50.0, 100.0], [0.0, 50.0]], atol=1e-9)
 
 
 def test_antmaze_scores_are_shares_of_successes():
-    episodes = {"0": [0.0, 1.0, 0.0, 0.0], "10": [37.0, 0.0, 2.0, 1.0]}
-    scores = seed_scores("antmaze-umaze-v2", returns({"90": episodes}))
+    episodes = ("90", "0", [0.0, 1.0, 0.0, 0.0]), ("90", "10", [37.0, 0.0, 2.0, 1.0])
+    scores = seed_scores("antmaze-umaze-v2", returns(*episodes))
     np.testing.assert_allclose(scores, [[25.0, 75.0]])

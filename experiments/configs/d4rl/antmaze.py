@@ -7,9 +7,8 @@ episodes; one is a success or none, so that 50 stand here.
 
 The data are Minari's D4RL/antmaze/*-v1, in the dict observations of Gymnasium Robotics, not D4RL's
 files: no environment of today has their 29 observations.  They are new recordings of the same
-  mazes.  By the script
-that made them an episode goes on at the goal, so that no step is terminal and a policy that reaches
-the goal collects 0 there after -1 for every step before.
+mazes.  By the script that made them an episode goes on at the goal, so that no step is terminal and
+a policy that reaches the goal collects 0 there after -1 for every step before.
 """
 
 import dataclasses
@@ -19,6 +18,5 @@ from experiments.configs.d4rl import locomotion
 
 
 def get_config() -> QIPOConfig:
-    return dataclasses.replace(
-        locomotion.get_config(), reward_transform="antmaze", eval_episodes=50
-    )
+    changed = {"reward_transform": "antmaze", "eval_episodes": 50}
+    return dataclasses.replace(locomotion.get_config(), **changed)

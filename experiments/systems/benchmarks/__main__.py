@@ -14,7 +14,6 @@ Tables are printed, and written with versions and device to OUT/benchmarks.json 
 OUT/benchmarks.md. docs/performance.md explains them.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -29,7 +28,8 @@ from typing import Any
 import pandas as pd
 
 from efm_jax.files import write_whole
-from experiments.systems.benchmarks import Rows, measure
+from experiments.results import make_parser, parse_names
+from experiments.systems.benchmarks.timing import Rows, run_module
 
 ROWS = ("phases", "overhead", "acting", "sampling", "scaling", "memory", "peers")
 _LESS_COMPILATION = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -68,32 +68,23 @@ def run(names: list[str], quick: bool) -> Iterator[tuple[str, float, dict[str, R
     import jax
 
     if not quick or len(names) == 1 or jax.default_backend() != "cpu":
-        yield from (measure(name, quick) for name in names)
+        yield from (run_module(name, quick) for name in names)
         return
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _LESS_COMPILATION
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn) as pool:
-        yield from pool.map(measure, names, [quick] * len(names))
+        yield from pool.map(run_module, names, [quick] * len(names))
 
 
 def main() -> int:
     """Run the rows asked for, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, side by side: only to see that all works"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that all works")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"))
     args = parser.parse_args()
-    names = args.only.split(",")
-    unknown = [name for name in names if name not in ROWS]
-    if unknown:
-        parser.error(f"--only: unknown {unknown[0]!r}; expected {', '.join(ROWS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"machine": machine(), "quick": args.quick}
-    record |= {"seconds": {}, "tables": {}}
+    names = parse_names(parser, "--only", args.only, ROWS)
+    record = {"machine": machine(), "quick": args.quick, "seconds": {}, "tables": {}}
     print(json.dumps(record["machine"]), flush=True)
     written = ""
     for name, seconds, tables in run(names, args.quick):
@@ -102,8 +93,8 @@ def main() -> int:
         print(f"\n{text}\n{name}: {seconds} s", flush=True)
         written += f"{text}\n"
         # After every row: a suite that is stopped keeps what it has.
-        write_whole(args.out / "benchmarks.json", json.dumps(record, indent=1).encode())
-        write_whole(args.out / "benchmarks.md", written.encode())
+        write_whole(args.out / "benchmarks.json", json.dumps(record, indent=1))
+        write_whole(args.out / "benchmarks.md", written)
     return 0
 
 

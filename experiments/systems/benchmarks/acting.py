@@ -16,7 +16,7 @@ from efm_jax.networks import LogRatio
 from efm_jax.rl.agents import make_agent, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Normalizer
-from experiments.systems.benchmarks import Rows, timing
+from experiments.systems.benchmarks.timing import Rows, in_turns
 from experiments.systems.benchmarks.workload import stages
 
 STEPS = 15
@@ -28,14 +28,13 @@ PUBLISHED_MS = {1: 44.0, 10: 70.0, 256: 279.0}
 class Sizes(NamedTuple):
     """What shrinks in a quick run."""
 
-    hidden_dims: tuple[int, ...]
-    energy_dims: tuple[int, ...]
-    states: tuple[int, ...]
-    seconds: float  # of the clock, for each method
+    hidden_dims: tuple[int, ...] = (512, 256, 128)
+    energy_dims: tuple[int, ...] = (256, 256, 256, 256)  # GuidanceQt of QGPO's published code
+    states: tuple[int, ...] = (1, 10, 256, 4096)
+    seconds: float = 2.0  # of the clock, for each method
 
 
-# GuidanceQt of QGPO's published code: four hidden layers of 256.
-FULL = Sizes((512, 256, 128), (256, 256, 256, 256), (1, 10, 256, 4096), 2.0)
+FULL = Sizes()
 QUICK = Sizes((32, 16), (32, 32), (64,), 0.2)
 
 
@@ -50,7 +49,6 @@ class Method(NamedTuple):
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the field, for one action."""
         return self.steps * stages(self.solver)
 
 
@@ -87,7 +85,7 @@ def actor(method: Method, sizes: Sizes, states: int) -> Callable[[], np.ndarray]
 def measure(states: int, sizes: Sizes) -> Rows:
     """One row for every method."""
     calls = {method: actor(method, sizes, states) for method in METHODS}
-    times = timing.in_turns(calls, sizes.seconds)
+    times = in_turns(calls, sizes.seconds)
     guided = {method.evaluations: times[method].best for method in calls if method.policy == "qgpo"}
     published = PUBLISHED_MS.get(states) if sizes is FULL else None
     return [{

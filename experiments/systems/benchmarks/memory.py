@@ -2,15 +2,9 @@
 
 Parts: bytes of live arrays, looked at whenever a real run of the trainer calls its hooks, the most
 of each part.  Temporaries: what the compiled programs need for intermediate results, by XLA's own
-account; the prediction leaves them out.  All of it: how much a process grows while it trains on
-more data, as the system sees it (on an accelerator, as the device's allocator does).  On the host
-that is also what compilation takes and what the allocator keeps of freed temporaries, some hundreds
-of MB whatever the data.
+account; the prediction leaves them out.
 """
 
-import json
-import pathlib
-import re
 from typing import Any
 
 import jax
@@ -19,13 +13,11 @@ import jax.numpy as jnp
 from efm_jax.rl.batch import SEED_AXES
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import predict
-from efm_jax.rl.trainer import Hooks, Trainer, table_block
+from efm_jax.rl.trainer import Hooks, table_block
 from efm_jax.training.parallel import Layout
-from experiments.systems.benchmarks import Rows
-from experiments.systems.benchmarks.timing import measured_apart
+from experiments.systems.benchmarks.timing import Rows
 from experiments.systems.benchmarks.workload import Workload
 
-_MB = 1e6
 _COPIES = ("state, evaluating", "state, saving")  # the state beside a copy of it
 
 
@@ -43,9 +35,8 @@ def workload(rows: int, width: int) -> Workload:
 class Watch(Hooks):
     """Looks at the device's live arrays; keeps the most bytes of each part.
 
-    Args:
-      rows: of the dataset; arrays with such an axis after those of devices and seeds
-        are tables, after that of devices the dataset, and everything else is the state.
+    Arrays with an axis of the dataset's ``rows`` after those of devices and seeds are tables, after
+    that of devices the dataset, and everything else is the state.
     """
 
     def __init__(self, rows: int):
@@ -78,9 +69,10 @@ class Watch(Hooks):
 
 
 def _row(run: str, part: str, predicted: float | None, measured: float | None) -> dict[str, Any]:
+    """Numbers that are not known are None."""
     return {
-        "run": run, "part": part, "predicted MB": predicted and predicted / _MB,
-        "measured MB": None if measured is None else measured / _MB,
+        "run": run, "part": part, "predicted MB": predicted and predicted / 1e6,
+        "measured MB": measured and measured / 1e6,
         "measured / predicted": measured / predicted if predicted and measured else None,
     }  # fmt: skip
 
@@ -92,18 +84,13 @@ def measure_parts(work: Workload, seeds: int) -> Rows:
     watch = Watch(work.rows)
     trainer = work.trainer(layout)
     trainer.run(trainer.init_state(), watch)
-    predicted = _predict(work, layout)
+    sizes = work.observation_size, work.action_size
+    predicted = predict(work.config, layout, work.rows, *sizes)._asdict()
     expected = predicted | dict.fromkeys(_COPIES, predicted["state"])
     expected["all at once"] = sum(predicted.values())
     rows = [_row(name, part, size, watch.most[part]) for part, size in expected.items()]
-    for program, used in temporaries(work, layout).items():
-        rows.append(_row(name, f"temporaries, {program}", None, used))
-    return rows
-
-
-def _predict(work: Workload, layout: Layout) -> dict[str, int]:
-    sizes = work.observation_size, work.action_size
-    return predict(work.config, layout, work.rows, *sizes)._asdict()
+    used = temporaries(work, layout).items()
+    return rows + [_row(name, f"temporaries, {program}", None, size) for program, size in used]
 
 
 def temporaries(work: Workload, layout: Layout) -> dict[str, int | None]:
@@ -126,48 +113,9 @@ def _temporary_bytes(lowered: Any) -> int | None:
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def _resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM``, this process's memory now or at its most, in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
-
-
-def measure_peak(work: Workload, first: Workload) -> dict[str, float]:
-    """Growth of this process's peak in a run, after a ``first`` one that loads everything."""
-    # On the host the data are there before: what grows is the trainer's.
-    layout, data = Layout.create(devices=jax.devices()[:1]), work.transitions()
-    trainer = first.trainer(layout)
-    trainer.run(trainer.init_state(), Hooks())
-    stats = jax.local_devices()[0].memory_stats() or {}
-    on_host = "peak_bytes_in_use" not in stats
-    if on_host:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-        before = _resident("VmRSS")
-    trainer = Trainer(work.config, data, [0], layout)
-    trainer.run(trainer.init_state(), Hooks())
-    if on_host:
-        measured = _resident("VmHWM") - before
-    else:
-        measured = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        measured -= stats["bytes_in_use"]
-    return {"predicted": sum(_predict(work, layout).values()), "measured": measured}
-
-
-_LARGE, _FIRST = workload(500_000, 64), workload(5_000, 64)
-
-
 def run(quick: bool) -> dict[str, Rows]:
-    """The table; a quick one is without the growth of a process."""
+    """The table."""
     rows = []
     for size, width, seeds in [(2_000, 32, 1)] if quick else [(20_000, 64, 1), (60_000, 256, 2)]:
         rows += measure_parts(workload(size, width), seeds)
-    if not quick:  # in a process of its own, which other rows have not grown
-        # This process may have reserved most of an accelerator's memory.
-        found = measured_apart(__spec__.name, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-        name = f"{_LARGE.rows:,} rows, width 64, seeds 1"
-        rows.append(_row(name, "growth of the process", found["predicted"], found["measured"]))
-    return {"Memory of one device: live arrays, temporaries, and the peak of a process": rows}
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_peak(_LARGE, _FIRST)))
+    return {"Memory of one device: live arrays and temporaries": rows}

@@ -4,7 +4,7 @@ The same command runs three times: without a persistent compilation cache, with 
 with the one that the second left.  Its metrics.csv is watched: rows have the speed of their chunk
 of steps, and the row before a checkpoint appears as its chunk ends.  So what is left of the time
 between the checkpoints in the middle and at the end of a phase is Python, transfers, logging and
-saving.  In the policy phase a renewal and an evaluation are in between; it does not count.
+saving.  The policy phase, which has a renewal and an evaluation in between, does not count.
 """
 
 import os
@@ -17,38 +17,33 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.systems.benchmarks import Rows
+from experiments.systems.benchmarks.timing import Rows, compiled_once
 
 
 def measure(
     name: str, steps: int, folder: pathlib.Path, cache: pathlib.Path | None, **changes: int | str
 ) -> dict[str, Any]:
     """One run of three phases of ``steps`` steps each; ``changes`` are of the configuration."""
-    environment = dict(os.environ)
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    if cache is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= compiled_once(cache) if cache is not None else {}
     every, half = steps // 10, steps // 2  # chunks of one length: a phase compiles one program
     changes |= {f"{phase}_steps": steps for phase in ("behavior", "critic", "policy")}
-    changes |= {"log_every": every, "checkpoint_every": half}
-    changes |= {"renew_every": half, "eval_every": half}
+    changes |= dict.fromkeys(("checkpoint_every", "renew_every", "eval_every"), half)
+    changes |= {"log_every": every}
     flags = [f"--config.{field}={value}" for field, value in changes.items()]
     command = [sys.executable, "-m", "launch.train", f"--workdir={folder / name}", *flags]
-    begin, seen = time.perf_counter(), []
+    begin, seen, metrics = time.perf_counter(), [], folder / name / "metrics.csv"
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
-            rows = _lines(folder / name / "metrics.csv") - 1
-            seen += [time.perf_counter() - begin] * (rows - len(seen))
+            if metrics.exists():
+                rows = metrics.read_bytes().count(b"\n") - 1
+                seen += [time.perf_counter() - begin] * (rows - len(seen))
             time.sleep(0.001)
     wall, log = time.perf_counter() - begin, (folder / f"{name}.log").read_text()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command[2:])}: {log[-2000:]}")
-    table = pd.read_csv(folder / name / "metrics.csv")
+    table = pd.read_csv(metrics)
     table["seen"], table["seconds"] = seen, every / table["steps_per_second"]
     rows = table.set_index(["phase", "step"])
     outside = between = 0.0
@@ -63,10 +58,6 @@ def measure(
         "steps, s": table["seconds"].sum(), "second halves of two phases, s": between,
         "of them outside compiled code, s": outside, "share": f"{100 * outside / between:.2f}%",
     }  # fmt: skip
-
-
-def _lines(path: pathlib.Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def run(quick: bool) -> dict[str, Rows]:

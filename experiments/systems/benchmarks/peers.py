@@ -8,7 +8,6 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from efm_jax.networks import UNetField
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import cached_samples, make_chunk, make_step, sample_rows
 from efm_jax.types import Array, Field, Params
-from experiments.systems.benchmarks import Rows, timing
+from experiments.systems.benchmarks.timing import Rows, in_turns
 
 STEPS = 15
 LEARNING_RATE = 1e-3
@@ -39,6 +38,7 @@ class Sizes(NamedTuple):
     compiles: bool  # with torch.compile, which takes half a minute for each program
 
 
+Way = tuple[Callable[[], Any], int]
 FULL = Sizes((512, 256, 128), (256, 4096), 8192, 100_000, 3.0, True)
 QUICK = Sizes((32, 16), (64,), 512, 1000, 0.2, False)
 
@@ -46,12 +46,11 @@ QUICK = Sizes((32, 16), (64,), 512, 1000, 0.2, False)
 class Ours:
     """Network, parameters and data, which are the same for all, and our ways to train and sample.
 
-    Args:
-      sizes: of all of it.
+    A way is a call and how many steps it takes.
     """
 
     def __init__(self, sizes: Sizes):
-        self.sizes, self.path = sizes, paths.conditional_ot()
+        self.sizes = sizes
         self.network = UNetField(sizes.hidden_dims)
         random = np.random.default_rng(0)
         self.observations = random.standard_normal((sizes.rows, OBSERVATION_SIZE), np.float32)
@@ -68,20 +67,18 @@ class Ours:
         self.step = make_step(self.loss, self.optimizer, part_size=part_size)
 
     def field(self, params: Params, observations: Array) -> Field:
-        """The velocity field."""
         return lambda x, t: self.network.apply(params, x, t, observations)
 
     def loss(self, params: Params, _: Params, key: Array, batch: tuple[Array, Array]) -> tuple:
-        """The loss of a training step."""
-        observations, actions = batch
-        return losses.cfm(self.field(params, observations), self.path, key, actions)
+        """The loss of a training step, on observations and actions."""
+        return losses.cfm(self.field(params, batch[0]), paths.conditional_ot(), key, batch[1])
 
     def fresh(self) -> TrainState:
         """A state of its own: the steps donate theirs."""
         return TrainState.create(jax.tree.map(jnp.copy, self.params), self.optimizer)
 
-    def train_scan(self, batch: int) -> tuple[Callable[[], Any], int]:
-        """Data on the device, many steps in a scan.  A call, and how many steps it takes."""
+    def train_scan(self, batch: int) -> Way:
+        """Data on the device, many steps in a scan."""
         steps, state = max(1, self.sizes.chunk_rows // batch), self.fresh()
         data = jnp.asarray(self.observations), jnp.asarray(self.actions)
 
@@ -98,7 +95,7 @@ class Ours:
 
         return call, steps
 
-    def train_host(self, batch: int) -> tuple[Callable[[], Any], int]:
+    def train_host(self, batch: int) -> Way:
         """The usual JAX loop: NumPy draws a batch, one jitted step, its loss back to the host."""
         step, random = jax.jit(self.step, donate_argnums=0), np.random.default_rng(0)
         state, key = self.fresh(), jax.random.key(0)
@@ -112,7 +109,7 @@ class Ours:
 
         return call, 1
 
-    def sample(self, batch: int) -> tuple[Callable[[], Any], int]:
+    def sample(self, batch: int) -> Way:
         """Euler steps in one compiled call."""
 
         @jax.jit
@@ -128,7 +125,7 @@ class Ours:
 class Torch:
     """PyTorch's side: functions on a tree of tensors, which spares it the overhead of modules."""
 
-    def __init__(self, torch: ModuleType, ours: Ours):
+    def __init__(self, torch: Any, ours: Ours):
         self.torch, self.ours = torch, ours
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
@@ -138,10 +135,9 @@ class Torch:
     def parameters(self) -> Any:
         """A copy of the Flax parameters in PyTorch's layout, ``[out, in]``."""
 
-        def convert(leaf: Array) -> Any:
-            return self.torch.tensor(np.ascontiguousarray(leaf.T), requires_grad=True)
-
-        return jax.tree.map(convert, jax.device_get(self.ours.params["params"]))
+        tensor = functools.partial(self.torch.tensor, requires_grad=True)
+        arrays = jax.device_get(self.ours.params["params"])
+        return jax.tree.map(lambda leaf: tensor(np.ascontiguousarray(leaf.T)), arrays)
 
     def field(self, params: Any, x: Any, t: Any, observations: Any) -> Any:
         """:class:`UNetField`, layer by layer."""
@@ -185,7 +181,7 @@ class Torch:
             found = self.field(self.parameters(), *map(torch.from_numpy, (x, t, observations)))
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
 
-    def train(self, batch: int, *, compiled: bool, fused: bool = False) -> tuple[Callable, int]:
+    def train(self, batch: int, *, compiled: bool, fused: bool = False) -> Way:
         """One step a call, data and batches in memory."""
         torch, params = self.torch, self.parameters()
         optimizer = torch.optim.Adam(jax.tree.leaves(params), lr=LEARNING_RATE, fused=fused)
@@ -202,7 +198,22 @@ class Torch:
 
         return call, 1
 
-    def sample(self, batch: int, *, compiled: bool) -> tuple[Callable, int]:
+    def ways(self, way: Callable[..., Way], batch: int, what: str) -> dict[str, bool]:
+        """The names of the ways that work here, and whether each is compiled.
+
+        ``torch.compile`` needs a C++ compiler, and a Python that it knows.
+        """
+        found = {"PyTorch, eager": False}
+        if self.ours.sizes.compiles:
+            try:
+                way(batch, compiled=True)[0]()
+                found["PyTorch, torch.compile"] = True
+            except Exception as error:  # of any kind, from the compiler or from PyTorch
+                name, reason = type(error).__name__, str(error).strip().partition("\n")[0]
+                print(f"peers: torch.compile fails for {what} {batch}: {name}: {reason}")
+        return found
+
+    def sample(self, batch: int, *, compiled: bool) -> Way:
         """Euler steps from t = 1 to 0."""
         torch, params = self.torch, self.parameters()
         field = torch.compile(self.field, dynamic=False) if compiled else self.field
@@ -230,48 +241,29 @@ def load_torch(ours: Ours) -> Torch | None:
     return peer
 
 
-def compiles(call: Callable[[], Any], what: str) -> bool:
-    """Whether ``torch.compile`` works here: it needs a C++ compiler, and a Python that it knows."""
-    try:
-        call()
-    except Exception as error:  # of any kind, from the compiler or from PyTorch
-        reason = (str(error).strip().splitlines() or [""])[0]
-        print(f"peers: torch.compile fails for {what}: {type(error).__name__}: {reason}")
-        return False
-    return True
-
-
-def training(ours: Ours, peer: Torch | None, batch: int) -> dict[str, tuple[Callable, int]]:
+def training(ours: Ours, peer: Torch | None, batch: int) -> dict[str, Way]:
     """Every way to train."""
-    programs = {
-        "efm_jax, scan of steps": ours.train_scan(batch),
-        "JAX, batches from the host": ours.train_host(batch),
-    }
+    programs = {"efm_jax, scan of steps": ours.train_scan(batch)}
+    programs["JAX, batches from the host"] = ours.train_host(batch)
     if peer is not None:
-        ways = {"PyTorch, eager": False}
-        first = functools.partial(peer.train, batch, compiled=True)
-        if ours.sizes.compiles and compiles(first()[0], f"a training step of {batch}"):
-            ways["PyTorch, torch.compile"] = True
-        for name, compiled in ways.items():
+        for name, compiled in peer.ways(peer.train, batch, "a training step of").items():
             programs[name] = peer.train(batch, compiled=compiled)
             programs[f"{name}, fused Adam"] = peer.train(batch, compiled=compiled, fused=True)
     return programs
 
 
-def euler(ours: Ours, peer: Torch | None, batch: int) -> dict[str, tuple[Callable, int]]:
+def euler(ours: Ours, peer: Torch | None, batch: int) -> dict[str, Way]:
     """Every way to sample."""
     programs = {"efm_jax": ours.sample(batch)}
     if peer is not None:
-        programs["PyTorch, eager"] = peer.sample(batch, compiled=False)
-        compiled = peer.sample(batch, compiled=True)
-        if ours.sizes.compiles and compiles(compiled[0], f"sampling {batch}"):
-            programs["PyTorch, torch.compile"] = compiled
+        for name, compiled in peer.ways(peer.sample, batch, "sampling").items():
+            programs[name] = peer.sample(batch, compiled=compiled)
     return programs
 
 
-def measure(programs: dict[str, tuple[Callable, int]], batch: int, seconds: float) -> Rows:
+def measure(programs: dict[str, Way], batch: int, seconds: float) -> Rows:
     """Milliseconds of a step in every way, the first of them ours."""
-    times = timing.in_turns({name: call for name, (call, _) in programs.items()}, seconds)
+    times = in_turns({name: call for name, (call, _) in programs.items()}, seconds)
     step = {name: times[name].best / steps for name, (_, steps) in programs.items()}
     ours = next(iter(step.values()))
     return [
@@ -286,8 +278,8 @@ def run(quick: bool) -> dict[str, Rows]:
     peer, sizes = load_torch(ours), ours.sizes
     titles = {"CFM training step with Adam": training, f"Sampling, {STEPS} Euler steps": euler}
     tables: dict[str, Rows] = {}
-    for title, programs in titles.items():
+    for title, ways in titles.items():
         rows = tables[f"{title}, U-shaped {'/'.join(map(str, sizes.hidden_dims))}"] = []
         for batch in sizes.batches:
-            rows += measure(programs(ours, peer, batch), batch, sizes.seconds)
+            rows += measure(ways(ours, peer, batch), batch, sizes.seconds)
     return tables

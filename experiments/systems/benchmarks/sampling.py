@@ -31,9 +31,9 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.solvers import SOLVERS
 from efm_jax.types import Array, Field
-from experiments.paper.guidance_methods import Training, train_family
+from experiments.paper.guidance_methods import FAMILIES, Task, Training
 from experiments.paper.toy2d import Problem, problems
-from experiments.systems.benchmarks import Rows
+from experiments.systems.benchmarks.timing import Rows
 from experiments.systems.benchmarks.workload import stages
 
 PATHS = {"ot": paths.conditional_ot(), "vp": paths.vp_linear()}
@@ -81,7 +81,6 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the tables call the solver."""
         return self.solver if self.tolerance is None else f"{self.solver}, {self.tolerance:g}"
 
 
@@ -94,17 +93,14 @@ class Kind(NamedTuple):
 
     @property
     def path(self) -> paths.GaussianPath:
-        """The probability path."""
         return PATHS[self.path_name]
 
     def velocity(self, params: Any) -> Field:
-        """The velocity field."""
         if self.network is not None:
             return functools.partial(self.network.apply, params)
         return functools.partial(params.velocity, self.path)
 
     def score(self, params: Any) -> Field:
-        """The score field."""
         if self.network is None:
             return functools.partial(params.score, self.path)
         return lambda x, t: self.path.score_from_velocity(self.velocity(params)(x, t), x, t)
@@ -115,8 +111,7 @@ def make_case(name: str, components: int) -> Case:
 
     A mixture stays as it is.  Of a set in the plane, points are drawn and blurred: weighing the
     k-th kernel by ``exp(-beta E(point k))`` guides the blurred density p exactly, to a q whose
-    energy, ``-log(q / p) / beta`` but for a constant, lies between the least and the largest of the
-    points' energies.
+    energy is ``-log(q / p) / beta`` but for a constant.
     """
     problem = problems()[name]
     if problem.mixture is not None:
@@ -136,7 +131,7 @@ def make_case(name: str, components: int) -> Case:
 
 def train(case: Case, training: Training) -> tuple[Kind, Any]:
     """The EFM network of the OT path, and its parameters."""
-    model = train_family("ot", case.problem, (BETA,), training, jax.random.key(1))[0]
+    model = FAMILIES["ot"](Task(case.problem, (BETA,), training, jax.random.key(1)))[0]
     network = MLPField(training.hidden_dims, input_skip=True, dtype=training.dtype)
     return Kind(f"network, {training.dtype or 'float32'}", "ot", network), model.params
 
@@ -148,12 +143,7 @@ def settings(sizes: Sizes) -> list[Setting]:
     return fixed + [Setting("dopri5", None, tolerance) for tolerance in sizes.tolerances]
 
 
-_evaluated = 0
-
-
-def _count() -> None:
-    global _evaluated
-    _evaluated += 1
+_evaluated = []  # grows by one at every evaluation of a counted field
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -168,7 +158,7 @@ def draw(kind: Kind, setting: Setting, params: Any, noise: Array) -> Array:
         def counted(x: Array, t: Array) -> Array:
             # sample() does not report the steps that diffrax took; this sees the evaluations
             # themselves, at some 20 us each in dopri5's time.
-            jax.debug.callback(_count)
+            jax.debug.callback(lambda: _evaluated.append(None))
             return velocity(x, t)
 
         tolerance = {"rtol": setting.tolerance, "atol": setting.tolerance}
@@ -191,17 +181,8 @@ def exact_samples(case: Case, sizes: Sizes, seed: int, repeats: int) -> Array:
     return found.reshape(repeats, sizes.sample_size, -1)
 
 
-def noise_floor(case: Case, sizes: Sizes) -> float:
-    """The distance between independent exact samples."""
-    pair = (exact_samples(case, sizes, seed, sizes.floor_repeats) for seed in (3, 4))
-    return float(distance(jax.random.split(jax.random.key(5), sizes.floor_repeats), *pair))
-
-
 def measure(case: Case, kind: Kind, params: Any, floor: float, sizes: Sizes) -> Rows:
-    """Every solver on one field: a row with ratio, evaluations and the least time of a call.
-
-    Calls whose samples count are those that are timed, in turns: a round gives every setting one.
-    """
+    """Every solver on one field: a row each.  The calls that are timed, in turns, also count."""
     shape = sizes.repeats, sizes.sample_size, case.problem.dim
     noise, todo = jax.random.normal(jax.random.key(6), shape), settings(sizes)
     target = exact_samples(case, sizes, 7, sizes.repeats)
@@ -211,11 +192,11 @@ def measure(case: Case, kind: Kind, params: Any, floor: float, sizes: Sizes) -> 
         jax.block_until_ready(draw(kind, setting, params, noise[0]))  # compiles
     for part, setting in itertools.product(noise, todo):
         jax.effects_barrier()
-        before, start = _evaluated, time.perf_counter()
+        before, start = len(_evaluated), time.perf_counter()
         samples[setting].append(jax.block_until_ready(draw(kind, setting, params, part)))
         seconds[setting] = min(seconds[setting], time.perf_counter() - start)
         jax.effects_barrier()
-        counts[setting] += _evaluated - before
+        counts[setting] += len(_evaluated) - before
     keys = jax.random.split(jax.random.key(8), sizes.repeats)
     return [{
         "problem": case.problem.name, "path": kind.path_name, "field": kind.name,
@@ -226,36 +207,30 @@ def measure(case: Case, kind: Kind, params: Any, floor: float, sizes: Sizes) -> 
     } for setting in todo]  # fmt: skip
 
 
-def default(path_name: str) -> tuple[str, int]:
-    """Solver and evaluations that QIPO draws actions with if nothing is said."""
-    model = GenerativeModel.from_config(QIPOConfig(path=path_name))
-    solver = "dpmpp2" if model.solver == "dpmpp" else model.solver
-    return solver, model.sample_steps * stages(solver)
-
-
 def cheapest(rows: Rows) -> Rows:
     """The fewest evaluations that suffice for each field: in each problem, and in all at once."""
     table, found = pd.DataFrame(rows), []
-    best = table.groupby(["path", "field", "problem"])["ratio to floor"].transform("min")
-    table["excess"] = table["ratio to floor"] / best
+    least = table.groupby(["path", "field", "problem"])["ratio to floor"].transform("min")
+    table["excess"] = table["ratio to floor"] / least
     for (path, field), group in table.groupby(["path", "field"], sort=False):
         excess = group.pivot_table("excess", ["evaluations", "solver"], "problem", sort=False)
         if len(excess.columns) > 1:
             # dopri5's evaluations differ from problem to problem: no setting of it is in all.
             excess["all of them"] = excess.max(axis=1, skipna=False)
-        solver, evaluations = default(path)
+        # What QIPO draws actions with if nothing is said.
+        model = GenerativeModel.from_config(QIPOConfig(path=path))
+        solver = "dpmpp2" if model.solver == "dpmpp" else model.solver
+        evaluations = model.sample_steps * stages(solver)
         for problem, ratios in excess.items():
-            row = {"problem": problem, "path": path, "field": field}
-            row |= {"evaluations": None, "solver": None, "its ratio to the best": None}
-            enough = ratios[ratios <= _AS_GOOD]
-            if len(enough):
-                fewest = enough.index.get_level_values("evaluations").min()
-                least = enough.xs(fewest, level="evaluations")
-                row |= {"evaluations": int(fewest), "solver": least.idxmin()}
-                row["its ratio to the best"] = least.min()
-            row["default"] = f"{solver}, {evaluations}"
-            row["default's ratio to the best"] = ratios.get((evaluations, solver))
-            found.append(row)
+            enough = ratios[ratios <= _AS_GOOD].reset_index(name="ratio")
+            least = enough.sort_values(["evaluations", "ratio"]).head(1).to_dict("records")
+            best = least[0] if least else {}
+            found.append({
+                "problem": problem, "path": path, "field": field,
+                "evaluations": best.get("evaluations"), "solver": best.get("solver"),
+                "its ratio to the best": best.get("ratio"), "default": f"{solver}, {evaluations}",
+                "default's ratio to the best": ratios.get((evaluations, solver)),
+            })  # fmt: skip
     return found
 
 
@@ -265,7 +240,9 @@ def run(quick: bool) -> dict[str, Rows]:
     for name in sizes.problems:
         case = make_case(name, sizes.components)
         fields = [(Kind("exact", path_name), case.guided) for path_name in sizes.exact_paths]
-        floor = noise_floor(case, sizes)
+        pair = (exact_samples(case, sizes, seed, sizes.floor_repeats) for seed in (3, 4))
+        keys = jax.random.split(jax.random.key(5), sizes.floor_repeats)
+        floor = float(distance(keys, *pair))
         for dtype in sizes.dtypes:
             fields.append(train(case, dataclasses.replace(sizes.training, dtype=dtype)))
         for kind, params in fields:

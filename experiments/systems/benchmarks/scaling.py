@@ -4,10 +4,9 @@ Seeds: a step of S seeds at once, as a share of S steps of one seed.  Below 1, a
 beside others than alone.
 
 Devices: a step on D virtual devices of the processor, each D in a process of its own, against a
-step on one of these devices, timed in turns.  Virtual devices share this machine's cores, so they
-make nothing faster.  What can be seen is parity of work: the time of D devices over that of one
-device that does the same work is 1 if splitting costs nothing, and what it is above 1 are splitting
-and all-reduces.  What a step of two devices sends is counted in its program.
+step on one of these devices that does the same work, timed in turns.  Virtual devices share this
+machine's cores, so they make nothing faster: the ratio is 1 if splitting and all-reduces cost
+nothing.  What a step of two devices sends is counted in its program.
 """
 
 import itertools
@@ -23,8 +22,7 @@ import jax
 
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.training.parallel import Layout, compile_ahead
-from experiments.systems.benchmarks import Rows
-from experiments.systems.benchmarks.timing import in_turns, measured_apart
+from experiments.systems.benchmarks.timing import Rows, in_turns, measured_apart
 from experiments.systems.benchmarks.workload import Workload
 
 # Of one call on several devices: where there are more of them than cores, each of a step's
@@ -86,11 +84,10 @@ def measure_seeds(sizes: Sizes) -> Rows:
     for phase, width in itertools.product(sizes.phases, sizes.widths):
         work = workload(width, sizes.batch, sizes.rows)
         counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
-        calls = {
+        times = in_turns({
             seeds: training(work, phase, Layout.create("data", seeds, device), count)
             for seeds, count in counts.items()
-        }
-        times = in_turns(calls, sizes.seconds)
+        }, sizes.seconds)  # fmt: skip
         step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
         rows += [{
             "phase": phase, "width": width, "seeds": seeds, "ms a step": 1e3 * seconds,
@@ -137,17 +134,13 @@ def count_sent(work: Workload, phase: str, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def on_virtual_devices(devices: int, quick: bool) -> tuple[Rows, Rows]:
-    """Both tables of a process with that many devices, after the flags that the user has set."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    arguments = ["--quick"] if quick else []
-    return measured_apart(__spec__.name, *arguments, XLA_FLAGS=flags.strip(), JAX_PLATFORMS="cpu")
-
-
 def run(quick: bool) -> dict[str, Rows]:
     """All tables."""
-    sizes = QUICK if quick else Sizes()
-    apart = [on_virtual_devices(count, quick) for count in sizes.devices]
+    sizes, apart = QUICK if quick else Sizes(), []
+    for count in sizes.devices:  # after the flags that the user has set
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        environment = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+        apart.append(measured_apart(__spec__.name, *["--quick"] * quick, **environment))
     devices = sorted((row for rows, _ in apart for row in rows), key=lambda row: row["scaling"])
     cores = len(os.sched_getaffinity(0))
     return {

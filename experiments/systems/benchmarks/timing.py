@@ -1,5 +1,6 @@
 """The clock: alternatives are timed in turns, so that what else runs here falls on all of them."""
 
+import importlib
 import json
 import os
 import statistics
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
+Rows = list[dict[str, Any]]  # of a table of results
 
 # A sample of the clock is at least this long, because a scheduler's slice is a few ms.
 _SAMPLE_SECONDS = 0.02
@@ -56,16 +58,30 @@ def in_turns(calls: Mapping[Name, Callable[[], Any]], seconds: float = 2.0) -> d
     return {name: Timing(min(times), statistics.median(times)) for name, times in samples.items()}
 
 
+def run_module(name: str, quick: bool) -> tuple[str, float, dict[str, Rows]]:
+    """Name, seconds and tables of one module's measurements."""
+    start = time.perf_counter()
+    tables = importlib.import_module(f"experiments.systems.benchmarks.{name}").run(quick)
+    return name, round(time.perf_counter() - start, 1), tables
+
+
 def measured_apart(module: str, *arguments: str, **environment: str) -> Any:
     """The JSON on the last line that a module prints in a process of its own.
 
     Raises:
       RuntimeError: with the end of the process's messages, if it fails.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    command, environment = [sys.executable, "-m", module, *arguments], os.environ | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[2:])}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compiled_once(folder: Any) -> dict[str, str]:
+    """The environment of processes that keep every program that they compile in a folder."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }

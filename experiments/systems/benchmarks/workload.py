@@ -30,7 +30,6 @@ class Workload:
 
     @functools.cached_property
     def agent(self) -> Agent:
-        """The agent that is trained."""
         return make_agent(self.config, self.observation_size, self.action_size)
 
     def transitions(self) -> Transitions:
@@ -73,6 +72,38 @@ class Workload:
         inputs = layout.replicate((filled(state, seeds), trainer.keys[:seeds], data))
         return trainer.map_chunk(phase, steps), inputs
 
+    def dense_flops(self, params: Params, actions: int = 1, *, train: bool = True) -> float:
+        """Arithmetic of the dense layers for one state, ``2 n in out`` for n rows and a kernel.
+
+        Forward and, to train, the kernel's gradient and the input's where the input is not data.  A
+        state is multiplied once for all its actions.
+        """
+        data = {self.observation_size, self.action_size, self.config.time_features}
+        total = 0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if "kernel" in jax.tree_util.keystr(path):
+                size_in = leaf.shape[-2]
+                rows = 1 if size_in == self.observation_size else actions
+                total += 2 * rows * leaf.size * (1 if not train else 2 if size_in in data else 3)
+        return total
+
+    def dense_of_step(self, phase: str) -> float:
+        """:func:`dense_flops` of a step, for one state of the batch."""
+        flops = functools.partial(self.dense_flops, self.shapes(phase, 1)[0].params)
+        if phase != "critic":
+            return flops(self.agent.actions_per_state if phase == "policy" else 1)
+        actions = self.config.support_size if self.agent.critic.uses_next_actions else 1
+        return flops() + flops(actions, train=False)
+
+    def dense_of_renewal(self, rows: int) -> float:
+        """:func:`dense_flops` of support sets, and of the values that their weights need."""
+        policy, critic = (self.shapes(phase, 1)[0].params for phase in ("policy", "critic"))
+        model, flops = self.agent.model, functools.partial(self.dense_flops, train=False)
+        drawn = stages(model.solver) * model.sample_steps * flops(policy, self.config.support_size)
+        # The ensemble's bound is of the advantage.
+        values = flops(critic["v"]) if self.config.critic == "ensemble" else 0
+        return rows * (drawn + flops(critic["q"], self.config.support_size + 1) + values)
+
 
 def filled(tree: Any, *leading: int) -> Any:
     """Arrays of a tree's shapes, with leading axes; 0.01, because zeros could be faster."""
@@ -82,38 +113,3 @@ def filled(tree: Any, *leading: int) -> Any:
 def stages(solver: str) -> int:
     """Evaluations of the field in one step of a solver; DPM-Solver++ makes one."""
     return len(SOLVERS[solver].nodes) if solver in SOLVERS else 1
-
-
-def dense_flops(work: Workload, params: Params, actions: int = 1, *, train: bool = True) -> float:
-    """Arithmetic of the dense layers for one state, ``2 n in out`` for n rows and a kernel.
-
-    Forward and, to train, the kernel's gradient and the input's where the input is not data.  A
-    state is multiplied once for all its actions.
-    """
-    data = {work.observation_size, work.action_size, work.config.time_features}
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if "kernel" in jax.tree_util.keystr(path):
-            size_in = leaf.shape[-2]
-            rows = 1 if size_in == work.observation_size else actions
-            total += 2 * rows * leaf.size * (1 if not train else 2 if size_in in data else 3)
-    return total
-
-
-def dense_of_step(work: Workload, phase: str) -> float:
-    """:func:`dense_flops` of a step, for one state of the batch."""
-    flops = functools.partial(dense_flops, work, work.shapes(phase, 1)[0].params)
-    if phase != "critic":
-        return flops(work.agent.actions_per_state if phase == "policy" else 1)
-    actions = work.config.support_size if work.agent.critic.uses_next_actions else 1
-    return flops() + flops(actions, train=False)
-
-
-def dense_of_renewal(work: Workload, rows: int) -> float:
-    """:func:`dense_flops` of support sets, and of the values that their weights need."""
-    policy, critic = (work.shapes(phase, 1)[0].params for phase in ("policy", "critic"))
-    model, flops = work.agent.model, functools.partial(dense_flops, work, train=False)
-    drawn = stages(model.solver) * model.sample_steps * flops(policy, work.config.support_size)
-    # The ensemble's bound is of the advantage.
-    values = flops(critic["v"]) if work.config.critic == "ensemble" else 0
-    return rows * (drawn + flops(critic["q"], work.config.support_size + 1) + values)
