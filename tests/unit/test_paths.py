@@ -127,8 +127,10 @@ def test_samples_targets_and_conversions_match_numpy(x64, name, t_shape, x_shape
     t = np.random.default_rng(0).uniform(0.01, 0.99, t_shape)
     x0, noise = normal(1, *x_shape), normal(2, *x_shape)
     assert_allclose(path.sample(x0, noise, t), reference.sample(ref, x0, noise, t), rtol=1e-12)
-    assert_allclose(path.velocity(x0, noise, t), reference.velocity(ref, x0, noise, t), rtol=1e-9)
-    assert_allclose(path.score(noise, t), reference.score(ref, noise, t), rtol=1e-12)
+    targets = {"data": x0, "noise": noise, "score": reference.score(ref, noise, t)}
+    targets["velocity"] = reference.velocity(ref, x0, noise, t)
+    found = {name: path.target(name, x0, noise, t) for name in paths.PREDICTIONS}
+    chex.assert_trees_all_close(found, targets, rtol=1e-9)
     value, x = normal(4, *x_shape), normal(5, *x_shape)
     got = convert_all(path, tuple(CONVERSIONS), value, x, t)
     chex.assert_type(list(got.values()), jnp.float64)
