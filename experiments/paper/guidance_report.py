@@ -210,7 +210,7 @@ def _draw_samples(output: pathlib.Path, problem: Problem, rows: pd.DataFrame) ->
     methods = [m for m in rows["method"].unique() if m not in ("exact_cosine", "exact_vp")]
     samples: dict[str, np.ndarray] = {}
     for file in sorted((output / "units").glob(f"{problem.name}-*-0.npz")):
-        with np.load(file) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             samples |= dict(arrays)
     limit = float(np.abs(problem.target(jax.random.key(1), 2000, 0.0)).max()) * 1.1
     window = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [], "yticks": []}

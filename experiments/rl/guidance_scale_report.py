@@ -74,7 +74,7 @@ def _plot_r2(axes: Axes, found: pd.DataFrame) -> None:
 
 def _plot_points(axes: Axes, last: pd.Series, file: pathlib.Path) -> None:
     """Draw the points of seed 0 at the end, each less its state's mean; ``last`` is its row."""
-    with np.load(file) as points:
+    with np.load(file, allow_pickle=False) as points:
         keep, of_pi = points["keep"], points["of_pi"]
         used = [np.ma.masked_array(points[name], ~keep) for name in ("q", "log_ratio")]
     x, y = ((v - v.mean(axis=1, keepdims=True)).data for v in used)

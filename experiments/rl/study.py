@@ -9,9 +9,8 @@ import argparse
 import dataclasses
 import fcntl
 import importlib
-import os
+import io
 import pathlib
-import pickle
 import time
 from collections.abc import Container
 from typing import Any, NamedTuple
@@ -19,10 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, fit_normalizer, load_dataset, preprocess
 from efm_jax.envs import dataset_references, evaluate, normalized_score
+from efm_jax.files import write_whole
 from efm_jax.rl.agents import AgentParams, State, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.trainer import Hooks, Trainer
@@ -224,20 +225,21 @@ class Study:
         return state
 
     def _file(self, stem: str) -> pathlib.Path:
-        return self.stages / f"{stem}-x{self.num_seeds}.pkl"
+        return self.stages / f"{stem}-x{self.num_seeds}.npz"
 
 
 def _save(file: pathlib.Path, tree: Any) -> None:
     """Write the leaves of a pytree; a process that is killed leaves no half of a file."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(pickle.dumps([np.asarray(leaf) for leaf in jax.tree.leaves(tree)]))
-    partial.replace(file)
+    np.savez(buffer := io.BytesIO(), *jax.tree.leaves(tree))
+    write_whole(epath.Path(file), buffer.getvalue())
 
 
 def _load(file: pathlib.Path, like: Any) -> Any:
     """Read the pytree that :func:`_save` wrote, of the structure of ``like``."""
-    leaves = pickle.loads(file.read_bytes())
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(like)]:
+    with np.load(file, allow_pickle=False) as arrays:
+        leaves = [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+    found, expected = ([(a.shape, a.dtype) for a in s] for s in (leaves, jax.tree.leaves(like)))
+    if found != expected:
         raise ValueError(f"{file}: was trained with another configuration; choose another folder")
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import math
+import time
 
 import jax
 import matplotlib.image
@@ -20,7 +22,7 @@ from efm_jax.runs.workdir import RunInfo
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training.state import TrainState
 from efm_jax.types import Normalizer
-from tests.unit.test_metrics import SEEDS, add_returns
+from tests.unit.test_metrics import SEEDS, add_returns, evaluation
 
 
 def info(seeds=2):
@@ -70,7 +72,7 @@ def test_a_run_is_read_as_far_as_it_has_come(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run \(no config\.json\)"):
         Run.read(tmp_path)
     info().save(folder)
-    assert Run.read(tmp_path) == Run(folder, info(), [], [], None)
+    assert Run.read(tmp_path) == Run(folder, info(), [], [], [], None)
     sample_run(folder, ["behavior"], 2, True)
     (tmp_path / "result.json").write_text('{"steps": 3}')
     with (tmp_path / "metrics.csv").open("a") as file:
@@ -183,9 +185,9 @@ def fresh_state(value):
 
 def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
     folder, normalizer = epath.Path(tmp_path) / "run", Normalizer(*np.ones((4, 3), np.float32))
-    writer = RunWriter(folder, info(), normalizer)
-    assert not folder.exists()
-    assert writer.start(fresh_state(0.0), print) is None
+    lines = []
+    writer = RunWriter(folder, info(), normalizer, lines.append, time.perf_counter() - 100)
+    assert writer.start(fresh_state(0.0)) is None
     total = QIPOConfig().behavior_steps
     writer.metrics("behavior", 10, {"loss": np.ones(2)})
     writer.renewal({"ess": np.full(2, 1.5)})
@@ -194,27 +196,31 @@ def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
     writer.close()
     assert Run.read(folder).result is None
 
-    writer = RunWriter(folder, info(), normalizer)
-    lines = []
-    step, state = writer.start(fresh_state(0.0), lines.append)
+    writer = RunWriter(folder, info(), normalizer, lines.append, time.perf_counter() - 50)
+    assert 150 < writer.seconds < 160  # of both starts
+    step, state = writer.start(fresh_state(0.0))
     assert (step, lines) == (15, [])
     jax.tree.map(np.testing.assert_array_equal, state, fresh_state(7.0))
     writer.renewal({"ess": np.full(2, 1.5)})
     writer.metrics("policy", 2, {"loss": np.ones(2)})
-    writer.returns("policy", 12, Rollouts(np.ones((2, 1)), np.ones((2, 1), int)), [0])
-    writer.finish({"steps": 15})
+    rollouts = Rollouts(np.ones((2, 1)), np.ones((2, 1), int))
+    writer.evaluation(evaluation("policy", 12), rollouts, [0])
+    writer.finish({"steps": 15, "policy_return": math.nan})
+    writer.close()
+    assert not (tmp_path / "run" / "lock").exists()
     run = Run.read(folder)
     # What was logged beyond the checkpoint went; a renewal's numbers go beside the policy's.
     logged = [(row["phase"], row["total_step"], row["ess"]) for row in run.metrics]
     assert logged[::2] == [("behavior", "10", ""), ("policy", str(2 * total + 2), "1.5")]
-    assert (len(run.returns), run.result) == (2, {"steps": 15})
+    assert (len(run.returns), run.result) == (2, {"steps": 15, "policy_return": None})
     assert matplotlib.image.imread(tmp_path / "run" / "learning_curve.png").std() > 0
 
 
 def test_a_writer_refuses_the_folder_of_another_run(tmp_path):
     info().save(epath.Path(tmp_path))
     for name, other in {"seed": 4, "num_seeds": 1, "fingerprint": "g", "env_spec": "{}"}.items():
+        another = dataclasses.replace(info(), **{name: other})
         with pytest.raises(ValueError, match=f"holds a run with {name} = .*give another --workdir"):
-            RunWriter(epath.Path(tmp_path), dataclasses.replace(info(), **{name: other}), None)
+            RunWriter(epath.Path(tmp_path), another, None, print, 0.0)
     moved = dataclasses.replace(info(), dataset="elsewhere", transitions=11)
-    assert RunWriter(epath.Path(tmp_path), moved, None)  # the fingerprint is the same
+    RunWriter(epath.Path(tmp_path), moved, None, print, 0.0).close()  # the fingerprint is the same
