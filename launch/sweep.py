@@ -28,6 +28,7 @@ from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.envs import mean_and_interval
+from efm_jax.runs.reader import read_result
 from launch import cli, jobs
 from launch.jobs import Job
 
@@ -37,7 +38,7 @@ _OWN_FLAGS = ("dataset", "config", "seed", "workdir")
 # What a row holds of result.json, beside the intervals.
 _RESULT = (
     *("algorithm", "seeds", "steps", "dataset_return", "behavior_return", "behavior_score"),
-    *("policy_return", "policy_score", "evaluations", "seconds", "workdir"),
+    *("policy_return", "policy_score", "seconds", "workdir"),
 )
 _INTERVALS = {"behavior_interval", "policy_interval"}
 _BOUNDS = ("behavior_low", "behavior_high", "policy_low", "policy_high")
@@ -114,9 +115,9 @@ def _read_seeds(train_flags: Sequence[str]) -> list[int]:
 
 def _read_row(job: Job) -> dict[str, Any]:
     row = {"job": job.name} | job.row((*_RESULT, *_INTERVALS))
-    if "evaluations" in row:
-        names = row.pop("evaluations")
-        row |= {f"{policy}_evaluation": name for policy, name in names.items()}
+    # Runs of earlier versions gave evaluations no names.
+    names = (read_result(job.workdir) or {}).get("evaluations", {})
+    row |= {f"{policy}_evaluation": name for policy, name in names.items()}
     for name in _INTERVALS & row.keys():
         policy, (low, high) = name.removesuffix("_interval"), row.pop(name)
         row |= {f"{policy}_low": low, f"{policy}_high": high}

@@ -120,10 +120,9 @@ class Lock:
         holder = _parse(text)
         # The system knows of every holder of a flock, and of processes that it numbers itself.
         known = ("system",) if self._file is not None else ("system", "processes")
-        if not text or (
-            all(holder.get(name) == self._me[name] for name in known)
-            and (self._file is not None or not _alive(holder.get("pid")))
-        ):
+        here = all(holder.get(name) == self._me[name] for name in known)
+        dead = self._file is not None or not _alive(holder.get("pid"))
+        if "token" not in holder or (here and dead):  # or what no holder has written
             return
         end = time.monotonic() + _PATIENCE_SECONDS
         seconds = f"waiting {_PATIENCE_SECONDS:.0f} s for a sign of life"

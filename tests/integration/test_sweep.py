@@ -147,6 +147,28 @@ def test_tables(launcher, fake, tmp_path):
     assert found[5].items() >= (expected | {"steps": "7", "workdir": str(root / job)}).items()
 
 
+def test_names_of_one_file_name_in_two_folders(launcher, fake, tmp_path):
+    root, presets = tmp_path / "sweep", tmp_path / "presets"
+    presets.mkdir()
+    (presets / "qipo_ot.py").write_text("")
+    flags = [f"--root={root}", "--workers=2"]
+    for data, config in (
+        ("x", "experiments/configs"),
+        ("y", "experiments/configs"),
+        ("x", presets),
+    ):
+        more = [f"--datasets={data}/small.hdf5", f"--configs={config}/qipo_ot.py"]
+        result = launcher.run("sweep", *flags, *more, env=fake)
+        assert (result.status, result.line["done"]) == (0, 1), result.err
+        assert [row["dataset"] for row in rows(root)] == [f"{data}/small.hdf5"]
+    names = {path.name for path in root.iterdir() if path.name.startswith("small-qipo_ot-seed0-")}
+    assert len(names) == 3
+    both = launcher.run(
+        "sweep", *flags, "--datasets=x/small.hdf5,y/small.hdf5", "--collect", env=fake
+    )
+    assert both.line["done"] == 2
+
+
 def test_jobs_not_done_have_empty_rows(launcher, fake, tmp_path):
     root = tmp_path / "sweep"
     first = launcher.run("sweep", "--datasets=one", "--seeds=1", f"--root={root}", env=fake)
@@ -226,7 +248,8 @@ def test_job_list(launcher, fake, tmp_path):
     assert listing.line == {"jobs": 4, "done": 1, "list": str(path)}
     assert sorted(root.rglob("*")) == before
     lines = path.read_text().splitlines()
-    names = ["one-qipo_ot-seed1", "two-x-qipo_ot-seed0", "two-x-qipo_ot-seed1"]
+    digest = re.search(r"two-x-qipo_ot-seed0-(\w{8})$", shlex.split(lines[1])[-1])[1]
+    names = ["one-qipo_ot-seed1", *(f"two-x-qipo_ot-seed{seed}-{digest}" for seed in "01")]
     assert [shlex.split(line)[:3] for line in lines] == 3 * [["python", "-m", "launch.train"]]
     workdirs = [f"--workdir={root / name}" for name in names]
     assert [shlex.split(line)[-1] for line in lines] == workdirs
@@ -287,10 +310,11 @@ BAD_FLAGS = {
     "negative seed": (["--seeds=0,-1"], ["--seeds", "-1"]),
     "same seed": (["--seeds=1,0,1"], ["one-qipo_ot-seed1"]),
     "same dataset": (["--datasets=one,two,one"], ["one-qipo_ot-seed0"]),
-    "same name": (
-        ["--datasets=x/small.hdf5,y/small.hdf5"],
-        ["x/small.hdf5", "y/small.hdf5", "named small-"],
+    "same file": (
+        ["--datasets=x/small.hdf5,./x/small.hdf5"],
+        ["x/small.hdf5", "./x/small.hdf5", "named small-"],
     ),
+    "line break": (["--train_flags=--env='a\nb'", "--jobs=jobs.txt"], ["--jobs", "line breaks"]),
     "shared seeds": (["--seeds=0,2,5", "--train_flags=--num_seeds=3"], ["0 and 2", "num_seeds=3"]),
     "own flag": (["--train_flags=--num_seeds=2 --seed=3"], ["--train_flags", "--seed=3"]),
     "quote": (["--train_flags=--config.path='ot"], ["--train_flags", "quotation"]),
