@@ -3,19 +3,20 @@
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 # Ctrl-C, a closed terminal, and what a scheduler sends.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
-def stop_at(handler: Any) -> None:
-    """Let ``handler(number, frame)`` see the signals that end a process, but those ignored.
+def stop_at(handler: Any, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+    """Let ``handler(number, frame)`` see signals that end a process.
 
-    ``nohup`` and a shell's background jobs ignore some, and mean it.
+    A SIGHUP that is ignored stays so, because ``nohup`` means it.
     """
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -112,9 +112,8 @@ class StopSignal:
         if hosts.count() == 1:
             launch.stop_at(self._on_signal)
         else:
-            for number in {*launch.STOP_SIGNALS} - {signal.SIGTERM}:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            others = (signal.SIGINT, signal.SIGHUP)
+            launch.stop_at(lambda *_: os.kill(os.getpid(), signal.SIGTERM), others)
 
     def _on_signal(self, number: int, _: Any) -> None:
         # The first counts: schedulers and terminals send several.

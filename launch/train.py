@@ -277,11 +277,9 @@ class _Run(Hooks):
             print_report(self._info, line)
 
     def _give_up(self) -> int:
-        """Say that there is no result, because an evaluation failed; returns the exit status."""
-        self._say(
-            f"failed: no evaluation of the {', '.join(self._failed)}; saved in "
-            f"{self._workdir}, and the same command tries again"
-        )
+        """Say that there is no result, because evaluations failed; returns the exit status."""
+        why = "; ".join(self._failed.values())
+        self._say(f"failed: {why}; saved in {self._workdir}, and the same command tries again")
         return cli.EXIT_FAILED
 
     def _say(self, text: str) -> None:
@@ -328,6 +326,8 @@ class _Run(Hooks):
 
     def on_evaluate(self, step: int, params: AgentParams) -> None:
         self._evaluate("policy", step, params)
+        if self._failed and not _STOP.value:
+            self._say(f"failed: {self._failed['policy']}; training goes on")
 
     def _evaluate(self, name: str, step: int, params: AgentParams) -> None:
         episodes = episode_seeds(self._info.config.eval_episodes)
@@ -339,8 +339,7 @@ class _Run(Hooks):
             self._rollouts[name], self._evaluations[name] = rollouts, evaluation
         except EvaluationError as error:
             problem = error
-            self._failed[name] = str(error)
-            self._say(f"evaluation {evaluation} failed: {error}")
+            self._failed[name] = f"evaluation {evaluation}: {error}"
         of = evaluation, "train", name, total_step, episodes
         self._writer.evaluation(self._evaluator.record(*of, problem), rollouts, episodes)
         if problem is not None and _STOP.value:
