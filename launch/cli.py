@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -54,10 +55,17 @@ def run(main: Callable[[list[str]], int], defaults: Mapping[str, str] | None = N
     launch.stop_at(launch.leave)
     # Orbax logs the traceback of what it raises, from several threads.
     logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _ignore_closed_loops
     # Libraries' deprecation notices are for us, not for a user of the launcher.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     app.run(_guard(main), flags_parser=lambda argv: _parse(argv, defaults or {}))
+
+
+def _ignore_closed_loops(unraisable: Any) -> None:
+    """Leave out what TensorStore says, after Orbax has gone on, of damage that has been told."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:

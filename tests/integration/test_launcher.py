@@ -217,7 +217,7 @@ def interrupt(launcher, flags, workdir, step, number):
     "signals",
     [
         [(10, signal.SIGKILL), (50, signal.SIGKILL), (90, signal.SIGKILL)],
-        [(20, signal.SIGINT), (40, signal.SIGTERM), (80, signal.SIGKILL), (100, signal.SIGHUP)],
+        [(10, signal.SIGINT), (50, signal.SIGTERM), (80, signal.SIGKILL), (110, signal.SIGHUP)],
     ],
     ids=["killed", "stopped"],
 )
@@ -518,32 +518,12 @@ def test_a_second_process_is_refused(launcher, dataset, copy):
     lock.close()
 
 
-PLUGIN = """
-import os
-import gymnasium
-from gymnasium.envs.classic_control.pendulum import PendulumEnv
-
-class Broken(PendulumEnv):
-    count = 0
-
-    def step(self, action):
-        self.count += 1
-        if self.count == 3 and "BROKEN" in os.environ:
-            raise RuntimeError("the simulator fell over")
-        return super().step(action)
-
-gymnasium.register("Broken-v0", entry_point=Broken, max_episode_steps=5)
-"""
-
-
 def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset, tmp_path):
-    (tmp_path / "faulty_environment.py").write_text(PLUGIN)
-    workdir = tmp_path / "run"
-    flags = train_flags(dataset, workdir, "--plugins=faulty_environment", "--env=Broken-v0")
-    place = {"cwd": tmp_path, "env": {"BROKEN": "1"}}
-    stopped = launcher.run("train", *flags, "--stop_on_failed_evaluation", **place)
+    workdir, broken = tmp_path / "run", {"BREAK": "raises"}
+    flags = train_flags(dataset, workdir, "--plugins=tests.extension.faulty", "--env=Broken-v0")
+    stopped = launcher.run("train", *flags, "--stop_on_failed_evaluation", env=broken)
     assert (stopped.status, saved_steps(workdir)[-1]) == (1, TOTAL - 30)
-    result = launcher.run("train", *flags, **place)
+    result = launcher.run("train", *flags, env=broken)
     assert (result.status, saved_steps(workdir)[-1]) == (1, TOTAL), result.err
     cause = (
         "environment Broken-v0 failed at step 2 of the episode with seed 1000000: RuntimeError: "
@@ -558,7 +538,7 @@ def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset,
     names = [f"policy-{TOTAL - 30}", f"behavior-{STEPS['behavior']}", f"policy-{TOTAL}"]
     assert found == [(f"train-{name}", "failed") for name in names]
     assert not (workdir / "result.json").exists()
-    mended = launcher.run("train", *flags, cwd=tmp_path)
+    mended = launcher.run("train", *flags)
     assert mended.status == 0, mended.err
     found = [(row["evaluation"], row["status"]) for row in table(workdir / "evaluations.csv")]
     statuses = ["failed", "done", "done"]
