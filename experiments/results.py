@@ -54,5 +54,5 @@ def write_arrays(path: pathlib.Path, tree: list | dict) -> None:
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Read what :func:`write_arrays` wrote."""
-    with np.load(path) as arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)

@@ -7,14 +7,17 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
 from absl import app, flags, logging
 
+import launch
+from efm_jax.errors import reason
 from efm_jax.runs.plugins import load_plugins
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_TERMINATED = 143  # 128 + SIGTERM, as a shell reports it
 # Where the presets are: the repository, or the folder that this package is installed in.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -48,11 +51,20 @@ def run(main: Callable[[list[str]], int], defaults: Mapping[str, str] | None = N
         default of its own while the flag is being defined, where a bad override could not be
         caught.
     """
-    logging.set_verbosity(logging.ERROR)
+    launch.stop_at(launch.leave)
+    # Orbax logs the traceback of what it raises, from several threads.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _ignore_closed_loops
     # Libraries' deprecation notices are for us, not for a user of the launcher.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     app.run(_guard(main), flags_parser=lambda argv: _parse(argv, defaults or {}))
+
+
+def _ignore_closed_loops(unraisable: Any) -> None:
+    """Leave out what TensorStore says, after Orbax has gone on, of damage that has been told."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
@@ -160,15 +172,26 @@ def _help() -> str:
     return f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
 
 
+def check_backend() -> None:
+    """Start JAX's devices; a ``ValueError`` where what ``JAX_PLATFORMS`` asks for is not here."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX_PLATFORMS={asked}: JAX cannot start: {reason(error)}") from error
+
+
 def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
     def guarded(argv: list[str]) -> None:
         try:
             status = main(argv)
-        except UsageError as error:
+            sys.stdout.flush()
+        # A full disk, a closed pipe or a folder that went away is the user's to mend too.
+        except (UsageError, OSError) as error:
             _complain(error)
             status = EXIT_USAGE
-        sys.stdout.flush()
-        sys.stderr.flush()
+            if isinstance(error, BrokenPipeError):  # nobody reads what would be flushed at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(status)
 
     return guarded

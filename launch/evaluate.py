@@ -1,27 +1,35 @@
 """Evaluate a trained run: python -m launch.evaluate --workdir=DIR [--episodes=N]
 
 Reads the newest readable checkpoint, plays the same episodes with the behavior model and the
-policy, adds every raw return to returns.csv, and prints a table and a line of JSON.  The dataset is
-not needed. How actions are sampled and chosen may differ from training: --solver, --sample_steps,
---action_selection, --num_candidates.  --video=FILE.mp4 also records the first training seed's
-policy on the first episode.
-Exit status: 0 done, 2 bad flags or no usable checkpoint.
+policy, and prints a table and a line of JSON.  The dataset is not needed. How actions are sampled
+and chosen may differ from training: --solver, --sample_steps, --action_selection, --num_candidates.
+--video=FILE.mp4 also records the first training seed's policy on the first episode.
+
+Each policy's evaluation gets a name of its own, evaluate-1-policy and so on: a row of
+evaluations.csv that says how it was played, and every raw return in returns.csv.  What training
+measured stays.  In a folder that cannot be written, or that another process writes in, it says so
+first, plays and prints.
+Exit status: 0 done, 1 an evaluation failed, 2 bad flags or no usable checkpoint.
 """
 
 import dataclasses
 import os
+import re
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
 from etils import epath
 
-from efm_jax.envs import dataset_references, specs
+from efm_jax.envs import EvaluationError, Rollouts, dataset_references, specs
 from efm_jax.envs.video import record_video
 from efm_jax.rl.config import ACTION_SELECTIONS
 from efm_jax.rl.model import SOLVERS
 from efm_jax.runs.evaluation import (
+    POLICIES,
     Evaluator,
     check_environment,
     episode_seeds,
@@ -29,7 +37,9 @@ from efm_jax.runs.evaluation import (
     result_line,
 )
 from efm_jax.runs.loading import restore
-from efm_jax.runs.metrics import write_returns
+from efm_jax.runs.lock import Lock, LockedError
+from efm_jax.runs.metrics import write_evaluation
+from efm_jax.runs.reader import Run, read_evaluations
 from efm_jax.runs.workdir import RunInfo, resolve
 from launch import cli, datasets
 from launch.evaluation import print_report
@@ -60,6 +70,8 @@ def main(_: list[str]) -> int:
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
         workdir = resolve(_WORKDIR.value)
+        cli.check_backend()
+        Run.read(workdir)  # before playing, because what cannot be read could not be added to
         options = {
             "eval_solver": _SOLVER.value,
             "eval_sample_steps": _SAMPLE_STEPS.value,
@@ -68,26 +80,45 @@ def main(_: list[str]) -> int:
         }
         restored = restore(
             workdir,
-            lambda text: print(text, file=sys.stderr),
+            _say,
             **{name: value for name, value in options.items() if value is not None},
         )
         info, params = _in_environment(restored.info), restored.state.params()
         low, high = (np.asarray(bound) for bound in restored.normalizer[2:])
         check_environment(info.env_spec, info.observation_size, info.action_size, (low, high))
         print(f"note: {horizon(info.env_spec)}")
-    episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
-    evaluator = Evaluator(info, restored.agent, restored.normalizer)
+        episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
+        evaluator = Evaluator(info, restored.agent, restored.normalizer)
+        for name in POLICIES:
+            evaluator.check_finite(name, params)
+        try:
+            Lock(workdir, _say).close()
+            writable = True
+        except (LockedError, OSError) as error:
+            _say(f"{error}; the evaluation will be printed, not written")
+            writable = False
+    steps = {"behavior": int(restored.state.behavior.step[0]), "policy": restored.step}
     if _VIDEO.value:
         act = evaluator.act("policy", params, episodes[:1], seeds=slice(1))
         with cli.usage_errors():
             path = epath.Path(_VIDEO.value).expanduser()
             record_video(act, info.env_spec, path, seed=episodes[0])
-    steps = {"behavior": int(restored.state.behavior.step[0]), "policy": restored.step}
-    rollouts = {}
+    rollouts, played, failed = {}, [], []
     for name, step in steps.items():
-        rollouts[name] = evaluator.play(name, params, episodes)
-        write_returns(workdir, step, name, rollouts[name], info.seeds, episodes)
-    line = result_line(info, workdir, restored.step, rollouts, time.perf_counter() - start)
+        of, problem = ("evaluate", name, step, episodes), None
+        try:
+            rollouts[name] = evaluator.play(name, params, episodes)
+        except EvaluationError as error:
+            problem = error
+            failed.append(f"{name}: {error}")
+        played.append((evaluator.record("", *of, problem), rollouts.get(name)))
+    with cli.usage_errors():
+        names = _write(workdir, info, played, episodes) if writable else {}
+    if failed:
+        _say(f"failed: {'; '.join(failed)}")
+        return cli.EXIT_FAILED
+    seconds = time.perf_counter() - start
+    line = result_line(info, workdir, restored.step, rollouts, names, seconds)
     print_report(info, line | {"episodes": len(episodes)})
     return 0
 
@@ -104,6 +135,38 @@ def _in_environment(info: RunInfo) -> RunInfo:
         return info
     references = dataset_references(None, "", env_spec)
     return dataclasses.replace(info, env_spec=env_spec, reference_scores=references)
+
+
+def _say(text: str) -> None:
+    print(f"launch.evaluate: {text}", file=sys.stderr, flush=True)
+
+
+def _write(
+    workdir: epath.Path,
+    info: RunInfo,
+    played: Sequence[tuple[dict[str, Any], Rollouts | None]],
+    episodes: Sequence[int],
+) -> dict[str, str]:
+    """Give evaluations names that are free, and write them; returns the names by policy."""
+    try:
+        lock = Lock(workdir, _say)
+    except LockedError as error:
+        _say(f"{error}; the evaluation is not written")
+        return {}
+    try:
+        earlier = [
+            int(number)
+            for row in read_evaluations(workdir)
+            for number in re.findall(r"^evaluate-(\d{1,9})-", row["evaluation"])
+        ]
+        number, names = 1 + max(earlier, default=0), {}
+        for record, rollouts in played:
+            names[record["policy"]] = f"evaluate-{number}-{record['policy']}"
+            record["evaluation"] = names[record["policy"]]
+            write_evaluation(workdir, record, rollouts, info.seeds, episodes)
+        return names
+    finally:
+        lock.close()
 
 
 if __name__ == "__main__":

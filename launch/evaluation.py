@@ -1,9 +1,9 @@
 """The end of training and evaluation, as a user sees it."""
 
-import json
 from typing import Any
 
 from efm_jax.envs import normalized_score
+from efm_jax.files import to_json
 from efm_jax.runs.evaluation import POLICIES
 from efm_jax.runs.workdir import RunInfo
 
@@ -20,4 +20,4 @@ def print_report(info: RunInfo, line: dict[str, Any]) -> None:
         between = "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
         shown = "" if score is None else f"{score:.1f}"
         print(f"{name:<10} {value:>10.1f}  {between:>30}  {shown:>7}")
-    print("\n" + json.dumps(line))
+    print("\n" + to_json(line))

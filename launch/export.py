@@ -34,6 +34,7 @@ def main(_: list[str]) -> int:
         if not _WORKDIR.value:
             raise ValueError("--workdir: expected the work directory of a training run; got none")
         workdir = resolve(_WORKDIR.value)
+        cli.check_backend()
         out = epath.Path(_OUT.value).expanduser() if _OUT.value else workdir / "policy.jax_export"
         data = export_policy(
             str(workdir),

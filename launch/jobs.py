@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from efm_jax.files import write_whole
 from efm_jax.runs.reader import read_result
-from efm_jax.runs.workdir import RESULT_FILE
+from efm_jax.runs.workdir import RESULT_FILE, check_name
 from launch import cli
 
 ROOT = flags.DEFINE_string("root", "runs/sweep", "Folder of the work directories, logs and tables.")
@@ -76,11 +76,18 @@ class Job:
         return ["python", "-m", "launch.train", *self.flags, f"--workdir={self.workdir}"]
 
 
-def join_name(*parts: str, train_flags: Sequence[str]) -> str:
-    """Make a folder's name of ``parts``, and of a digest of ``train_flags`` if there are any."""
-    if train_flags:
-        parts = (*parts, hashlib.sha256("\0".join(train_flags).encode()).hexdigest()[:6])
-    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in parts)
+def join_name(*parts: str, unlike: Sequence[str]) -> str:
+    """Make a folder's name of ``parts``, and of a digest of what they leave out.
+
+    Args:
+      *parts: words that a reader knows.
+      unlike: all else that makes the job another one, such as whole paths and flags.
+    """
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.")[:80] for part in parts]
+    unlike = [*unlike, *(part for part, word in zip(parts, words, strict=True) if part != word)]
+    if unlike:
+        words.append(hashlib.sha256("\0".join(unlike).encode()).hexdigest()[:8])
+    return "-".join(words)
 
 
 def read_root() -> epath.Path:
@@ -88,6 +95,7 @@ def read_root() -> epath.Path:
     if _JOBS.value is not None and _COLLECT.value:
         raise ValueError("--jobs, --collect: give one of them")
     root = epath.Path(ROOT.value).expanduser()
+    check_name(root)
     if "://" in ROOT.value and _JOBS.value is None and not _COLLECT.value:
         raise ValueError(
             f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect"
@@ -141,8 +149,12 @@ def run_and_collect(
         left = [job for job in jobs if not job.done]
         line = {"jobs": len(jobs), "done": len(jobs) - len(left)}
         if _JOBS.value is not None:
-            commands = [shlex.join(job.command()) + "\n" for job in left]
-            write_whole(epath.Path(_JOBS.value).expanduser(), "".join(commands))
+            commands = [shlex.join(job.command()) for job in left]
+            for command in commands:
+                if len(command.splitlines()) > 1:  # a task of an array runs one line
+                    raise ValueError(f"--jobs: expected a command without line breaks; {command!r}")
+            text = "".join(f"{command}\n" for command in commands)
+            write_whole(epath.Path(_JOBS.value).expanduser(), text)
             print(json.dumps(line | {"list": _JOBS.value}))
             return 0
         failed, stopped_by = _run(left) if left and not _COLLECT.value else ({}, None)

@@ -11,6 +11,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
+import launch
 from efm_jax.training import hosts
 from launch import cli
 
@@ -38,6 +39,7 @@ def joined() -> Iterator[None]:
     try:
         with cli.usage_errors():
             _join()
+            cli.check_backend()
         yield
     except RuntimeError as error:
         if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
@@ -93,16 +95,24 @@ def agreed_errors() -> Iterator[None]:
 
 
 class StopSignal:
-    """SIGTERM; on several hosts JAX's preemption notice to any, seen by all at the same point."""
+    """A signal to stop; on several hosts JAX's preemption notice to any, which all see together.
+
+    JAX notices SIGTERM, so there the others become one.
+    """
 
     def __init__(self) -> None:
-        self._received = False
-        self._asked = 0
+        self._received, self._asked = False, 0
+        self.number: int = signal.SIGTERM  # what was received
         if hosts.count() == 1:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+            launch.stop_at(self._on_signal)
+        else:
+            others = (signal.SIGINT, signal.SIGHUP)
+            launch.stop_at(lambda *_: os.kill(os.getpid(), signal.SIGTERM), others)
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self._received = True
+    def _on_signal(self, number: int, _: Any) -> None:
+        # The first counts: schedulers and terminals send several.
+        if not self._received:
+            self._received, self.number = True, number
 
     def requested(self) -> bool:
         """Tell whether to stop now; every host must ask at the same points."""

@@ -98,7 +98,10 @@ def _read_jobs() -> list[jobs.Job]:
     for task, algorithm in itertools.product(tasks, _NAMES.value):
         preset = "antmaze" if task in ANTMAZE else "locomotion"
         labels = {"task": task, "algorithm": algorithm, "dataset": _dataset(task, _FILES.value)}
-        name = jobs.join_name(task, algorithm, f"{seeds}seeds", train_flags=train_flags)
+        name = jobs.join_name(
+            *(task, algorithm, f"{seeds}seeds"),
+            unlike=[*train_flags, *([labels["dataset"]] if _FILES.value else [])],
+        )
         own = [
             *(f"--dataset={labels['dataset']}", f"--config=experiments/configs/d4rl/{preset}.py"),
             *("--seed=0", f"--num_seeds={seeds}", _ALGORITHMS[algorithm]),
@@ -148,7 +151,7 @@ def _read_row(job: jobs.Job) -> dict[str, Any]:
     row = job.row(("seeds", "steps", "seconds", "workdir")) | {"published": published}
     if "seeds" not in row:
         return row
-    returns = pd.DataFrame(Run.read(job.workdir).returns, columns=pd.Index(RETURN_COLUMNS))
+    returns = pd.DataFrame(Run.read(job.workdir).own_returns, columns=pd.Index(RETURN_COLUMNS))
     scores = seed_scores(task, returns)
     if not {"behavior", "policy"} <= set(returns["policy"]) or scores.isna().to_numpy().any():
         raise ValueError(

@@ -17,6 +17,7 @@ saved.
 """
 
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -27,10 +28,12 @@ from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.envs import mean_and_interval
+from efm_jax.runs.reader import read_result
 from launch import cli, jobs
 from launch.jobs import Job
 
 _PRESET = "experiments/configs/qipo_ot.py"
+_PRESETS = cli.ROOT / "experiments" / "configs"
 _OWN_FLAGS = ("dataset", "config", "seed", "workdir")
 # What a row holds of result.json, beside the intervals.
 _RESULT = (
@@ -39,7 +42,9 @@ _RESULT = (
 )
 _INTERVALS = {"behavior_interval", "policy_interval"}
 _BOUNDS = ("behavior_low", "behavior_high", "policy_low", "policy_high")
-_COLUMNS = ("job", "dataset", "config", "seed", *_RESULT, *_BOUNDS)
+# The names of the evaluations that the numbers are from; see evaluations.csv of the work directory.
+_EVALUATIONS = ("behavior_evaluation", "policy_evaluation")
+_COLUMNS = ("job", "dataset", "config", "seed", *_RESULT, *_BOUNDS, *_EVALUATIONS)
 _MEASURES = ("dataset_return", "behavior_return", "policy_return", "behavior_score", "policy_score")
 _NOTE = """\
 Mean (95% interval over jobs, or over the seeds of a single job). Score: 0 random, 100 expert.
@@ -73,11 +78,18 @@ def _read_jobs() -> list[Job]:
     for dataset, config, seed in itertools.product(
         _DATASETS.value, _CONFIGS.value, _read_seeds(train_flags)
     ):
-        stem = pathlib.PurePath(dataset).stem if dataset.endswith(".hdf5") else dataset
-        parts = (stem, pathlib.PurePath(config).stem, f"seed{seed}")
+        file, preset = pathlib.Path(dataset), pathlib.Path(config)
+        parts, unlike = [dataset, preset.stem, f"seed{seed}"], list(train_flags)
+        # Datasets of one file name are told apart by the folder, and so are presets.
+        if file.suffix in (".hdf5", ".h5", ".npz"):
+            parts[0] = file.stem
+            unlike.append(dataset if "://" in dataset else os.path.abspath(file.expanduser()))
+        place = preset if preset.exists() else cli.ROOT / preset  # as launch.train finds it
+        if place.resolve().parent != _PRESETS.resolve():
+            unlike.append(str(place.resolve()))
         labels = {"dataset": dataset, "config": config, "seed": seed}
         own = [f"--{name}={value}" for name, value in labels.items()]
-        name = jobs.join_name(*parts, train_flags=train_flags)
+        name = jobs.join_name(*parts, unlike=unlike)
         listed.append(Job(name, root, labels, [*own, *train_flags]))
     return listed
 
@@ -103,6 +115,9 @@ def _read_seeds(train_flags: Sequence[str]) -> list[int]:
 
 def _read_row(job: Job) -> dict[str, Any]:
     row = {"job": job.name} | job.row((*_RESULT, *_INTERVALS))
+    # Runs of earlier versions gave evaluations no names.
+    names = (read_result(job.workdir) or {}).get("evaluations", {})
+    row |= {f"{policy}_evaluation": name for policy, name in names.items()}
     for name in _INTERVALS & row.keys():
         policy, (low, high) = name.removesuffix("_interval"), row.pop(name)
         row |= {f"{policy}_low": low, f"{policy}_high": high}

@@ -10,14 +10,17 @@ JSON.
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
 
-The work directory gets config.json, metrics.csv, returns.csv, result.json, checkpoints/,
-tensorboard/ and learning_curve.png; it may be gs://.  The same command again continues where the
-run stopped, on any number of devices.  On several hosts run it on each of them with --multihost and
-one shared work directory. Exit status: 0 done, 1 failed (a loss that is not finite), 2 bad flags,
-data or checkpoint, 143 stopped by SIGTERM and saved.
+The work directory gets config.json, metrics.csv, evaluations.csv, returns.csv, result.json,
+checkpoints/, tensorboard/ and learning_curve.png; it may be gs://.  The same command again
+continues where the run stopped, on any number of devices; one process at a time.  On several hosts
+run it on each of them with --multihost and one shared work directory.
+Exit status: 0 done; 1 failed (a loss that is not finite, or an evaluation at the end that came to
+no number); 2 bad flags, data or checkpoint, or a folder that cannot be written; 130, 129, 143
+stopped by ctrl-C, SIGHUP, SIGTERM, and saved if training had begun.
 """
 
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +41,7 @@ from efm_jax.data import (
     load_dataset,
     preprocess,
 )
-from efm_jax.envs import Rollouts, dataset_references
+from efm_jax.envs import EvaluationError, Rollouts, dataset_references
 from efm_jax.rl.agents import AgentParams, State, make_agent
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
@@ -52,7 +55,7 @@ from efm_jax.runs.evaluation import (
     result_line,
 )
 from efm_jax.runs.learning_curve import LOW_ESS
-from efm_jax.runs.workdir import RunInfo, resolve
+from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
@@ -77,6 +80,8 @@ _PARALLEL = flags.DEFINE_enum("parallel", "data", MODES, _PARALLEL_HELP)
 flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(multihost)
+_STOP_HELP = "Save and stop where an evaluation fails, instead of recording it and going on."
+_STOP = flags.DEFINE_bool("stop_on_failed_evaluation", False, _STOP_HELP)
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
 
 
@@ -87,8 +92,7 @@ def main(_: list[str]) -> int:
         config = _read_config()
         data = _read_dataset(config)
         trainer = _make_trainer(config, data)
-        run = _Run(data, trainer)
-        return run.to_the_end() or run.report(start)
+        return _Run(data, trainer, start).to_the_end()
 
 
 @multihost.agreed_errors()
@@ -98,6 +102,8 @@ def _read_config() -> QIPOConfig:
     problem = cli.preset_problem(path)
     if problem is not None:
         raise ValueError(f"--config={path}: {problem}")
+    if _WORKDIR.value:
+        check_name(resolve(_WORKDIR.value))
     config = _CONFIG.value
     if not isinstance(config, QIPOConfig):
         raise ValueError(
@@ -201,7 +207,7 @@ def _make_trainer(config: QIPOConfig, data: _Data) -> Trainer:
 
 
 def _default_workdir(info: RunInfo) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", info.dataset).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", info.dataset).strip("-.")[-150:]
     seeds = f"seed{_SEED.value}" + (f"x{_NUM_SEEDS.value}" if _NUM_SEEDS.value > 1 else "")
     return f"runs/{info.algorithm}-{name}-{seeds}"
 
@@ -213,29 +219,41 @@ class _Run(Hooks):
     """
 
     @multihost.agreed_errors()
-    def __init__(self, data: _Data, trainer: Trainer):
+    def __init__(self, data: _Data, trainer: Trainer, began: float):
         self._info, self._memory, self._trainer = data.info, data.memory, trainer
-        self._workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
-        self._writer = RunWriter(self._workdir, data.info, data.normalizer)
-        self._evaluator = Evaluator(data.info, trainer.agent, data.normalizer)
-        self._rollouts: dict[str, Rollouts] = {}
         self._is_first = hosts.index() == 0
+        self._workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
+        self._writer = RunWriter(self._workdir, data.info, data.normalizer, self._say, began)
+        self._evaluator = Evaluator(data.info, trainer.agent, data.normalizer)
+        # Of each policy, the last evaluation: what it gave and its name, or why it failed.
+        self._rollouts: dict[str, Rollouts] = {}
+        self._evaluations: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
         self._bar = tqdm(disable=True)  # until a phase begins
         self._table: tqdm | None = None
         self._stop = multihost.StopSignal()
 
     def to_the_end(self) -> int:
-        """Train and evaluate; returns the exit status."""
+        """Train, evaluate and report; returns the exit status."""
         try:
             state = self._trainer.run(self._start(), self)
             for name in POLICIES:
                 self._evaluate(name, self._info.phase_steps[name], state.params())
+            if self._failed:
+                return self._give_up()
+            self._report()
         except NonFiniteLossError as error:
-            self._say(f"failed: {error}; the last checkpoint is kept")
+            step = self._writer.saved_step
+            kept = f"the checkpoint of step {step} is kept"
+            none = "no checkpoint had been saved yet"
+            self._say(f"failed: {error}; {none if step is None else kept}")
             return cli.EXIT_FAILED
         except StoppedError:
-            self._say(f"stopped by SIGTERM, saved in {self._workdir}")
-            return cli.EXIT_TERMINATED
+            if self._failed and _STOP.value:
+                return self._give_up()
+            name = signal.Signals(self._stop.number).name
+            self._say(f"stopped by {name}, saved in {self._workdir}")
+            return 128 + self._stop.number
         finally:
             self._close_bars()
             self._writer.close()
@@ -244,7 +262,7 @@ class _Run(Hooks):
     def _start(self) -> State:
         with multihost.agreed_errors():
             state = self._trainer.init_state()
-            found = self._writer.start(state, self._say)
+            found = self._writer.start(state)
         if found is not None:
             step, state = found
             self._say(f"continuing {self._workdir} from step {step}")
@@ -253,15 +271,20 @@ class _Run(Hooks):
             print(f"memory of each device: {self._memory}; {devices}", flush=True)
         return state
 
-    def report(self, start: float) -> int:
-        """Write and print the result of a run that came to its end; returns the exit status."""
-        seconds = time.perf_counter() - start
+    def _report(self) -> None:
+        """Write and print the result of a run that came to its end."""
         steps = sum(self._info.phase_steps.values())
-        line = result_line(self._info, self._workdir, steps, self._rollouts, seconds)
+        of = self._info, self._workdir, steps, self._rollouts, self._evaluations
+        line = result_line(*of, self._writer.seconds)
         self._writer.finish(line)
         if self._is_first:
             print_report(self._info, line)
-        return 0
+
+    def _give_up(self) -> int:
+        """Say that there is no result, because evaluations failed; returns the exit status."""
+        why = "; ".join(self._failed.values())
+        self._say(f"failed: {why}; saved in {self._workdir}, and the same command tries again")
+        return cli.EXIT_FAILED
 
     def _say(self, text: str) -> None:
         if self._is_first:
@@ -307,19 +330,32 @@ class _Run(Hooks):
 
     def on_evaluate(self, step: int, params: AgentParams) -> None:
         self._evaluate("policy", step, params)
+        if self._failed and not _STOP.value:
+            self._say(f"failed: {self._failed['policy']}; training goes on")
 
     def _evaluate(self, name: str, step: int, params: AgentParams) -> None:
         episodes = episode_seeds(self._info.config.eval_episodes)
-        self._rollouts[name] = self._evaluator.play(name, params, episodes, self._check_stop)
         total_step = self._writer.total_step(name, step)
-        self._writer.returns(name, total_step, self._rollouts[name], episodes)
+        evaluation, rollouts, problem = f"train-{name}-{total_step}", None, None
+        self._failed.pop(name, None)
+        try:
+            rollouts = self._evaluator.play(name, params, episodes, self._check_stop)
+            self._rollouts[name], self._evaluations[name] = rollouts, evaluation
+        except EvaluationError as error:
+            problem = error
+            self._failed[name] = f"evaluation {evaluation}: {error}"
+        of = evaluation, "train", name, total_step, episodes
+        self._writer.evaluation(self._evaluator.record(*of, problem), rollouts, episodes)
+        if problem is not None and _STOP.value:
+            raise StoppedError
 
     def _check_stop(self, *_: int) -> None:
         if self._stop.received_alone():
             raise StoppedError
 
     def on_checkpoint(self, state: State) -> None:
-        self._writer.checkpoint(state)
+        with cli.usage_errors():  # the folder may have been taken over
+            self._writer.checkpoint(state)
 
     def stop_requested(self) -> bool:
         return self._stop.requested()

@@ -1,6 +1,6 @@
 """All that plays: environments, rollouts, scores, video, scripted controllers."""
 
-from efm_jax.envs.rollout import Rollouts, evaluate
+from efm_jax.envs.rollout import EvaluationError, Rollouts, evaluate
 from efm_jax.envs.scores import (
     dataset_references,
     mean_and_interval,
@@ -9,6 +9,7 @@ from efm_jax.envs.scores import (
 )
 
 __all__ = [
+    "EvaluationError",
     "Rollouts",
     "dataset_references",
     "evaluate",

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import gymnasium
@@ -13,7 +13,12 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from efm_jax import checks
 from efm_jax.envs import environments, specs
 from efm_jax.envs.flatten import flatten_observation
+from efm_jax.errors import reason
 from efm_jax.types import Array
+
+
+class EvaluationError(ValueError):
+    """An evaluation that came to no number: what the environment or the policy did, in one line."""
 
 
 class Rollouts(NamedTuple):
@@ -61,9 +66,9 @@ def evaluate(
 
     Raises:
       ValueError: unknown environment, simulator that is not installed, no limit on the episode's
-        length, an action space that is not a flat ``Box``, actions of another shape, or a
-        non-finite action (with its step and episode: a diverged policy must not be scored as one
-        that stands still).
+        length, an action space that is not a flat ``Box``, or actions of another shape.
+      EvaluationError: the environment raised an error, or a non-finite observation or action (with
+        its step and episode: a diverged policy must not be scored as one that stands still).
     """
     checks.check_integer("num_policies", num_policies, 1)
     if len(episode_seeds) == 0:
@@ -82,20 +87,25 @@ def evaluate(
         space, observed = games[0].action_space, games[0].observation_space
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"environment {spec.id}: expected a Box action space [A]; got {space}")
-        states = [
-            game.reset(seed=seed)[0] for game, seed in zip(games, seeds * num_policies, strict=True)
-        ]
+        states = []
+        for game, seed in zip(games, seeds * num_policies, strict=True):
+            with _environment_errors(spec, "reset", seed):
+                states.append(game.reset(seed=seed)[0])
         for step in range(limit):
-            together = concatenate(observed, states, create_empty_array(observed, len(games)))
-            observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
+            with _environment_errors(spec, f"the observations of step {step}"):
+                together = concatenate(observed, states, create_empty_array(observed, len(games)))
+                observations = flatten_observation(observed, together, 1).reshape(*batch, -1)
+            _check_finite(f"environment {spec.id}: observation", observations, running, step, seeds)
             actions = np.asarray(act(observations, step))
             checks.check_shape("actions", actions, (*batch, *space.shape))
-            _check_finite(actions, running, step, seeds)
+            _check_finite("actions: action", actions, running, step, seeds)
             actions = np.clip(actions, space.low, space.high).astype(space.dtype)
             for place in zip(*np.nonzero(running), strict=True):
                 game = place[0] * len(seeds) + place[1]
-                states[game], reward, terminated, truncated, _ = games[game].step(actions[place])
-                returns[place] += float(reward)
+                with _environment_errors(spec, f"step {step}", seeds[place[1]]):
+                    state, reward, terminated, truncated, _ = games[game].step(actions[place])
+                    states[game], reward = state, float(reward)
+                returns[place] += reward
                 lengths[place] += 1
                 running[place] = not (terminated or truncated)
             if progress is not None:
@@ -132,14 +142,26 @@ def bounded_spec(
     return spec, min(limits)
 
 
+@contextlib.contextmanager
+def _environment_errors(spec: EnvSpec, when: str, seed: int | None = None) -> Iterator[None]:
+    """Name the environment and the moment in whatever its own code raises."""
+    try:
+        yield
+    except Exception as error:
+        episode = "" if seed is None else f" of the episode with seed {seed}"
+        raise EvaluationError(
+            f"environment {spec.id} failed at {when}{episode}: {reason(error)}"
+        ) from error
+
+
 def _check_finite(
-    actions: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]
+    what: str, values: np.ndarray, running: np.ndarray, step: int, seeds: Sequence[int]
 ) -> None:
-    """Refuse a NaN or an infinity in the actions ``[K, E, A]`` of ``running [K, E]`` episodes."""
-    bad = np.argwhere(running & ~np.isfinite(actions).all(axis=-1))
+    """Refuse a NaN or an infinity in ``values [K, E, ...]`` of ``running [K, E]`` episodes."""
+    bad = np.argwhere(running & ~np.isfinite(values).all(axis=-1))
     if len(bad):
         policy, episode = bad[0]
-        raise ValueError(
-            f"actions: non-finite action {actions[policy, episode]} at step {step} of episode "
-            f"{episode} (seed {seeds[episode]}) of policy {policy}"
+        raise EvaluationError(
+            f"{what.replace(': ', ': non-finite ')} {values[policy, episode]} at step {step} of "
+            f"episode {episode} (seed {seeds[episode]}) of policy {policy}"
         )

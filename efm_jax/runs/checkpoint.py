@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
+from efm_jax.errors import reason
+
 
 class CheckpointError(ValueError):
     """Checkpoints are there, and none of them can be read."""
@@ -30,6 +32,10 @@ class Checkpointer:
       max_to_keep: older checkpoints are deleted.
       report: called with one line about every checkpoint that cannot be read, when an older one
         can.
+      read_only: nothing will be saved or deleted; nothing is made.
+
+    Raises:
+      OSError: the folder cannot be written, from here or from :meth:`save` and :meth:`close`.
     """
 
     def __init__(
@@ -38,12 +44,22 @@ class Checkpointer:
         *,
         max_to_keep: int = 3,
         report: Callable[[str], None] = print,
+        read_only: bool = False,
     ):
         self._directory = epath.Path(directory)
         self._report = report
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else max_to_keep,
+                create=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, complete or being saved; None where there is none."""
+        return max(self._manager.all_steps(), default=None)
 
     def save(self, step: int, tree: Any) -> None:
         """Start saving a tree under a step number; returns once the tree has been copied.
@@ -59,7 +75,8 @@ class Checkpointer:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"digest": _digest(tree)})
         )
-        self._manager.save(step, args=args, force=True)
+        with self._written():  # also what the save before it met
+            self._manager.save(step, args=args, force=True)
 
     def restore(self, template: Any, *, discard: bool = False) -> tuple[int, Any] | None:
         """Read the newest readable checkpoint: ``(step, tree)``, or None where there is none.
@@ -109,10 +126,25 @@ class Checkpointer:
             raise ValueError("its arrays have other shapes or types than this configuration")
         return tree
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for saves in progress."""
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for saves in progress, and let go of the folder."""
+        self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Name the folder in what a failed save raises, now or in the background."""
+        try:
+            with _quiet():
+                yield
+        # Any error, because a full disk is a ValueError of TensorStore, and others of others.
+        except Exception as error:
+            raise OSError(f"{self._directory}: cannot be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -10,10 +10,18 @@ import numpy as np
 from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.envs import Rollouts, environments, evaluate, mean_and_interval, normalized_score
+from efm_jax.envs import (
+    EvaluationError,
+    Rollouts,
+    environments,
+    evaluate,
+    mean_and_interval,
+    normalized_score,
+)
 from efm_jax.envs.rollout import bounded_spec, make_quietly
 from efm_jax.rl.agents import Agent, AgentParams, player
 from efm_jax.rl.agents.agent import POLICIES
+from efm_jax.runs.reader import EVALUATION_COLUMNS
 from efm_jax.runs.workdir import RunInfo
 from efm_jax.training import hosts
 from efm_jax.types import Normalizer
@@ -108,19 +116,69 @@ class Evaluator:
         Args:
           name, params, episodes: as for :meth:`act`; on several hosts the same on all of them.
           progress: as for :func:`efm_jax.envs.evaluate`.
+
+        Raises:
+          EvaluationError: it came to no number; on several hosts on all of them.
         """
+        self.check_finite(name, params)
         share = np.array_split(episodes, hosts.count())[hosts.index()].tolist()
         count = self._info.num_seeds
         rollouts = Rollouts(np.zeros((count, 0)), np.zeros((count, 0), np.int64))
-        if share:
-            rollouts = evaluate(
-                self.act(name, params, share),
-                self._info.env_spec,
-                num_policies=count,
-                episode_seeds=share,
-                progress=progress,
-            )
+        problem: EvaluationError | None = None
+        try:
+            if share:
+                rollouts = evaluate(
+                    self.act(name, params, share),
+                    self._info.env_spec,
+                    num_policies=count,
+                    episode_seeds=share,
+                    progress=progress,
+                )
+        except EvaluationError as error:
+            problem = error
+        failed = hosts.hosts_where(problem is not None)
+        if failed:
+            raise problem or EvaluationError(f"host {failed[0]} could not; its own output says why")
         return Rollouts(*(np.concatenate(hosts.gather(part.T)).T for part in rollouts))
+
+    def record(
+        self,
+        evaluation: str,
+        started_by: str,
+        name: str,
+        total_step: int,
+        episodes: Sequence[int],
+        problem: EvaluationError | None = None,
+    ) -> dict[str, Any]:
+        """Write down what was played: a row of ``EVALUATION_COLUMNS``.
+
+        Args:
+          evaluation: its name in the work directory.
+          started_by: of ``STARTED_BY``.
+          name: of the policy.
+          total_step: of the checkpoint.
+          episodes: environment seeds of the episodes.
+          problem: why it failed, if it did.
+        """
+        model, config = self._agent.acting_model, self._agent.config
+        # As Agent.act has it: the behavior model plays one sample.
+        rule = config.action_selection if name == "policy" else "sample"
+        candidates = 1 if rule == "sample" else config.num_candidates
+        how = model.solver, model.sample_steps, rule, candidates
+        what = evaluation, started_by, name, total_step, *how, len(episodes), episodes[0]
+        status = ("done", "") if problem is None else ("failed", str(problem))
+        return dict(zip(EVALUATION_COLUMNS, (*what, *status), strict=True))
+
+    def check_finite(self, name: str, params: AgentParams) -> None:
+        """Refuse parameters that are not finite, which no loss need have shown."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params._asdict()[name]):
+            axes = tuple(range(1, np.ndim(leaf)))
+            bad = np.flatnonzero(~np.isfinite(np.asarray(leaf)).all(axis=axes))
+            if len(bad):
+                raise EvaluationError(
+                    f"{name}: parameters {jax.tree_util.keystr(path)} of training seed "
+                    f"{self._info.seeds[bad[0]]} are not finite"
+                )
 
 
 def result_line(
@@ -128,6 +186,7 @@ def result_line(
     workdir: epath.Path,
     step: int,
     rollouts: Mapping[str, Rollouts],
+    evaluations: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
@@ -140,7 +199,8 @@ def result_line(
       workdir: where it is.
       step: gradient steps of all phases.
       rollouts: of each of ``POLICIES``.
-      seconds: how long it took.
+      evaluations: their names in the work directory; none where they are not written.
+      seconds: how long it took, with all starts of the run.
     """
     line: dict[str, Any] = {
         "dataset": info.dataset,
@@ -156,4 +216,9 @@ def result_line(
         line[f"{name}_return"] = mean
         line[f"{name}_interval"] = [low, high]
         line[f"{name}_score"] = normalized_score(mean, info.reference_scores)
-    return {**line, "seconds": round(seconds, 1), "workdir": str(workdir)}
+    return {
+        **line,
+        "evaluations": dict(evaluations),
+        "seconds": round(seconds, 1),
+        "workdir": str(workdir),
+    }

@@ -43,7 +43,7 @@ def draw_learning_curve(run: Run) -> bytes:
     losses = _grouped(metrics, "phase", "loss")
     weights = _curves(dict.fromkeys(("ess", "top_weight"), policy), "step")
     q_values = _curves(dict.fromkeys(("q_data", "q_support"), metrics), "total_step")
-    returns = _grouped(run.returns, "policy", "return")
+    returns = _grouped(run.own_returns, "policy", "return")
     # Evaluations carry the total step; the policy phase starts where the earlier phases ended.
     start = min((int(row["total_step"]) - int(row["step"]) for row in policy), default=0)
     panels: list[Callable[[Axes], None]] = [
@@ -69,7 +69,8 @@ def draw_learning_curve(run: Run) -> bytes:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, not 10000
         draw(axes)
     title = f"{run.info.algorithm} on {run.info.dataset}"
-    figure.suptitle("\n".join(textwrap.wrap(title, int(10 * width))), fontsize=12)
+    lines = textwrap.wrap(title, int(10 * width))
+    figure.suptitle("\n".join(lines), fontsize=12, parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -178,4 +179,6 @@ def _label(axes: Axes, title: str, x: str, y: str, handles: Iterable | None = No
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="best")
+    legend = axes.legend(handles=handles, fontsize=8, frameon=False, loc="best")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # because names may hold $

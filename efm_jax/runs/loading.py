@@ -15,7 +15,7 @@ from efm_jax.rl.agents import Agent, State, make_agent
 from efm_jax.rl.agents.agent import POLICIES
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.checkpoint import Checkpointer
-from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, resolve
+from efm_jax.runs.workdir import CHECKPOINTS_FOLDER, RunInfo, check_name, resolve
 from efm_jax.types import Key, Normalizer
 
 # Fields of a configuration that only concern acting.
@@ -50,6 +50,7 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     Raises:
       ValueError: no run, no checkpoint or none of the policy phase, or an option out of range.
     """
+    check_name(workdir)
     info = RunInfo.read(workdir)
     sizes = info.observation_size, info.action_size
     agent = make_agent(acting_config(info.config, **options), *sizes)
@@ -61,8 +62,8 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     }
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
     found = None
-    if (workdir / CHECKPOINTS_FOLDER).exists():  # because a checkpointer would make it
-        checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report)
+    if (workdir / CHECKPOINTS_FOLDER).exists():
+        checkpointer = Checkpointer(workdir / CHECKPOINTS_FOLDER, report=report, read_only=True)
         try:
             found = checkpointer.restore(template)
         finally:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``metrics.csv``, ``returns.csv`` and TensorBoard events."""
+"""What a run leaves to look at: ``metrics.csv``, evaluations and TensorBoard events."""
 
 import csv
 import io
@@ -16,8 +16,13 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from efm_jax import checks
 from efm_jax.envs import Rollouts
 from efm_jax.files import write_whole
-from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, read_table
-from efm_jax.runs.workdir import METRICS_FILE, RETURNS_FILE, TENSORBOARD_FOLDER
+from efm_jax.runs.reader import EVALUATION_COLUMNS, METRIC_INDEX, RETURN_COLUMNS, read_table
+from efm_jax.runs.workdir import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    RETURNS_FILE,
+    TENSORBOARD_FOLDER,
+)
 from efm_jax.types import Array
 
 Row = Mapping[str, Any]
@@ -57,24 +62,31 @@ class CsvTable:
             raise ValueError(
                 f"{self._path}: expected a table with a column {missing[0]!r}; got {self._columns}"
             )
-        rows = read_table(self._path)
-        kept = [row for row in rows if keep(row)]
-        if len(kept) < len(rows) or not text.endswith("\n"):
-            self._rewrite(kept)
+        if not text.endswith("\n") or not all(map(keep, read_table(self._path))):
+            self.append([], keep)
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Add rows; an absent key gives an empty cell, NaN is written as ``nan``."""
+    def append(
+        self, rows: Iterable[Row], keep: Callable[[dict[str, str]], bool] | None = None
+    ) -> None:
+        """Add rows, and with ``keep`` remove in the same moment those that do not stay.
+
+        An absent key gives an empty cell, NaN is written as ``nan``.
+        """
         rows = list(rows)
         keys = dict.fromkeys(key for row in rows for key in row)
         new = [key for key in keys if key not in self._columns]
         exists = self._path.exists()
         # An object of a bucket cannot grow.
-        if new or not exists or "://" in os.fspath(self._path):
+        if new or not exists or keep or "://" in os.fspath(self._path):
             self._columns += new
-            self._rewrite([*(read_table(self._path) if exists else []), *rows])
+            earlier = read_table(self._path) if exists else []
+            self._rewrite([*filter(keep or (lambda row: True), earlier), *rows])
         else:
-            with self._path.open("a") as file:
-                file.write(self._text(rows, header=False))
+            try:
+                with self._path.open("a") as file:
+                    file.write(self._text(rows, header=False))
+            except OSError as error:
+                raise OSError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
         write_whole(self._path, self._text(rows, header=True))
@@ -98,9 +110,9 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       seeds: the ``K`` training seeds.
-      resume_from: total step of the checkpoint this run continues from. What ``metrics.csv`` and
-        ``returns.csv`` hold beyond it is removed, and hidden in TensorBoard, because the resumed
-        run will write it again. None for a run that starts at the beginning: both files start anew.
+      resume_from: total step of the checkpoint this run continues from. What the tables hold
+        beyond it is removed, and hidden in TensorBoard, because the resumed run will write it
+        again. None for a run that starts at the beginning: all tables start anew.
     """
 
     def __init__(
@@ -108,8 +120,8 @@ class MetricsWriter:
     ) -> None:
         workdir, self._seeds = epath.Path(workdir), list(seeds)
         if resume_from is None:
-            (workdir / METRICS_FILE).unlink(missing_ok=True)
-            (workdir / RETURNS_FILE).unlink(missing_ok=True)
+            for name in (METRICS_FILE, EVALUATIONS_FILE, RETURNS_FILE):
+                (workdir / name).unlink(missing_ok=True)
             resume_from = -1
 
         def keep(row: dict[str, str]) -> bool:
@@ -117,6 +129,8 @@ class MetricsWriter:
 
         columns = (*METRIC_INDEX, "loss", "steps_per_second")
         self._table = CsvTable(workdir / METRICS_FILE, columns, keep)
+        # Before the returns, so that no evaluation is there without its episodes.
+        CsvTable(workdir / EVALUATIONS_FILE, EVALUATION_COLUMNS, keep)
         CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS, keep)
         folder = workdir / TENSORBOARD_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,40 +184,39 @@ class MetricsWriter:
         self._events.flush()
 
 
-def write_returns(
+def write_evaluation(
     workdir: epath.PathLike,
-    total_step: int,
-    policy: str,
-    rollouts: Rollouts,
+    evaluation: Row,
+    rollouts: Rollouts | None,
     seeds: Sequence[int],
     episode_seeds: Sequence[int],
 ) -> None:
-    """Add every episode of an evaluation to ``returns.csv``.
+    """Add an evaluation to ``evaluations.csv``, after every episode of it to ``returns.csv``.
 
-    Rows already there for the same total step and policy are replaced: an evaluation that a resumed
-    run repeats does not count twice.
+    What is there under the same name is replaced: an evaluation that a resumed run repeats does
+    not count twice.
 
     Args:
       workdir: the run's folder.
-      total_step: gradient steps in all phases when the policy was evaluated.
-      policy: ``behavior`` or ``policy``.
-      rollouts: returns and lengths ``[K, E]``.
+      evaluation: its row, of ``EVALUATION_COLUMNS``.
+      rollouts: returns and lengths ``[K, E]``; None of one that failed.
       seeds: the ``K`` training seeds.
       episode_seeds: of the ``E`` episodes.
 
     Raises:
-      ValueError: shapes that disagree.
+      ValueError: shapes that disagree, or tables of an earlier version.
     """
-    for name, values in zip(rollouts._fields, rollouts, strict=True):
-        checks.check_shape(name, values, (len(seeds), len(episode_seeds)))
-    evaluation = (total_step, policy)
-    table = CsvTable(
-        epath.Path(workdir) / RETURNS_FILE,
-        RETURN_COLUMNS,
-        keep=lambda row: (int(row["total_step"]), row["policy"]) != evaluation,
-    )
-    table.append(
-        dict(zip(RETURN_COLUMNS, (*evaluation, seed, episode_seed, *values), strict=True))
-        for seed, *of_seed in zip(seeds, *rollouts, strict=True)
-        for episode_seed, *values in zip(episode_seeds, *of_seed, strict=True)
-    )
+    workdir, name = epath.Path(workdir), evaluation["evaluation"]
+    records = CsvTable(workdir / EVALUATIONS_FILE, EVALUATION_COLUMNS)
+    if rollouts is not None:
+        for field, values in zip(rollouts._fields, rollouts, strict=True):
+            checks.check_shape(field, values, (len(seeds), len(episode_seeds)))
+        of = evaluation["total_step"], evaluation["policy"]
+        rows: list[Row] = [
+            dict(zip(RETURN_COLUMNS, (*of, seed, episode_seed, *values, name), strict=True))
+            for seed, *of_seed in zip(seeds, *rollouts, strict=True)
+            for episode_seed, *values in zip(episode_seeds, *of_seed, strict=True)
+        ]
+        returns = CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS)
+        returns.append(rows, keep=lambda row: row["evaluation"] != name)
+    records.append([evaluation], keep=lambda row: row["evaluation"] != name)

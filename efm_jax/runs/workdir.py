@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import os
+import re
 import typing
 from typing import Any
 
@@ -9,17 +12,25 @@ from etils import epath
 
 from efm_jax import __version__
 from efm_jax.envs import specs
-from efm_jax.files import write_whole
-from efm_jax.rl.config import QIPOConfig
+from efm_jax.files import to_json, write_whole
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.runs.plugins import check_loaded
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
 RETURNS_FILE = "returns.csv"
+EVALUATIONS_FILE = "evaluations.csv"
+SECONDS_FILE = "seconds.json"  # of all starts together
 RESULT_FILE = "result.json"  # there when the run is done
 CURVE_FILE = "learning_curve.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+# Of the longest path of a local folder, because checkpoints need about 200 bytes under it.
+_MAX_PATH = 3500
+_MOST = 10**6  # training seeds, and numbers of an observation or an action
+_MAX_FILE = 2**30  # bytes of a table or a record: more is not a run's
 
 
 def resolve(path: epath.PathLike) -> epath.Path:
@@ -30,20 +41,56 @@ def resolve(path: epath.PathLike) -> epath.Path:
     return workdir
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Read the object in a JSON file; a ``ValueError`` if another thing is in it."""
+def check_name(workdir: epath.Path) -> None:
+    """Refuse a local path under which Orbax cannot read what it has written.
+
+    Orbax takes ``[ ] * ?`` and backslashes for patterns, and ``gs:/`` for a bucket.
+    """
+    if "://" in os.fspath(workdir):
+        return
+    whole = os.path.abspath(workdir)
+    found = re.search(r"[\[\]*?\\]|:(?=/)", whole)
+    if found:
+        raise ValueError(
+            f"workdir {whole}: checkpoints under a path with {found[0]!r} cannot be read "
+            "again; give it another name"
+        )
+    if len(os.fsencode(whole)) > _MAX_PATH:
+        raise ValueError(
+            f"workdir {whole[:60]}...: expected a path of at most {_MAX_PATH} bytes; "
+            f"got {len(os.fsencode(whole))}"
+        )
+
+
+def read_text(path: epath.Path) -> str:
+    """Read a file of a work directory; a ``ValueError`` if it is none that a run writes."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file")
+    if path.stat().length > _MAX_FILE:
+        raise ValueError(f"{path}: expected at most {_MAX_FILE} bytes; got {path.stat().length}")
     try:
-        values = json.loads(path.read_text())
+        return path.read_text(encoding="utf-8")
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Read the object in a JSON file; a ``ValueError`` if another thing is in it."""
+    text = read_text(path)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: cannot be read: nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object; got {type(values).__name__}")
     return values
 
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
+    """Write a JSON file, whole or not at all; numbers that are not finite become null."""
+    write_whole(path, to_json(values, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +151,34 @@ class RunInfo:
                 values["reference_scores"] = tuple(values["reference_scores"])
             for name, kind in typing.get_type_hints(cls).items():
                 _check_field(name, kind, values[name])
-            return cls(**values)
+            info = cls(**values)
+            info.check()
+            return info
         except KeyError as error:
             raise ValueError(f"{path}: cannot be read: no field {error}") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
+
+    def check(self) -> None:
+        """Refuse values of the right types that no run has."""
+        wrong = [
+            name
+            for name, fits in (
+                ("phase_steps", self.phase_steps.keys() == set(PHASES)),
+                ("phase_steps", all(type(n) is int and n >= 0 for n in self.phase_steps.values())),
+                ("seed", 0 <= self.seed < 2**32),
+                ("num_seeds", 0 < self.num_seeds <= min(_MOST, 2**32 - self.seed)),
+                ("transitions", 0 < self.transitions < 2**53),
+                ("dataset_return", math.isfinite(self.dataset_return)),
+                ("observation_size", 0 < self.observation_size <= _MOST),
+                ("action_size", 0 < self.action_size <= _MOST),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise ValueError(
+                f"field {wrong[0]!r}: got {getattr(self, wrong[0])!r}, which no run writes"
+            )
 
     @classmethod
     def read(cls, workdir: epath.Path) -> "RunInfo":
@@ -144,7 +214,9 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
     """Refuse what no run writes, because it would be misread without a word."""
     kind = (int, float) if kind is float else typing.get_origin(kind) or kind
     if name == "reference_scores":
-        numbers = value is None or all(isinstance(end, (int, float)) for end in value)
+        numbers = value is None or all(
+            isinstance(end, (int, float)) and math.isfinite(end) for end in value
+        )
         fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))
     elif name == "env_spec":
         fits = isinstance(value, str) and specs.id_of(value) is not None

@@ -1,25 +1,31 @@
 """The one writer of a work directory, which a training run starts or continues."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from efm_jax.envs import Rollouts
+from efm_jax.errors import reason
 from efm_jax.files import write_whole
 from efm_jax.rl.agents import State
 from efm_jax.rl.config import PHASES
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
-from efm_jax.runs.metrics import MetricsWriter, write_returns
+from efm_jax.runs.lock import Lock
+from efm_jax.runs.metrics import MetricsWriter, write_evaluation
 from efm_jax.runs.reader import Run
 from efm_jax.runs.workdir import (
     CHECKPOINTS_FOLDER,
     CURVE_FILE,
     RESULT_FILE,
+    SECONDS_FILE,
     RunInfo,
+    check_name,
+    read_json,
     write_json,
 )
 from efm_jax.training import hosts
@@ -33,44 +39,94 @@ class RunWriter:
     writes the rest.
 
     Args:
-      workdir: local or ``gs://``; nothing is made in it before :meth:`start`.
+      workdir: local or ``gs://``; made and locked here, if it does not hold another run.
       info: what the run is.
       normalizer: statistics of its data, saved in every checkpoint.
+      report: called with one line about whatever the user should know.
+      began: when this process began, of ``time.perf_counter``.
 
     Raises:
-      ValueError: the folder holds another run, or one that cannot be read.
+      ValueError: the folder holds another run, or one that cannot be read, or another process
+        writes in it.
+      OSError: it cannot be written.
     """
 
-    def __init__(self, workdir: epath.Path, info: RunInfo, normalizer: Normalizer):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        info: RunInfo,
+        normalizer: Normalizer,
+        report: Callable[[str], None],
+        began: float,
+    ):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
+        self._report, self._began, self._earlier_seconds = report, began, 0.0
         self._open = contextlib.ExitStack()
-        self._checkpointer: Checkpointer  # made by start
+        self._checkpointer: Checkpointer | None = None  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
+        self._lock: Lock | None = None  # likewise
         self._renewal: Mapping[str, np.ndarray] = {}
-        earlier = RunInfo.load(workdir)
-        if earlier is not None:
-            info.check_same(earlier, workdir)
+        check_name(workdir)
+        self._check_same()
+        if hosts.index() == 0:
+            self._lock = Lock(workdir, report, beat=self._save_seconds)
+            self._open.callback(self._lock.close)
+            try:
+                self._check_same()  # again, because another may have come first
+                # Now, because Orbax writes in the background and says late what failed.
+                probe = workdir / CHECKPOINTS_FOLDER / "probe"
+                write_whole(probe, b"1" * 4096)
+                probe.unlink(missing_ok=True)
+                if (workdir / SECONDS_FILE).exists():
+                    seconds = read_json(workdir / SECONDS_FILE).get("seconds")
+                    self._earlier_seconds = seconds if isinstance(seconds, float) else 0.0
+            except BaseException:
+                self._open.close()
+                raise
 
-    def start(self, state: State, report: Callable[[str], None]) -> tuple[int, State] | None:
-        """Make the folder, or find in it where the run stopped.
+    def _check_same(self) -> None:
+        earlier = RunInfo.load(self._workdir)
+        if earlier is not None:
+            self._info.check_same(earlier, self._workdir)
+
+    @property
+    def seconds(self) -> float:
+        """The time that all starts of the run have taken together."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    @property
+    def saved_step(self) -> int | None:
+        """The total step of the newest checkpoint; None where there is none."""
+        return None if self._checkpointer is None else self._checkpointer.newest
+
+    def _save_seconds(self) -> None:
+        write_json(self._workdir / SECONDS_FILE, {"seconds": self.seconds})
+
+    def start(self, state: State) -> tuple[int, State] | None:
+        """Find where the run stopped.
 
         Args:
           state: a fresh one.
-          report: called with one line about every checkpoint that cannot be read.
 
         Returns:
           Total step and state of the newest readable checkpoint; None where there are none.
 
         Raises:
           CheckpointError: none of the checkpoints can be read.
-          ValueError: the hosts do not see one folder, or have started other runs.
+          ValueError: the hosts do not see one folder, or have started other runs; a table of the
+            run cannot be read.
+          OSError: the folder cannot be written.
         """
-        self._checkpointer = Checkpointer(self._workdir / CHECKPOINTS_FOLDER, report=report)
+        folder = self._workdir / CHECKPOINTS_FOLDER
+        self._checkpointer = Checkpointer(folder, report=self._report)
         self._open.callback(self._checkpointer.close)
         found = self._checkpointer.restore(self._tree(state), discard=True)
         step = None if found is None else found[0]
         if hosts.index() == 0:
+            if found is not None:
+                Run.read(self._workdir)  # because what cannot be read could not be continued
             self._info.save(self._workdir)
+            self._save_seconds()
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
             self._open.callback(self._metrics.close)
         # Also a barrier: the others read config.json after the first host has written it.
@@ -100,27 +156,38 @@ class RunWriter:
             renewal = self._renewal if phase == "policy" else {}
             self._metrics.write(self.total_step(phase, step), phase, step, {**renewal, **values})
 
-    def returns(
-        self, policy: str, total_step: int, rollouts: Rollouts, episode_seeds: list[int]
+    def evaluation(
+        self, record: Mapping[str, Any], rollouts: Rollouts | None, episode_seeds: Sequence[int]
     ) -> None:
-        """Log every episode of an evaluation, instead of an earlier one at the same step."""
+        """Log an evaluation and every episode of it, instead of an earlier one of its name."""
         if hosts.index() == 0:
-            seeds = self._info.seeds
-            write_returns(self._workdir, total_step, policy, rollouts, seeds, episode_seeds)
+            write_evaluation(self._workdir, record, rollouts, self._info.seeds, episode_seeds)
 
     def checkpoint(self, state: State) -> None:
         """Start saving the state."""
+        if self._lock is not None:
+            self._lock.check()
         step = sum(int(getattr(state, phase).step[0]) for phase in PHASES)
+        assert self._checkpointer is not None, "start comes first"
         self._checkpointer.save(step, self._tree(state))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Close, draw the learning curve, and write the result, which says that the run is done."""
-        self.close()
+        """Write the result, which says that the run is done; then draw the learning curve."""
+        assert self._checkpointer is not None, "start comes first"
+        self._checkpointer.wait()
         if hosts.index() == 0:
-            picture = draw_learning_curve(Run.read(self._workdir))
-            write_whole(self._workdir / CURVE_FILE, picture)
             write_json(self._workdir / RESULT_FILE, result)
+            try:
+                write_whole(
+                    self._workdir / CURVE_FILE, draw_learning_curve(Run.read(self._workdir))
+                )
+            # Any error, because a picture may not spoil a run that is done.
+            except Exception as error:
+                self._report(f"{CURVE_FILE} was not drawn: {reason(error)}")
 
     def close(self) -> None:
-        """Wait for what is being saved."""
+        """Wait for what is being saved, and let others write."""
+        with contextlib.suppress(OSError):
+            if self._lock is not None:
+                self._save_seconds()
         self._open.close()

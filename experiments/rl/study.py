@@ -181,7 +181,8 @@ class Study:
 def _load(file: pathlib.Path, like: Any) -> Any:
     """Read the leaves of a pytree of the structure of ``like``."""
     leaves = list(results.read_arrays(file).values())
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(like)]:
+    found, expected = ([(a.shape, a.dtype) for a in s] for s in (leaves, jax.tree.leaves(like)))
+    if found != expected:
         raise ValueError(f"{file}: was trained with another configuration; choose another folder")
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -10,7 +10,12 @@
 #   sbatch --array=1-$(wc -l < jobs.txt) launch/cluster/slurm_array.sh jobs.txt
 set -uo pipefail
 
-command=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
+# A number and nothing else, because sed would run what stands beside it.
+if [[ ! ${SLURM_ARRAY_TASK_ID:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "SLURM_ARRAY_TASK_ID=${SLURM_ARRAY_TASK_ID:-}: expected a line number of the job list" >&2
+  exit 2
+fi
+command=$(sed -n "${SLURM_ARRAY_TASK_ID}p" -- "${1:?a job list}")
 if [[ -z $command ]]; then
   echo "$1: no line $SLURM_ARRAY_TASK_ID" >&2
   exit 2

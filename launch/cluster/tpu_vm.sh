@@ -5,6 +5,19 @@
 set -euo pipefail
 : "${TPU:?name of the slice}" "${ZONE:?zone}" "${TYPE:?accelerator type}" "${IMAGE:?built with JAX_EXTRA=tpu}"
 
+# Checked, because all become words of a command, the image's registry one of a remote shell.
+check() {
+  if [[ ! ${!1} =~ ^$2$ ]]; then
+    echo "$1=${!1}: expected $3" >&2
+    exit 2
+  fi
+}
+for name in TPU ZONE TYPE; do
+  check "$name" '[a-z0-9][a-z0-9-]*' 'small letters, digits and -'
+done
+check IMAGE '[a-z0-9.-]+(:[0-9]+)?/[A-Za-z0-9._/-]+(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]+)?' \
+  'REGISTRY/NAME:TAG'
+
 tpu() {
   gcloud compute tpus tpu-vm "$1" "$TPU" --zone="$ZONE" "${@:2}"
 }

@@ -162,13 +162,13 @@ def returns_over_steps(runs: Sequence[ReportRun]) -> tuple[Figure, str]:
     """Draw the mean return of every evaluation with its 95% interval, and those of the data."""
     figure, alt = Figure(figsize=(_BROAD, 4.2)), []
     axes = figure.subplots()
-    steps = [each.step for run in runs for each in run.evaluations]
+    steps = [each.step for run in runs for each in run.own]
     # Runs are moved apart a little, so that their intervals do not hide each other.
     shift = 0.006 * (max(steps) - min(steps))
     for place, run in enumerate(runs):
         color = _color(run.index)
         for policy in run.last:
-            found = [each for each in run.evaluations if each.policy == policy]
+            found = [each for each in run.own if each.policy == policy]
             x = [each.step + shift * (place - (len(runs) - 1) / 2) for each in found]
             means, lows, highs = np.array([each.interval for each in found]).T
             behavior = policy == "behavior"

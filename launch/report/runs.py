@@ -3,14 +3,14 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from etils import epath
 
 from efm_jax.envs import mean_and_interval, normalized_score, specs
-from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, Run
+from efm_jax.runs.reader import METRIC_INDEX, Run
 from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json
 
 _VIDEO_TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
@@ -38,8 +38,9 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The episodes of one policy at one training step."""
+    """One row of ``evaluations.csv`` with its episodes; numbers of one that failed are NaN."""
 
+    row: Mapping[str, str]
     policy: str
     step: int  # gradient steps of all phases
     returns: list[np.ndarray]  # for each training seed [E]
@@ -47,6 +48,19 @@ class Evaluation:
     over: str | None  # what the interval is over; None where one episode has no interval
     score: float | None  # of the mean, normalized to 0-100
     mean_length: float
+
+    @property
+    def own(self) -> bool:
+        """Tell whether training measured it, and it came to numbers."""
+        return self.row["started_by"] == "train" and self.row["status"] == "done"
+
+    @property
+    def sampler(self) -> str:
+        """Say how actions were made."""
+        row = self.row
+        rule = row["action_selection"]
+        chosen = "" if rule == "sample" else f", {rule} of {row['num_candidates']}"
+        return f"{row['solver']}, {row['sample_steps']} steps{chosen}"
 
     @property
     def episodes(self) -> int:
@@ -73,7 +87,7 @@ class ReportRun:
     run: Run
     environment: str
     curves: dict[tuple[str, str], Curve]  # by phase and metric, in the order they were logged
-    evaluations: list[Evaluation]  # by policy, then step
+    evaluations: list[Evaluation]  # by policy, then step, then name
     videos: list[Video]
 
     @property
@@ -82,9 +96,14 @@ class ReportRun:
         return self.run.info
 
     @property
+    def own(self) -> list[Evaluation]:
+        """Select the evaluations of training, without those that failed."""
+        return [each for each in self.evaluations if each.own]
+
+    @property
     def last(self) -> dict[str, Evaluation]:
-        """Find the latest evaluation of every policy."""
-        return {each.policy: each for each in self.evaluations}
+        """Find training's latest evaluation of every policy."""
+        return {each.policy: each for each in self.own}
 
     @property
     def data(self) -> tuple:
@@ -100,7 +119,7 @@ class ReportRun:
 
     @property
     def seconds(self) -> float | None:
-        """Return how long the process took that ended the run, without interrupted ones before."""
+        """Return how long all starts of the run took together; None before its end."""
         return None if self.run.result is None else self.run.result.get("seconds")
 
     @property
@@ -176,15 +195,17 @@ def _curves(run: Run) -> dict[tuple[str, str], Curve]:
 
 
 def _evaluations(run: Run) -> list[Evaluation]:
-    rows = pd.DataFrame(run.returns, columns=pd.Index(RETURN_COLUMNS))
-    rows[["total_step", "return", "length"]] = rows[["total_step", "return", "length"]].apply(
-        pd.to_numeric
-    )
+    episodes = {row["evaluation"]: [] for row in run.evaluations}
+    for row in run.returns:
+        episodes[row["evaluation"]].append(row)
     found = []
-    # In order of their names: the behavior model comes before what is compared with it.
-    for _, episodes in rows.groupby(["policy", "total_step"]):
-        policy, step = episodes[["policy", "total_step"]].iloc[0]
-        returns = [group.to_numpy() for _, group in episodes.groupby("seed")["return"]]
+    for row in run.evaluations:
+        rows = episodes[row["evaluation"]]
+        returns = [
+            np.array([float(each["return"]) for each in rows if int(each["seed"]) == seed])
+            for seed in run.info.seeds
+        ]
+        returns = [values for values in returns if len(values)] or [np.array([np.nan])]
         if len(returns) > 1:
             values, over = [each.mean() for each in returns], f"over {len(returns)} seeds"
         else:
@@ -192,9 +213,11 @@ def _evaluations(run: Run) -> list[Evaluation]:
             over = f"over {len(values)} episodes" if len(values) > 1 else None
         interval = mean_and_interval(values)
         score = normalized_score(interval[0], run.info.reference_scores)
-        length = float(episodes["length"].to_numpy().mean())
-        found.append(Evaluation(policy, step, returns, interval, over, score, length))
-    return found
+        length = float(np.mean([int(each["length"]) for each in rows] or np.nan))
+        step = int(row["total_step"])
+        found.append(Evaluation(row, row["policy"], step, returns, interval, over, score, length))
+    # In order of their names: the behavior model comes before what is compared with it.
+    return sorted(found, key=lambda each: (each.policy, each.step, each.row["evaluation"]))
 
 
 def _videos(workdir: epath.Path) -> list[Video]:

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import shutil
 import signal
 import threading
@@ -10,7 +11,9 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
+from etils import epath
 
+from efm_jax.runs.lock import Lock
 from tests.integration.helpers import fresh
 from tests.integration.runs import (
     CONFIG,
@@ -141,14 +144,48 @@ def test_second_run_does_nothing_again(launcher, dataset, finished, copy):
     assert sorted(map(str, table(copy / "returns.csv"))) == sorted(map(str, before[1]))
 
 
-def test_evaluate_repeats_the_returns_of_training(launcher, finished, copy):
+def test_evaluations_keep_names_of_their_own(launcher, finished, copy):
+    before = (copy / "returns.csv").read_text()
     result = launcher.run("evaluate", f"--workdir={copy}")
     assert result.status == 0, result.err
     for name in ("behavior_return", "policy_return"):
         assert result.line[name] == pytest.approx(finished[1].line[name], rel=1e-6)
-    longer = launcher.run("evaluate", f"--workdir={copy}", "--episodes=3")
+    flags = [f"--workdir={copy}", "--episodes=3", "--solver=rk4", "--sample_steps=4"]
+    longer = launcher.run("evaluate", *flags)
     assert longer.line["episodes"] == 3
     assert longer.line["policy_return"] != result.line["policy_return"]
+    # What training measured stays, and every number leads to the rows it is the mean of.
+    assert (copy / "returns.csv").read_text().startswith(before)
+    played = {row["evaluation"]: row for row in table(copy / "evaluations.csv")}
+    for line, by in (
+        (finished[1].line, "train"),
+        (result.line, "evaluate"),
+        (longer.line, "evaluate"),
+    ):
+        for policy in ("behavior", "policy"):
+            row = played[line["evaluations"][policy]]
+            rows = [r for r in table(copy / "returns.csv") if r["evaluation"] == row["evaluation"]]
+            assert np.mean([float(r["return"]) for r in rows]) == pytest.approx(
+                line[f"{policy}_return"]
+            )
+            assert len(rows) == 2 * int(row["episodes"])
+            assert (row["policy"], row["started_by"], row["status"]) == (policy, by, "done")
+    assert len(played) == 3 + 2 + 2
+    assert longer.line["evaluations"]["policy"] == "evaluate-2-policy"
+    how = ("solver", "sample_steps", "episodes", "total_step")
+    assert [played["evaluate-2-policy"][name] for name in how] == ["rk4", "4", "3", str(TOTAL)]
+    assert played[f"train-policy-{TOTAL}"]["solver"] == "midpoint"
+    # Where another process writes, the episodes are played and printed.
+    before = contents(copy)
+    lock = Lock(epath.Path(copy), print)
+    result = launcher.run("evaluate", *flags)
+    lock.close()
+    assert (result.status, result.line["evaluations"]) == (0, {})
+    assert result.line["policy_return"] == longer.line["policy_return"]
+    assert len(result.complaints) == 1
+    assert "writes in it" in result.complaints[0]
+    assert "printed, not written" in result.complaints[0]
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])
@@ -180,9 +217,9 @@ def interrupt(launcher, flags, workdir, step, number):
     "signals",
     [
         [(10, signal.SIGKILL), (50, signal.SIGKILL), (90, signal.SIGKILL)],
-        [(40, signal.SIGTERM), (80, signal.SIGKILL), (100, signal.SIGTERM)],
+        [(10, signal.SIGINT), (50, signal.SIGTERM), (80, signal.SIGKILL), (110, signal.SIGHUP)],
     ],
-    ids=["killed", "terminated"],
+    ids=["killed", "stopped"],
 )
 def test_interrupted_run_ends_with_the_same_bits(launcher, dataset, finished, tmp_path, signals):
     workdir = tmp_path / "run"
@@ -192,8 +229,8 @@ def test_interrupted_run_ends_with_the_same_bits(launcher, dataset, finished, tm
         if number == signal.SIGKILL:
             assert result.status == -signal.SIGKILL
         else:
-            assert result.status == 143, result.err
-            assert f"saved in {workdir}" in result.err
+            assert result.status == 128 + number, result.err
+            assert f"stopped by {number.name}, saved in {workdir}" in result.complaints[-1]
             assert "Traceback" not in result.err
     result = launcher.run("train", *flags)
     assert result.status == 0, result.err
@@ -472,6 +509,42 @@ def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
+def test_a_second_process_is_refused(launcher, dataset, copy):
+    lock = Lock(epath.Path(copy), print)
+    before = contents(copy)
+    words = str(copy), f"process {os.getpid()} on", "writes in it"
+    refused(launcher.run("train", *train_flags(dataset, copy, *SEEDS)), *words)
+    assert contents(copy) == before
+    lock.close()
+
+
+def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset, tmp_path):
+    workdir, broken = tmp_path / "run", {"BREAK": "raises"}
+    flags = train_flags(dataset, workdir, "--plugins=tests.extension.faulty", "--env=Broken-v0")
+    stopped = launcher.run("train", *flags, "--stop_on_failed_evaluation", env=broken)
+    assert (stopped.status, saved_steps(workdir)[-1]) == (1, TOTAL - 30)
+    result = launcher.run("train", *flags, env=broken)
+    assert (result.status, saved_steps(workdir)[-1]) == (1, TOTAL), result.err
+    cause = (
+        "environment Broken-v0 failed at step 2 of the episode with seed 1000000: RuntimeError: "
+    )
+    assert cause + "the simulator fell over" in result.complaints[1]
+    assert [line.split(" ", 2)[1] for line in result.complaints] == [
+        "continuing",
+        "failed:",
+        "failed:",
+    ]
+    found = [(row["evaluation"], row["status"]) for row in table(workdir / "evaluations.csv")]
+    names = [f"policy-{TOTAL - 30}", f"behavior-{STEPS['behavior']}", f"policy-{TOTAL}"]
+    assert found == [(f"train-{name}", "failed") for name in names]
+    assert not (workdir / "result.json").exists()
+    mended = launcher.run("train", *flags)
+    assert mended.status == 0, mended.err
+    found = [(row["evaluation"], row["status"]) for row in table(workdir / "evaluations.csv")]
+    statuses = ["failed", "done", "done"]
+    assert found == [(f"train-{n}", s) for n, s in zip(names, statuses, strict=True)]
+
+
 def test_same_contents_under_another_path_are_the_same_dataset(launcher, dataset, copy, tmp_path):
     moved = shutil.copy(dataset, tmp_path / "moved.hdf5")
     assert launcher.run("train", *train_flags(moved, copy, *SEEDS)).status == 0
@@ -557,3 +630,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, 
         assert saved_steps(workdir) == [20, 30, 40]
         assert all(np.isfinite(value).all() for value in arrays_of(workdir, 40).values())
     assert f"continuing {workdir} from step 40" in result.err
+    assert "the checkpoint of step 40 is kept" in result.complaints[-1]
+    flags = train_flags(dataset, tmp_path / "early", behavior_learning_rate=1e38)
+    early = launcher.run("train", *flags)
+    assert (early.status, saved_steps(tmp_path / "early")) == (1, [])
+    assert "no checkpoint had been saved yet" in early.complaints[-1]

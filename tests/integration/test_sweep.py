@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -146,6 +147,20 @@ def test_tables_and_no_more_than_so_many_workers(sweep, root):
     assert np.cumsum([change for _, change in sorted(events)]).max() == 2
 
 
+def test_names_of_one_file_name_in_two_folders(sweep, root, tmp_path):
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    (presets / "qipo_ot.py").write_text("")
+    own = "experiments/configs"
+    for data, config in (("x", own), ("y", own), ("x", presets)):
+        result = sweep(f"--datasets={data}/small.hdf5", f"--configs={config}/qipo_ot.py")
+        assert (result.status, result.line["done"]) == (0, 1), result.err
+        assert [row["dataset"] for row in rows(root)] == [f"{data}/small.hdf5"]
+    names = {path.name for path in root.iterdir() if path.name.startswith("small-qipo_ot-seed0-")}
+    assert len(names) == 3
+    assert sweep("--datasets=x/small.hdf5,y/small.hdf5", "--collect").line["done"] == 2
+
+
 def test_jobs_not_done_have_empty_rows(sweep, root):
     assert sweep("--datasets=one", "--seeds=1").status == 0
     result = sweep("--datasets=one,two", "--seeds=1,2", "--collect")
@@ -201,7 +216,8 @@ def test_job_list(sweep, root, fake, tmp_path):
     assert listing.line == {"jobs": 4, "done": 1, "list": str(path)}
     assert sorted(root.rglob("*")) == before
     lines = path.read_text().splitlines()
-    names = ["one-qipo_ot-seed1", "two-x-qipo_ot-seed0", "two-x-qipo_ot-seed1"]
+    digest = re.search(r"two-x-qipo_ot-seed0-(\w{8})$", shlex.split(lines[1])[-1])[1]
+    names = ["one-qipo_ot-seed1", *(f"two-x-qipo_ot-seed{seed}-{digest}" for seed in "01")]
     for line, name in zip(lines, names, strict=True):
         assert shlex.split(line)[:3] == ["python", "-m", "launch.train"]
         assert shlex.split(line)[-1] == f"--workdir={root / name}"
@@ -257,7 +273,8 @@ BAD_FLAGS = {  # and the words of the complaint
     "--seeds=0,-1": "--seeds -1",
     "--seeds=1,0,1": "one-qipo_ot-seed1",
     "--datasets=one,two,one": "one-qipo_ot-seed0",
-    "--datasets=x/small.hdf5,y/small.hdf5": "x/small.hdf5 y/small.hdf5 named+small-",
+    "--datasets=x/small.hdf5,./x/small.hdf5": "x/small.hdf5 ./x/small.hdf5 named+small-",
+    "'--train_flags=--env=a\nb' --jobs=jobs.txt": "--jobs line+breaks",
     "--seeds=0,2,5 --train_flags=--num_seeds=3": "0+and+2 num_seeds=3",
     "'--train_flags=--num_seeds=2 --seed=3'": "--train_flags --seed=3",
     '"--train_flags=--config.path=\'ot"': "--train_flags quotation",

@@ -192,3 +192,24 @@ def test_another_structure_is_an_error(saved):
     with pytest.raises(CheckpointError):
         checkpointer.restore(tree(0) | {"count": np.zeros(3, np.int32)})
     checkpointer.close()
+
+
+def test_a_save_that_fails_names_the_folder(tmp_path, monkeypatch):
+    """As on a full disk, where TensorStore raises a ValueError in the background."""
+    checkpointer = Checkpointer(tmp_path / "c")
+
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing\n[OS error 28: No space left]")
+
+    for method in ("save", "wait_until_finished"):
+        monkeypatch.setattr(checkpointer._manager, method, fail)
+    for act in (lambda: checkpointer.save(1, tree(1)), checkpointer.wait):
+        with pytest.raises(OSError, match=r"/c: cannot be written: .*No space left") as error:
+            act()
+        assert "\n" not in str(error.value)
+
+
+def test_a_reader_makes_nothing(tmp_path):
+    (tmp_path / "c").mkdir()
+    Checkpointer(tmp_path / "c", read_only=True).close()
+    assert list((tmp_path / "c").iterdir()) == []

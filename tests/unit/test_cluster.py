@@ -187,6 +187,15 @@ def test_slurm_runs_its_line_and_requeues_what_was_saved(run, tmp_path, status, 
     assert calls[1:] == ([["scontrol", "requeue", "77"]] if requeued else [])
 
 
+@pytest.mark.parametrize("task", ["1{w made\n};1", "1e touch made\n1", "", "0", "-1", "1,2", "x"])
+def test_slurm_task_that_is_no_line_number(run, tmp_path, task):
+    (tmp_path / "jobs.txt").write_text("first\n")
+    code, calls, errors = run(SLURM, "jobs.txt", programs=["srun"], SLURM_ARRAY_TASK_ID=task)
+    assert (code, calls) == (2, [])
+    assert "expected a line number" in errors
+    assert not (tmp_path / "made").exists()
+
+
 def test_slurm_without_such_a_line(run, tmp_path):
     (tmp_path / "jobs.txt").write_text("first\n")
     code, calls, errors = run(
@@ -233,6 +242,25 @@ def test_tpu_vm(run, state, steps):
     started = docker[-1].index(SLICE["IMAGE"])
     assert docker[-1][started + 1 :] == ["--multihost", *flags]
     check_flags("train", docker[-1][started + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("IMAGE", "host.dev;touch made/x:1"),
+        ("IMAGE", "$(touch made)/x"),
+        ("IMAGE", "host.dev/x:1 --privileged"),
+        ("IMAGE", "host.dev/x\nreboot"),
+        ("IMAGE", "qipo:tpu"),
+        ("TPU", "--help"),
+        ("ZONE", "a b"),
+        ("TYPE", "`x`"),
+    ],
+)
+def test_tpu_vm_refuses_words_that_are_no_names(run, name, value):
+    code, calls, errors = run(TPU_VM, programs=["gcloud"], **{**SLICE, name: value})
+    assert (code, calls) == (2, [])
+    assert f"{name}={value}: expected" in errors
 
 
 def test_tpu_vm_needs_its_variables(run):

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.envs import (
+    EvaluationError,
     dataset_references,
     evaluate,
     mean_and_interval,
@@ -168,6 +169,52 @@ def test_nan_in_a_finished_episode_is_no_error_but_in_a_running_one_is():
         with pytest.raises(ValueError, match=message):
             run(1, value)
         assert Countdown.closed == 4
+
+
+class Faulty(Countdown):
+    """Does what its argument says in its second step."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def step(self, action):
+        observation, reward, *ends = super().step(action)
+        if self.steps == 2 and self.how == "raises":
+            raise RuntimeError("it\nfell over")
+        late = self.steps == 2
+        observation = {"nan": observation * np.nan, "shape": observation[:1]}.get(
+            self.how, observation
+        )
+        reward = {"reward": np.nan, "type": None}.get(self.how, reward)
+        return (observation if late else np.zeros(2)), (reward if late else 1.0), *ends
+
+    def reset(self, *, seed=None, options=None):
+        if self.how == "reset":
+            raise KeyError("start")
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", "at step 1 of the episode with seed 11: RuntimeError: it fell over"),
+        ("nan", "non-finite observation"),
+        ("shape", "failed at the observations of step 2: ValueError"),
+        ("type", "at step 1 of the episode with seed 11: TypeError"),
+        ("reset", "at reset of the episode with seed 11: KeyError: 'start'"),
+    ],
+)
+def test_what_an_environment_does_is_one_line_with_its_name(how, words):
+    def make(spec):
+        spec.kwargs = {"how": how}
+        spec.entry_point = Faulty
+        return gymnasium.make(spec, disable_env_checker=True)
+
+    with pytest.raises(EvaluationError, match=words) as error:
+        evaluate(zeros, "efmtest/Countdown-v0", episode_seeds=[11, 12], make=make)
+    assert "environment efmtest/Countdown-v0" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_dict_observations_are_flattened_by_key_and_actions_clipped():

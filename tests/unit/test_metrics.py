@@ -8,17 +8,25 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from efm_jax.envs import Rollouts
-from efm_jax.runs.metrics import CsvTable, MetricsWriter, write_returns
-from efm_jax.runs.reader import read_table
+from efm_jax.runs.metrics import CsvTable, MetricsWriter, write_evaluation
+from efm_jax.runs.reader import EVALUATION_COLUMNS, read_table
 
 SEEDS = [3, 4]
 
 
-def add_returns(workdir, step, policy, returns, seeds=SEEDS, first_episode=7):
+def evaluation(policy, step, episodes=1, started_by="train", problem="", name=None):
+    """A row of evaluations.csv."""
+    name = name or f"{started_by}-{policy}-{step}"
+    how = "midpoint", 10, "sample", 1, episodes, 7, "failed" if problem else "done", problem
+    return dict(zip(EVALUATION_COLUMNS, (name, started_by, policy, step, *how), strict=True))
+
+
+def add_returns(workdir, step, policy, returns, seeds=SEEDS, first_episode=7, **row):
     returns = np.asarray(returns)
-    lengths = np.full(returns.shape, 3)
+    rollouts = Rollouts(returns, np.full(returns.shape, 3))
     episodes = range(first_episode, first_episode + returns.shape[1])
-    write_returns(workdir, step, policy, Rollouts(returns, lengths), seeds, episodes)
+    row = evaluation(policy, step, len(episodes), **row)
+    write_evaluation(workdir, row, rollouts, seeds, episodes)
 
 
 def events(workdir):
@@ -113,12 +121,30 @@ def test_repeated_evaluation_replaces_its_rows(tmp_path):
     add_returns(tmp_path, 10, "policy", [[5.0, 6.0]], [5])
     add_returns(tmp_path, 10, "behavior", [[1.5, 1 / 3]], [5])
     assert (tmp_path / "returns.csv").read_text() == (
-        "total_step,policy,seed,episode_seed,return,length\n"
-        "10,policy,5,7,5.0,3\n"
-        "10,policy,5,8,6.0,3\n"
-        "10,behavior,5,7,1.5,3\n"
-        f"10,behavior,5,8,{1 / 3!r},3\n"
+        "total_step,policy,seed,episode_seed,return,length,evaluation\n"
+        "10,policy,5,7,5.0,3,train-policy-10\n"
+        "10,policy,5,8,6.0,3,train-policy-10\n"
+        "10,behavior,5,7,1.5,3,train-behavior-10\n"
+        f"10,behavior,5,8,{1 / 3!r},3,train-behavior-10\n"
     )
+    names = [row["evaluation"] for row in read_table(tmp_path / "evaluations.csv")]
+    assert names == ["train-policy-10", "train-behavior-10"]
+
+
+def test_another_evaluation_of_the_same_policy_replaces_nothing(tmp_path):
+    add_returns(tmp_path, 10, "policy", [[5.0, 6.0]], [5])
+    before = (tmp_path / "returns.csv").read_text()
+    add_returns(tmp_path, 10, "policy", [[9.0]], [5], started_by="evaluate")
+    failed = evaluation("policy", 10, problem="boom", name="evaluate-2-policy")
+    write_evaluation(tmp_path, failed, None, [5], [7])
+    assert (
+        tmp_path / "returns.csv"
+    ).read_text() == before + "10,policy,5,7,9.0,3,evaluate-policy-10\n"
+    found = [
+        (row["evaluation"], row["problem"]) for row in read_table(tmp_path / "evaluations.csv")
+    ]
+    names = ["train-policy-10", "evaluate-policy-10", "evaluate-2-policy"]
+    assert found == list(zip(names, ["", "", "boom"], strict=True))
 
 
 def test_a_failed_rewrite_leaves_the_old_table(tmp_path, monkeypatch):
@@ -153,8 +179,9 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'seed' is an index column"):
         writer.write(1, "policy", 1, {"seed": [1.0, 2.0]})
     writer.close()
+    rollouts = Rollouts(np.ones((2, 1)), np.ones(2))
     with pytest.raises(ValueError, match="lengths: expected shape"):
-        write_returns(tmp_path, 1, "policy", Rollouts(np.ones((2, 1)), np.ones(2)), SEEDS, [0])
+        write_evaluation(tmp_path, evaluation("policy", 1), rollouts, SEEDS, [0])
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(
         ValueError, match=r"metrics\.csv: expected a table with a column 'total_step'"

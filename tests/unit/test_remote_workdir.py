@@ -10,11 +10,11 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX import record_writer
 
-from efm_jax.envs import Rollouts
 from efm_jax.runs.learning_curve import draw_learning_curve
-from efm_jax.runs.metrics import MetricsWriter, write_returns
+from efm_jax.runs.metrics import MetricsWriter
 from efm_jax.runs.reader import Run
 from efm_jax.runs.workdir import RESULT_FILE, RunInfo, resolve, write_json
+from tests.unit.test_metrics import add_returns
 from tests.unit.test_runs import info
 
 
@@ -62,7 +62,7 @@ def test_config_and_result(workdir):
     assert RunInfo.load(workdir) == info()
     write_json(workdir / RESULT_FILE, {"a": 1})
     assert sorted(path.name for path in workdir.iterdir()) == ["config.json", "result.json"]
-    assert Run.read("gs://bucket/run") == Run(workdir, info(), [], [], {"a": 1})
+    assert Run.read("gs://bucket/run") == Run(workdir, info(), [], [], [], {"a": 1})
 
 
 def test_metrics_returns_and_curve(workdir):
@@ -73,9 +73,8 @@ def test_metrics_returns_and_curve(workdir):
             if resume_from is None or step > resume_from:
                 writer.write(step, "behavior", step, {"loss": np.array([1.0 / step, 2.0])})
         writer.close()
-    rollouts = Rollouts(np.ones((2, 3)), np.ones((2, 3), int))
     for total in (30, 40):
-        write_returns(workdir, total, "policy", rollouts, [3, 4], [0, 1, 2])
+        add_returns(workdir, total, "policy", np.ones((2, 3)))
     run = Run.read(workdir)
     assert [int(row["step"]) for row in run.metrics] == [10, 10, 20, 20, 30, 30]
     assert len(run.returns) == 12

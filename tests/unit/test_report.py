@@ -14,12 +14,13 @@ from etils import epath
 
 from efm_jax.envs import Rollouts
 from efm_jax.rl.config import OPTIONS, QIPOConfig
-from efm_jax.runs.metrics import MetricsWriter, write_returns
+from efm_jax.runs.metrics import MetricsWriter, write_evaluation
 from efm_jax.runs.plugins import load_plugins
 from efm_jax.runs.workdir import RunInfo
 from launch.report.page import build_page
 from launch.report.runs import load_runs
 from tests.unit import test_remote_workdir
+from tests.unit.test_metrics import evaluation
 
 bucket = test_remote_workdir.workdir
 
@@ -128,7 +129,8 @@ def write(folder, *, result=RESULT, phases=None, returns=None, **changes):
     for (policy, step), values in (returns or {}).items():
         rollouts = Rollouts(np.asarray(values, float), np.full(np.shape(values), 200))
         episodes = range(np.shape(values)[1])
-        write_returns(epath.Path(folder), step, policy, rollouts, info.seeds, episodes)
+        row = evaluation(policy, step, len(episodes))
+        write_evaluation(folder, row, rollouts, info.seeds, episodes)
     return folder
 
 
@@ -169,7 +171,7 @@ def test_everything_of_a_run_is_there(run):
     shown |= dict.fromkeys(WEIGHTS, 1)
     assert {metric: page.texts("h4").count(metric) for metric in shown} == shown
     for words in (
-        "qipo_ot on some/data-v0, 2 seeds (5 to 6), 600 gradient steps; its last start took 35 s.",
+        "qipo_ot on some/data-v0, 2 seeds (5 to 6), 600 gradient steps; they took 35 s.",
         "The dataset's mean return is -424.8 (score 57.5).",
         f"Work directory {run}",
         f"a: {CONFIG.support_size} sampled actions and the data's, renewed every "
@@ -200,7 +202,8 @@ def test_one_seed_has_an_interval_over_episodes_and_one_episode_has_none(tmp_pat
     )
     assert "Behavior model: mean return 7.0, score 100.7 (one episode, no interval)." in page.text
     behavior, policy = page.rows("All evaluations")[1:]
-    assert behavior == ["a", "behavior", "5", "7.0", "none", "none", "100.7", "1", "200.0"]
+    expected = ["a", "behavior", "5", "7.0", "none", "none", "100.7", "1", "200.0"]
+    assert behavior == [*expected, "train-behavior-5", "midpoint, 10 steps"]
     assert policy[3:6] == ["20.0", interval, "over 3 episodes"]
 
 
