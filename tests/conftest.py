@@ -1,5 +1,7 @@
 """Eight virtual CPU devices for the whole test run, 64-bit numbers on demand, shapes checked."""
 
+import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -38,22 +40,30 @@ def pytest_unconfigure():
         shutil.rmtree(_OWN_PROGRAMS, ignore_errors=True)
 
 
+_cleared = 0.0  # the memory that was left when programs were last forgotten
+
+
 def crowded():
-    """Whether this process has many memory maps or much memory; True where it cannot be told."""
+    """Whether this process has many memory maps, or much more memory than was left last time."""
     maps, size = Path("/proc/self/maps"), Path("/proc/self/statm")
     if not maps.exists():
-        return True
+        return False
     resident = int(size.read_text().split()[1]) * resource.getpagesize()
-    return maps.read_bytes().count(b"\n") > 15_000 or resident > 1.2e9
+    return resident > max(1.2e9, _cleared + 3e8) or maps.read_bytes().count(b"\n") > 15_000
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def fewer_programs():
     """Forget compiled programs: each keeps memory, and maps, of which a process may have 65,530."""
+    global _cleared
     yield
     if crowded():
         jax.clear_caches()
         gc.collect()
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        _cleared = pages * resource.getpagesize()
 
 
 @pytest.fixture
