@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and JSON that every parser reads."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,8 +19,8 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
-        if "://" not in os.fspath(path):
-            temporary.unlink(missing_ok=True)  # because a full disk has no room for halves
+        with contextlib.suppress(Exception):  # because a full disk has no room for halves
+            temporary.unlink(missing_ok=True)
         # Some errors of the system, such as a full disk's, name no file.
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -142,6 +142,8 @@ class Checkpointer:
         try:
             with _quiet():
                 yield
+        except jax.errors.JaxRuntimeError:  # of another host that is gone, not of the folder
+            raise
         # Any error, because a full disk is a ValueError of TensorStore, and others of others.
         except Exception as error:
             raise OSError(f"{self._directory}: cannot be written: {reason(error)}") from error

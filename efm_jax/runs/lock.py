@@ -34,10 +34,10 @@ class Lock:
     The system's ``flock`` decides where it is to be had, which is on local folders and on network
     folders that pass it on (NFS, if mounted so): a process that died holds nothing.  The file also
     says who holds it, with a number that goes up every 10 seconds, for where ``flock`` is not
-    there (``gs://``) or is not passed on.  A holder on this machine whose process is gone is dead;
-    any other is watched, refused at the first beat, and taken for dead after 45 seconds without.
-    Of two processes that begin on ``gs://`` within the same second, the one that wrote last goes
-    on.
+    there (``gs://``) or is not passed on.  A holder on this machine whose process is gone is dead.
+    Any other gets 45 seconds: it may let go, being stopped and saving; it is dead if the number
+    stands still; else this process is refused.  Of two processes that begin on ``gs://`` within the
+    same second, the one that wrote last goes on.
 
     Args:
       workdir: local or ``gs://``; made if it is not there.
@@ -125,13 +125,13 @@ class Lock:
         if "token" not in holder or (here and dead):  # or what no holder has written
             return
         end = time.monotonic() + _PATIENCE_SECONDS
-        seconds = f"waiting {_PATIENCE_SECONDS:.0f} s for a sign of life"
+        seconds = f"waiting {_PATIENCE_SECONDS:.0f} s for it"
         report(f"workdir {self._workdir}: {_name(holder)} has not let go of it; {seconds}")
         while text and time.monotonic() < end:
             time.sleep(min(1.0, _PATIENCE_SECONDS / 10))
             text = self._read()
-            if text and text != first:
-                raise LockedError(self._refusal(text))
+        if text not in ("", first):
+            raise LockedError(self._refusal(text))
 
     def _keep(self) -> None:
         while not self._closed.wait(_BEAT_SECONDS):

@@ -2,12 +2,11 @@
 
     python -m experiments.systems.robustness [--quick] [--seed=0] [--cases=300]
 
-Trains a tiny run, then breaks a copy of it or of its dataset in a random way, or the situation that
-an entry point is started in.  Every answer must have a documented exit status, no traceback, at
-most three lines on standard error, each of the entry point's own, and come within two minutes.
-Prints what was not answered so, a table of kinds, and a line of JSON; exit status 1 where anything
-was not.  It runs from a checkout: its processes are those of the tests, which fork from one that
-has imported everything.
+Trains a tiny run, then breaks a copy of it or of its data in a random way, or the situation that
+an entry point is started in.  An answer must have a documented exit status, at most three lines on
+standard error, each of the entry point's own, and come within two minutes.  Prints what was not
+answered so, a table, and a line of JSON; exit status 1 where anything was not.  It runs from a
+checkout: its processes are those of the tests, which fork from one that has imported everything.
 """
 
 import argparse
@@ -53,7 +52,7 @@ Case = tuple[Any, ...]
 
 
 class Bench:
-    """A folder with a dataset, a finished run, and a new folder for each case."""
+    """A folder with a dataset, a finished run, and whatever is broken."""
 
     def __init__(self, folder: Path, launcher: Launcher, rng: random.Random):
         self.folder, self.launcher, self.rng = folder, launcher, rng
@@ -86,11 +85,7 @@ class Bench:
         path.write_bytes(self.rng.choice([data[:at], b"", data[:at] + middle + data[at + size :]]))
 
     def answer(self, module: str, flags: list[str], **options: Any) -> str | None:
-        """Run a command; returns what is wrong with the answer, None where nothing is.
-
-        ``broken`` is what tests/extension/faulty.py does, ``number`` a signal to send at some
-        moment; ``copies`` commands run at once.
-        """
+        """Run a command, perhaps several at once; returns what is wrong with the answer."""
         start, env = self.launcher.start, {"BREAK": options.get("broken", "")}
         copies = range(options.get("copies", 1))
         processes = [start(module, *flags, cwd=self.folder, env=env) for _ in copies]

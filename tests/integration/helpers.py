@@ -131,7 +131,11 @@ def fresh(module, *args, env=None):
 def _zygote():
     # Everything heavy that the entry points import; not the entry points, which define flags.
     for module in (
+        "jinja2",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.style",
         "minari",
+        "pandas",
         "efm_jax.data",
         "efm_jax.rl.trainer",
         "efm_jax.runs.evaluation",
