@@ -194,11 +194,11 @@ def per_device(function: Callable, axis_name: Any) -> Callable:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def scale_gradient(value: Any, scale: float | int) -> Any:
+def scale_gradient(value: Any, scale: float) -> Any:
     """Return the value, with its gradient times ``scale``."""
     return value
 
 
 @scale_gradient.defjvp
-def _(scale: float | int, primals: tuple, tangents: tuple) -> tuple:
+def _(scale: float, primals: tuple, tangents: tuple) -> tuple:
     return primals[0], tangents[0] * scale

@@ -21,6 +21,8 @@ SHAPED = [
     )
 ]
 
+_CHECK = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # ints are floats
+
 
 def checked_with_the_result(function):
     """Check arguments together with the result, so that our own refusal of an argument comes first.
@@ -28,4 +30,4 @@ def checked_with_the_result(function):
     For each function jaxtyping makes one stub of its arguments, called before the function, whose
     result is Any; and one of arguments and result, called after it.  Only the second is checked.
     """
-    return function if function.__annotations__["return"] is Any else beartype.beartype(function)
+    return function if function.__annotations__["return"] is Any else _CHECK(function)

@@ -145,10 +145,10 @@ def make_measure(agent: Agent, settings: Settings) -> Callable[..., tuple[Array,
     def measure(params: AgentParams, observations: Array, noise: Array) -> tuple:
         states = observations[:, None]
         of_mu, of_pi = jnp.split(noise, 2, axis=1)
-        drawn = []
+        drawn, how = [], {"solver": "rk4", "num_steps": settings.steps, "event_ndim": 1}
         for model, start in ((params.behavior, of_mu), (params.policy, of_pi)):
             field = agent.model.field(model, states)
-            drawn.append(sampling.sample(field, start, solver="rk4", num_steps=settings.steps))
+            drawn.append(sampling.sample(field, start, **how))
         actions = jnp.concatenate(drawn, axis=1)
         at = states, actions, settings.steps
         log_pi, log_mu = (log_density(agent, p, *at) for p in (params.policy, params.behavior))

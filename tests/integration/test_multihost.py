@@ -40,15 +40,6 @@ RUN = {"eval_episodes": 3, "behavior_steps": 500}
 LAST = TOTAL - STEPS["behavior"] + RUN["behavior_steps"]
 
 
-@pytest.fixture(scope="module")
-def two_hosts(launcher, dataset, tmp_path_factory):
-    """An uninterrupted run of two hosts: its workdir and what each printed."""
-    workdir = tmp_path_factory.mktemp("hosts") / "run"
-    results = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
-    assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
-    return workdir, results
-
-
 def assert_same_run(workdir, other, last):
     assert saved_steps(workdir)[-1] == saved_steps(other)[-1] == last
     found, expected = arrays_of(workdir, last), arrays_of(other, last)
@@ -72,32 +63,6 @@ def assert_same_run(workdir, other, last):
         )
 
 
-def test_two_hosts_equal_one_with_all_the_devices(launcher, dataset, two_hosts, tmp_path):
-    workdir, results = two_hosts
-    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", **RUN), env=devices(4))
-    assert alone.status == 0, alone.err
-    assert_same_run(workdir, tmp_path / "one", LAST)
-    for key, value in alone.line.items():
-        if key.endswith("return"):
-            assert results[0].line[key] == pytest.approx(value, rel=1e-3)
-    # Only the first host speaks.  Threads of Gloo may tear its lines apart.
-    assert [
-        line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)
-    ] == []
-    assert "4 devices, 2 hosts" in results[0].out
-
-
-def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
-    flags = ("--num_seeds=4", "--seed=5")
-    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags)
-    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags))
-    results = [host.wait() for host in hosts]
-    assert [r.status for r in (*results, alone)] == [0, 0, 0], (
-        results[0].err + results[1].err + alone.err
-    )
-    assert_same_run(tmp_path / "two", tmp_path / "one", TOTAL)
-
-
 def wait_for_phase(workdir, phase, hosts):
     end = time.monotonic() + 120
     while time.monotonic() < end:
@@ -110,11 +75,8 @@ def wait_for_phase(workdir, phase, hosts):
     raise TimeoutError
 
 
-def test_preemption_of_one_host_stops_both_and_they_continue(
-    launcher, dataset, two_hosts, tmp_path
-):
-    """The same bits in the end as without it."""
-    workdir = tmp_path / "run"
+def check_preemption(launcher, dataset, workdir, uninterrupted):
+    """One host's SIGTERM stops both, and they continue: the same bits in the end."""
     hosts = start_hosts(launcher, [dataset] * 2, workdir, **RUN)
     # Early: JAX looks for a signal about once a second, and hosts agree on a point ahead of all of
     # them.
@@ -129,9 +91,38 @@ def test_preemption_of_one_host_stops_both_and_they_continue(
     again = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
     assert [result.status for result in again] == [0, 0], again[0].err + again[1].err
     assert f"continuing {workdir}" in again[0].err
-    found, expected = arrays_of(workdir, LAST), arrays_of(two_hosts[0], LAST)
+    found, expected = arrays_of(workdir, LAST), arrays_of(uninterrupted, LAST)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_two_hosts_equal_one_and_go_on_after_a_preemption(launcher, dataset, tmp_path):
+    workdir = tmp_path / "two"
+    results = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
+    assert [result.status for result in results] == [0, 0], results[0].err + results[1].err
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", **RUN), env=devices(4))
+    assert alone.status == 0, alone.err
+    assert_same_run(workdir, tmp_path / "one", LAST)
+    for key, value in alone.line.items():
+        if key.endswith("return"):
+            assert results[0].line[key] == pytest.approx(value, rel=1e-3)
+    # Only the first host speaks.  Threads of Gloo may tear its lines apart.
+    assert [
+        line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)
+    ] == []
+    assert "4 devices, 2 hosts" in results[0].out
+    check_preemption(launcher, dataset, tmp_path / "again", workdir)
+
+
+def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
+    flags = ("--num_seeds=4", "--seed=5")
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags)
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags))
+    results = [host.wait() for host in hosts]
+    assert [r.status for r in (*results, alone)] == [0, 0, 0], (
+        results[0].err + results[1].err + alone.err
+    )
+    assert_same_run(tmp_path / "two", tmp_path / "one", TOTAL)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

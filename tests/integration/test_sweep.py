@@ -274,7 +274,7 @@ BAD_FLAGS = {  # and the words of the complaint
     "--seeds=1,0,1": "one-qipo_ot-seed1",
     "--datasets=one,two,one": "one-qipo_ot-seed0",
     "--datasets=x/small.hdf5,./x/small.hdf5": "x/small.hdf5 ./x/small.hdf5 named+small-",
-    "'--train_flags=--env=a\nb' --jobs=jobs.txt": "--jobs line+breaks",
+    "'--train_flags=--env=\"a\nb\"' --jobs=jobs.txt": "--jobs line+breaks",
     "--seeds=0,2,5 --train_flags=--num_seeds=3": "0+and+2 num_seeds=3",
     "'--train_flags=--num_seeds=2 --seed=3'": "--train_flags --seed=3",
     '"--train_flags=--config.path=\'ot"': "--train_flags quotation",
