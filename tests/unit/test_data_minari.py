@@ -9,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from efm_jax.data import DataError, load_dataset
-from efm_jax.envs import dataset_references
+from efm_jax.envs import dataset_references, specs
 from efm_jax.envs.flatten import flat_size, flatten_observation
 from tests.unit.data_fixtures import SHARED_DATA, box, episode, fails, write_minari
 
@@ -247,6 +247,7 @@ def test_reference_scores_that_are_none(folder, pair):
 
 
 def test_pen_ends_where_d4rls_does():
+    specs.named("test", "AdroitHandPen-v1")  # registers it
     options = {"observation_space": box(45, np.inf), "action_space": box(24)}
     steps = [episode(3, rows(0, 3, 45), actions=np.zeros((3, 24), np.float32))]
     write_minari("D4RL/pen/human-v2", steps, **options, env="AdroitHandPen-v1")
