@@ -9,7 +9,7 @@ demo: .venv/.installed
 	$(BIN)/python -m launch.train
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # pyright[nodejs] brings checker and node in its wheels, so a fresh machine downloads nothing more.
 lint: .venv/.installed-test
