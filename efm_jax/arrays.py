@@ -161,8 +161,10 @@ def typed_axes(axis_name: Any) -> dict[Any, jax.Array]:
     that does not vary over an axis is summed over it already.
     """
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     found, zero = {}, jnp.zeros(())
-    for name in set(names) & set(jax.sharding.get_abstract_mesh().manual_axes):
+    # In the order given, because every host must trace the same program.
+    for name in (name for name in names if name in manual):
         varying = lax.pcast(zero, name, to="varying")
         if jax.typeof(varying) != jax.typeof(zero):
             found[name] = varying

@@ -104,6 +104,8 @@ def draw(
         checks.check_float("x0", leaf)
         checks.check_rank("x0", leaf, 2 if len(leaves) == 1 else 1)
     batch = arrays.batch_shape("x0", x0, event_ndim, batch_ndim)
+    if not batch:
+        raise ValueError(f"event_ndim: expected an axis of samples before it; got {event_ndim}")
     checks.check_not_empty("x0", leaves[0], 0)
     if noise is None or t is None:
         if key is None:
@@ -217,7 +219,11 @@ def matching(
 
     Reference: Zhang et al. 2025, Thm 3.1; with weights, Thm 4.3.
     """
-    batch_ndim = 1 if weights is None else max(jnp.ndim(weights), 1)
+    batch_ndim = 1
+    if weights is not None:
+        least = min((jnp.shape(leaf) for leaf in jax.tree.leaves(x0)), key=len)
+        batch_ndim = max(jnp.ndim(weights), 1)
+        checks.check_shape("weights", weights, least[: min(batch_ndim, max(len(least) - 1, 1))])
     sizes = {"event_ndim": event_ndim, "batch_ndim": batch_ndim}
     noise, t = draw(key, x0, noise=noise, t=t, **sizes, axis_name=axis_name)
     field = arrays.per_device(field, axis_name)
@@ -228,7 +234,7 @@ def matching(
         values = factor.astype(values.dtype) * values
     aux = {}
     if weights is not None:
-        checks.check_shape("weights", weights, t.shape)
+        checks.check_shape("weights", weights, t.shape)  # of event_ndim
         weights = arrays.widen("weights", lax.stop_gradient(weights))
         values, aux = weights.astype(values.dtype) * values, _concentration(weights, axis_name)
     return share(values.mean(), axis_name), aux

@@ -68,7 +68,8 @@ def _leafwise(method: Callable[P, Any]) -> Callable[P, Any]:
                 checks.check_shape("points", point, points[0].shape)
             wide = arrays.wide_type(*points)
             time = arrays.expand("t", arrays.to_float("t", t).astype(wide), points[0])
-            result = method(path, *(point.astype(wide) for point in points), time)  # type: ignore
+            wide_points = (point.astype(wide) for point in points)
+            result = method(path, *wide_points, time)  # pyright: ignore[reportCallIssue] bound above
             return result.astype(arrays.common_type(*points))
 
         return jax.tree.map(leaf, *values)

@@ -34,7 +34,7 @@ _PURE_NOISE_MARGIN = 1e-3
 class Trajectory(NamedTuple):
     """A path of samples and its cost."""
 
-    points: Points  # [steps + 1, B, d], the noise first
+    points: Points  # [T, B, d], the noise first
     times: Float[jax.Array, " T"]
     num_evaluations: jax.Array  # [], int32: calls of the field
 
@@ -84,8 +84,7 @@ def sample(
       >>> sample(lambda x, t: jnp.ones_like(x), noise, num_steps=5).shape
       (4, 2)
     """
-    grid = _grid(num_steps, t_start, t_end, times)
-    adaptive = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    grid, adaptive = _grid(num_steps, t_start, t_end, times), _Adaptive(rtol, atol, max_steps)
     return _flow(field, noise, solver, grid, event_ndim, adaptive, all_points=False).points
 
 
@@ -113,9 +112,16 @@ def sample_trajectory(
       >>> path.points.shape, path.times.shape, int(path.num_evaluations)
       ((6, 4, 2), (6,), 10)
     """
-    grid = _grid(num_steps, t_start, t_end, times)
-    adaptive = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    grid, adaptive = _grid(num_steps, t_start, t_end, times), _Adaptive(rtol, atol, max_steps)
     return _flow(field, noise, solver, grid, event_ndim, adaptive, all_points=True)
+
+
+class _Adaptive(NamedTuple):
+    """What ``dopri5`` is told."""
+
+    rtol: float
+    atol: float
+    max_steps: int
 
 
 def _grid(
@@ -141,21 +147,23 @@ def _grid(
     return equal_steps
 
 
-def _on_states(field: Field, noise: Points, event_ndim: int | None) -> tuple[Points, Callable]:
-    """Make the first state, wide, and ``(t: [], state) -> field``, checked and wide too."""
+def _on_states(
+    field: Field, noise: Points, event_ndim: int | None
+) -> tuple[Points, tuple[int, ...], Callable]:
+    """Make the first state, the batch shape and ``(t: [], state) -> field``, checked; all wide."""
     for leaf in jax.tree.leaves(noise):
         checks.check_rank("noise", leaf, 1)
         checks.check_float("noise", leaf)
     batch = arrays.batch_shape("noise", noise, event_ndim)
     state = jax.tree.map(lambda leaf: arrays.widen("noise", leaf), noise)
 
-    def call(t: jax.Array, state: Points, function: Field = field) -> Points:
+    def call(t: jax.Array, state: Points) -> Points:
         x = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, noise)
-        value = function(x, jnp.full(batch, t))
+        value = field(x, jnp.full(batch, t))
         arrays.check_like("field(x, t)", value, x)
         return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), value, state)
 
-    return state, call
+    return state, batch, call
 
 
 def _flow(
@@ -164,12 +172,12 @@ def _flow(
     solver: str,
     grid: Callable[[Any], jax.Array],
     event_ndim: int | None,
-    adaptive: dict,
+    adaptive: _Adaptive,
     *,
     all_points: bool,
 ) -> Trajectory:
     checks.check_choice("solver", solver, SAMPLE_SOLVERS)
-    state, slope = _on_states(field, noise, event_ndim)
+    state, _, slope = _on_states(field, noise, event_ndim)
     times = grid(arrays.wide_type(*jax.tree.leaves(state)))
     solved, evaluations = _solve(slope, state, times, solver, adaptive, all_points)
     points = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), solved, noise)
@@ -181,7 +189,7 @@ def _solve(
     y0: Any,
     times: jax.Array,
     solver: str,
-    adaptive: dict,
+    adaptive: _Adaptive,
     all_points: bool = False,
 ) -> tuple[Any, jax.Array]:
     """Solve ``dy/dt = f(t, y)``: the last state, or all; and the number of evaluations."""
@@ -190,7 +198,6 @@ def _solve(
         solved = integrate(f, y0, times, solver=solver, all_states=all_points)
         return solved, jnp.asarray(evaluations, jnp.int32)
     sharded = any(map(arrays.is_sharded, jax.tree.leaves(y0)))
-    controller = {name: adaptive[name] for name in ("rtol", "atol")}
 
     def slope(t: Any, y: Any, _: Any) -> Any:
         # Types with shardings change along diffrax's loop, so its state is on every device; and its
@@ -205,9 +212,9 @@ def _solve(
         dt0=None,
         y0=arrays.replicate(y0),
         saveat=diffrax.SaveAt(ts=times) if all_points else diffrax.SaveAt(t1=True),
-        stepsize_controller=diffrax.PIDController(**controller, norm=_largest),
+        stepsize_controller=diffrax.PIDController(adaptive.rtol, adaptive.atol, norm=_largest),
         adjoint=diffrax.DirectAdjoint() if sharded else diffrax.RecursiveCheckpointAdjoint(),
-        max_steps=adaptive["max_steps"],
+        max_steps=adaptive.max_steps,
     )
     if all_points:
         solved = solution.ys
@@ -294,8 +301,7 @@ def _on_data(
     field: Field, path: GaussianPath, noise: Points, prediction: str, event_ndim: int | None
 ) -> tuple[Points, Callable]:
     """As :func:`_on_states`, of the data ``x_hat0`` that a field of any prediction implies."""
-    state, call = _on_states(field, noise, event_ndim)
-    batch = arrays.batch_shape("noise", noise, event_ndim)
+    state, batch, call = _on_states(field, noise, event_ndim)
 
     def predict(t: jax.Array, x: Points) -> Points:
         return path.convert(call(t, x), x, jnp.full(batch, t), prediction, "data")
@@ -480,8 +486,7 @@ def log_likelihood(
     checks.check_integer("num_probes", num_probes, 1)
     checks.check_float("x0", x0)
     checks.check_rank("x0", x0, 2)
-    state, slope = _on_states(field, x0, event_ndim)
-    batch = arrays.batch_shape("x0", x0, event_ndim)
+    state, batch, slope = _on_states(field, x0, event_ndim)
     event = state.shape[len(batch) :]
     axes = tuple(range(len(batch), state.ndim))
     size = math.prod(event)
@@ -510,7 +515,7 @@ def log_likelihood(
         return value, share * parts.sum(0)
 
     grid = _grid(num_steps, t_start, t_end, None)(state.dtype)
-    adaptive = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    adaptive = _Adaptive(rtol, atol, max_steps)
     start = state, jnp.zeros_like(state.reshape(*batch, -1)[..., 0])
     (x1, divergence), _ = _solve(rates, start, grid, solver, adaptive)
     return jax.scipy.stats.norm.logpdf(x1).sum(axes) + divergence

@@ -14,11 +14,13 @@ The work directory gets config.json, metrics.csv, evaluations.csv, returns.csv, 
 checkpoints/, tensorboard/ and learning_curve.png; it may be gs://.  The same command again
 continues where the run stopped, on any number of devices; one process at a time.  On several hosts
 run it on each of them with --multihost and one shared work directory.
-Exit status: 0 done; 1 failed (a loss that is not finite, or an evaluation at the end that came to
-no number); 2 bad flags, data or checkpoint, or a folder that cannot be written; 130, 129, 143
-stopped by ctrl-C, SIGHUP, SIGTERM, and saved if training had begun.
+Exit status: 0 done; 1 failed (a loss that is not finite, an evaluation at the end that came to no
+number, or a folder that could no longer be written); 2 bad flags, data or checkpoint, or a folder
+that cannot be written at the start; 130, 129, 143 stopped by ctrl-C, SIGHUP, SIGTERM, and saved if
+training had begun.
 """
 
+import contextlib
 import re
 import signal
 import sys
@@ -55,6 +57,7 @@ from efm_jax.runs.evaluation import (
     result_line,
 )
 from efm_jax.runs.learning_curve import LOW_ESS
+from efm_jax.runs.lock import LockedError
 from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training import hosts
@@ -236,6 +239,20 @@ class _Run(Hooks):
     def to_the_end(self) -> int:
         """Train, evaluate and report; returns the exit status."""
         try:
+            with contextlib.closing(self):
+                return self._train()
+        # A disk that filled or a bucket that went away; not status 2, at which clusters give up.
+        except OSError as error:
+            self._say(f"failed: {error}; the same command tries again")
+            return cli.EXIT_FAILED
+
+    def close(self) -> None:
+        """Take the bars off, and wait for what is being saved."""
+        self._close_bars()
+        self._writer.close()
+
+    def _train(self) -> int:
+        try:
             state = self._trainer.run(self._start(), self)
             for name in POLICIES:
                 self._evaluate(name, self._info.phase_steps[name], state.params())
@@ -254,9 +271,6 @@ class _Run(Hooks):
             name = signal.Signals(self._stop.number).name
             self._say(f"stopped by {name}, saved in {self._workdir}")
             return 128 + self._stop.number
-        finally:
-            self._close_bars()
-            self._writer.close()
         return 0
 
     def _start(self) -> State:
@@ -354,8 +368,10 @@ class _Run(Hooks):
             raise StoppedError
 
     def on_checkpoint(self, state: State) -> None:
-        with cli.usage_errors():  # the folder may have been taken over
+        try:
             self._writer.checkpoint(state)
+        except LockedError as error:  # another process has taken the folder over
+            raise cli.UsageError(str(error)) from error
 
     def stop_requested(self) -> bool:
         return self._stop.requested()

@@ -22,8 +22,8 @@ ACTION_TOLERANCE = 1e-5
 
 # A bound of this size or more is none.
 _NO_BOUND = 1e15
-# Scaled by bounds farther apart than this many times what the actions use, they would be rounded
-# to a handful of float32 numbers.
+# Scaled by bounds farther apart than this, and than this many times what they use, actions would be
+# rounded to a handful of float32 numbers.
 _WIDEST = 1e5
 
 Locate = Callable[[int], str]
@@ -190,7 +190,7 @@ def clip_actions(
             f"{actions[row, column]!s}{locate(first_row + row)}"
         )
     used = np.ptp(actions.astype(np.float64), axis=0) if len(actions) else np.zeros(len(low))
-    wide = (used > 0) & (high.astype(np.float64) - low > _WIDEST * used)
+    wide = (used > 0) & (high.astype(np.float64) - low > _WIDEST * np.maximum(used, 1))
     if wide.any():
         i = int(np.argmax(wide))
         raise DataError(

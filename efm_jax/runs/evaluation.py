@@ -164,7 +164,8 @@ class Evaluator:
         # As Agent.act has it: the behavior model plays one sample.
         rule = config.action_selection if name == "policy" else "sample"
         candidates = 1 if rule == "sample" else config.num_candidates
-        how = model.solver, model.sample_steps, rule, candidates
+        spec, limit = bounded_spec(self._info.env_spec)
+        how = spec.id, limit, model.solver, model.sample_steps, rule, candidates
         what = evaluation, started_by, name, total_step, *how, len(episodes), episodes[0]
         status = ("done", "") if problem is None else ("failed", str(problem))
         return dict(zip(EVALUATION_COLUMNS, (*what, *status), strict=True))

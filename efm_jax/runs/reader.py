@@ -26,15 +26,17 @@ RETURN_COLUMNS = ("total_step", "policy", "seed", "episode_seed", "return", "len
 # What was played: one policy at one step, by one sampler.  A row is written when its episodes are
 # in returns.csv, or when it has failed, with the problem.
 EVALUATION_COLUMNS = (
-    *("evaluation", "started_by", "policy", "total_step", "solver", "sample_steps"),
-    *("action_selection", "num_candidates", "episodes", "first_episode_seed", "status", "problem"),
+    *("evaluation", "started_by", "policy", "total_step", "environment", "max_episode_steps"),
+    *("solver", "sample_steps", "action_selection", "num_candidates"),
+    *("episodes", "first_episode_seed", "status", "problem"),
 )
 STARTED_BY = ("train", "evaluate")
 _CHOICES = {"started_by": STARTED_BY, "status": ("done", "failed")}
-_NAMES = ("phase", "policy", "evaluation", "solver", "action_selection", "problem", *_CHOICES)
+_NAMES = ("phase", "policy", "evaluation", "environment", "solver", "action_selection")
+_NAMES += ("problem", *_CHOICES)
 _INTEGERS = (
     *("total_step", "step", "seed", "episode_seed", "length"),
-    *("sample_steps", "num_candidates", "episodes", "first_episode_seed"),
+    *("max_episode_steps", "sample_steps", "num_candidates", "episodes", "first_episode_seed"),
 )
 
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)"  # as Python and pandas read it

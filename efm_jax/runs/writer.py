@@ -138,6 +138,11 @@ class RunWriter:
             )
         return None if found is None else (found[0], found[1]["state"])
 
+    def _started(self) -> Checkpointer:
+        if self._checkpointer is None:
+            raise ValueError("a run's writer: expected start() before anything is saved")
+        return self._checkpointer
+
     def _tree(self, state: State) -> dict[str, Any]:
         return {"state": state, "normalizer": self._normalizer}
 
@@ -168,13 +173,11 @@ class RunWriter:
         if self._lock is not None:
             self._lock.check()
         step = sum(int(getattr(state, phase).step[0]) for phase in PHASES)
-        assert self._checkpointer is not None, "start comes first"
-        self._checkpointer.save(step, self._tree(state))
+        self._started().save(step, self._tree(state))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, which says that the run is done; then draw the learning curve."""
-        assert self._checkpointer is not None, "start comes first"
-        self._checkpointer.wait()
+        self._started().wait()
         if hosts.index() == 0:
             write_json(self._workdir / RESULT_FILE, result)
             try:

@@ -354,6 +354,11 @@ REFUSED = {
     "t_start": [lambda: sampling.sample(lambda x, t: x, ONES, t_start=float("nan"))],
     "times": [lambda: sampling.sample(lambda x, t: x, ONES, times=jnp.array([1.0, 0.5, 0.7]))],
     "path": [lambda: guidance.contrastive_guided(lambda x, t: x, scalar(ONES), prediction="noise")],
+    "event_ndim": [lambda: losses.cfm(lambda x, t: x, OT, KEY, ONES, event_ndim=2)],
+    "weights": [
+        lambda shape=shape: losses.cfm(lambda x, t: x, OT, KEY, ONES, weights=jnp.ones(shape))
+        for shape in ((), (B, 1), (B, D), (B - 1,))
+    ],
     "key": [lambda: losses.cfm(lambda x, t: x, OT, None, ONES)],
     "noise": [lambda: losses.cfm(lambda x, t: x, OT, KEY, ONES, noise=ONES[:, :1])],
 }

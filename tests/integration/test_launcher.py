@@ -545,6 +545,15 @@ def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset,
     assert found == [(f"train-{n}", s) for n, s in zip(names, statuses, strict=True)]
 
 
+def test_a_disk_that_fills_is_no_error_of_the_user(launcher, dataset, tmp_path):
+    """Status 1, because clusters give up at 2; with room again the same command goes on."""
+    flags = train_flags(dataset, tmp_path / "run", "--plugins=tests.extension.faulty")
+    full = launcher.run("train", *flags, env={"BREAK": "file size"})
+    [complaint] = full.complaints
+    assert (full.status, "cannot be written" in complaint) == (1, True), full.err
+    assert launcher.run("train", *flags).status == 0
+
+
 def test_same_contents_under_another_path_are_the_same_dataset(launcher, dataset, copy, tmp_path):
     moved = shutil.copy(dataset, tmp_path / "moved.hdf5")
     assert launcher.run("train", *train_flags(moved, copy, *SEEDS)).status == 0

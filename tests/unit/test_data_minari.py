@@ -235,6 +235,10 @@ def test_action_spaces_that_are_refused(space, word):
 def test_bounds_too_wide_to_scale_by():
     write_minari("test/wide-v0", [episode(3, rows(0, 3))], action_space=box(2, 1e7))
     fails("test/wide-v0", "action dimension 0", "[-1e+07, 1e+07]", "too wide")
+    # A dimension that hardly moves within bounds of its own size is no reason to refuse the others.
+    actions = np.linspace(0, 1e-6, 6, dtype=np.float32).reshape(3, 2)
+    write_minari("test/still-v0", [episode(3, rows(0, 3), actions=actions)], action_space=box(2))
+    assert load_dataset("test/still-v0").transitions.size == 3
 
 
 @pytest.mark.parametrize("pair", [(1, 1), (2, 1), (np.nan, 1), ("a", 1), ("1", "2"), (0, np.inf)])

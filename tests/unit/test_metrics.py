@@ -17,7 +17,8 @@ SEEDS = [3, 4]
 def evaluation(policy, step, episodes=1, started_by="train", problem="", name=None):
     """A row of evaluations.csv."""
     name = name or f"{started_by}-{policy}-{step}"
-    how = "midpoint", 10, "sample", 1, episodes, 7, "failed" if problem else "done", problem
+    how = "Pendulum-v1", 200, "midpoint", 10, "sample", 1, episodes, 7
+    how += "failed" if problem else "done", problem
     return dict(zip(EVALUATION_COLUMNS, (name, started_by, policy, step, *how), strict=True))
 
 

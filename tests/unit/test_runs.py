@@ -12,9 +12,10 @@ import optax
 import pytest
 from etils import epath
 
-from efm_jax.envs import Rollouts
-from efm_jax.rl.agents import State
+from efm_jax.envs import EvaluationError, Rollouts
+from efm_jax.rl.agents import AgentParams, State
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.runs.evaluation import Evaluator
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.loading import restore
 from efm_jax.runs.metrics import MetricsWriter
@@ -310,3 +311,19 @@ def test_a_writer_refuses_the_folder_of_another_run(tmp_path):
             RunWriter(epath.Path(tmp_path), another, None, print, 0.0)
     moved = dataclasses.replace(info(), dataset="elsewhere", transitions=11)
     RunWriter(epath.Path(tmp_path), moved, None, print, 0.0).close()  # the fingerprint is the same
+
+
+def test_parameters_that_are_not_finite_are_named():
+    good, bad = {"w": np.ones((2, 3))}, {"w": np.array([[1.0, 2, 3], [1, np.nan, 3]])}
+    evaluator = Evaluator(info(), None, None)
+    evaluator.check_finite("behavior", AgentParams(good, bad, bad))
+    problem = rf"policy: parameters \['w'\] of training seed {SEEDS[1]} are not finite"
+    with pytest.raises(EvaluationError, match=problem):
+        evaluator.check_finite("policy", AgentParams(good, good, bad))
+
+
+def test_nothing_is_saved_before_the_start(tmp_path):
+    writer = RunWriter(epath.Path(tmp_path / "run"), info(), None, print, 0.0)
+    with pytest.raises(ValueError, match="expected start"):
+        writer.finish({})
+    writer.close()
