@@ -81,8 +81,15 @@ def dsm_error(
     return _errors(score_field, path, "score", x0, noise, t, ())
 
 
+class Draws(NamedTuple):
+    """What a loss draws for a batch."""
+
+    noise: Data  # standard normal, like the data
+    t: jax.Array  # [*batch], times, uniform on (0, 1]
+
+
 def draw(
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     *,
     noise: Data | None = None,
@@ -90,15 +97,15 @@ def draw(
     event_ndim: int | None = None,
     batch_ndim: int = 1,
     axis_name: AxisName = None,
-) -> tuple[Data, Float[jax.Array, "*batch"]]:
+) -> Draws:
     """Draw the noise and times of a batch, as every loss does, where they are not given.
 
     Arguments and errors as in :func:`errors`; ``batch_ndim`` is the number of leading axes whose
-    entries have a time each, where ``event_ndim`` is None.
-
-    Returns:
-      ``(noise, t)``: standard normal like ``x0``; uniform on (0, 1], ``[B]``.
+    entries have a time each, where ``event_ndim`` is None.  A loss takes the result as its key, so
+    that it can be drawn before.
     """
+    if isinstance(key, Draws):
+        noise, t = key.noise if noise is None else noise, key.t if t is None else t
     leaves, structure = jax.tree.flatten(x0)
     for leaf in leaves:
         checks.check_float("x0", leaf)
@@ -128,7 +135,7 @@ def draw(
         t = drawn_t if t is None else t
     arrays.check_like("noise", noise, x0)
     checks.check_shape("t", t, batch)
-    return noise, arrays.widen("t", t)
+    return Draws(noise, arrays.widen("t", t))
 
 
 def errors(

@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -44,18 +46,28 @@ ACTIVATIONS = {
 def fourier_features(t: Times, size: int) -> Float[jax.Array, "*batch {size}"]:
     """Compute cosines and sines of ``pi t / 2`` and of its octaves above.
 
-    The lowest frequency alone separates all of [0, 1].  Octaves follow by the double-angle
-    formulas: on a CPU a sine costs as much as a row of a small layer.
+    The lowest frequency alone separates all of [0, 1].  On a CPU, where a sine costs as much as a
+    row of a small layer, octaves follow by the double-angle formulas; elsewhere, where every column
+    that is computed alone costs a launch, all at once.
     """
     if size % 2:
         raise ValueError(f"size: expected an even number; got {size}")
     t = arrays.widen("t", t)
-    cosine, sine = jnp.cos(jnp.pi / 2 * t), jnp.sin(jnp.pi / 2 * t)
-    features = []
-    for _ in range(size // 2):
-        features += [cosine, sine]
-        cosine, sine = 2 * cosine**2 - 1, 2 * sine * cosine
-    return jnp.stack(features, axis=-1)
+
+    def octaves(t: jax.Array) -> jax.Array:
+        cosine, sine = jnp.cos(jnp.pi / 2 * t), jnp.sin(jnp.pi / 2 * t)
+        features = []
+        for _ in range(size // 2):
+            features += [cosine, sine]
+            cosine, sine = 2 * cosine**2 - 1, 2 * sine * cosine
+        return jnp.stack(features, axis=-1)
+
+    def at_once(t: jax.Array) -> jax.Array:
+        number = np.arange(size)
+        scales, shifts = np.pi / 2 * 2.0 ** (number // 2), np.pi / 2 * (number % 2)
+        return jnp.cos(t[..., None] * scales.astype(t.dtype) - shifts.astype(t.dtype))
+
+    return lax.platform_dependent(t, cpu=octaves, default=at_once)
 
 
 def apply(network: nn.Module, params: Params, *inputs: Array) -> Any:
@@ -71,30 +83,55 @@ def _check_options(hidden_dims: Sequence[int], activation: str) -> None:
 
 
 class JointDense(nn.Module):
-    """Dense layer on the concatenation of its inputs, without broadcasting their leading axes."""
+    """Dense layer on the concatenation of its inputs, whose leading axes broadcast.
+
+    On a CPU an input that others share is multiplied once, before it is broadcast; elsewhere its
+    few columns are broadcast, because the many that it becomes would go through memory.
+    """
 
     features: int
     dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, *inputs: Array) -> jax.Array:
-        # LeCun initialization for the joint fan-in.
-        fan_in = sum(x.shape[-1] for x in inputs)
-        init = nn.initializers.normal(fan_in**-0.5)
+        sizes = [x.shape[-1] for x in inputs]
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        kernels = [
-            self.param(f"kernel_{i}", init, (x.shape[-1], self.features))
-            for i, x in enumerate(inputs)
-        ]
-        total, *rest = promote_dtype(bias, *inputs, *kernels, dtype=self.dtype)
-        pairs = list(zip(rest[: len(inputs)], rest[len(inputs) :], strict=True))
-        # One product for all inputs with the same leading axes, as few columns leave a core idle.
-        for lead in dict.fromkeys(x.shape[:-1] for x in inputs):
-            same = [(x, kernel) for x, kernel in pairs if x.shape[:-1] == lead]
-            x = jnp.concatenate([x for x, _ in same], axis=-1)
-            kernel = jnp.concatenate([kernel for _, kernel in same])
-            total = total + (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*lead, self.features)
-        return total
+        # LeCun initialization for the joint fan-in.
+        init = nn.initializers.normal(sum(sizes) ** -0.5)
+        kernel = self.param("kernel", init, (sum(sizes), self.features))
+        bias, kernel, *inputs = promote_dtype(bias, kernel, *inputs, dtype=self.dtype)
+        leads = [x.shape[:-1] for x in inputs]
+        full = jnp.broadcast_shapes(*leads)
+
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            # One leading axis: a kernel's gradient over two of them copies what it multiplies.
+            return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
+
+        def shared(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
+            rows, total = jnp.split(kernel, np.cumsum(sizes)[:-1]), 0
+            for lead in dict.fromkeys(leads):
+                same = [i for i, other in enumerate(leads) if other == lead]
+                x = _join([inputs[i] for i in same])
+                total += product(x, jnp.concatenate([rows[i] for i in same]))
+            return total
+
+        def broadcast(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
+            wide = [jnp.broadcast_to(x, (*full, x.shape[-1])) for x in inputs]
+            return product(_join(wide), kernel)
+
+        if len(set(leads)) == 1:
+            return product(_join(inputs), kernel) + bias
+        return lax.platform_dependent(kernel, *inputs, cpu=shared, default=broadcast) + bias
+
+
+def _join(inputs: Sequence[jax.Array]) -> jax.Array:
+    """Concatenate columns, as a sum, which a TPU fuses: it concatenates in a launch a piece."""
+    size, start, total = sum(x.shape[-1] for x in inputs), 0, 0
+    for x in inputs:
+        stop = start + x.shape[-1]
+        total += jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, size - stop)])
+        start = stop
+    return total
 
 
 class MLP(nn.Module):
@@ -109,15 +146,20 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, *inputs: Array) -> jax.Array:
         _check_options(self.hidden_dims, self.activation)
+        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        # Axes that an input shares come first: to broadcast along them moves whole rows.
+        shared = [i for i in range(len(lead)) if any(x.shape[i] < lead[i] for x in inputs)]
+        order = [*shared, *(i for i in range(len(lead)) if i not in shared)]
+        inputs = tuple(jnp.transpose(x, (*order, len(lead))) for x in inputs)
         x = JointDense(self.hidden_dims[0], self.dtype)(*inputs)
-        lead = x.shape[:-1]
         # One leading axis: a kernel's gradient over two of them copies what it multiplies.
         x = x.reshape(-1, x.shape[-1])
         for i, width in enumerate((*self.hidden_dims[1:], self.out_dim)):
             x = nn.LayerNorm(dtype=self.dtype)(x) if self.layer_norm else x
             x = ACTIVATIONS[self.activation](x)
             x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x)
-        return x.reshape(*lead, self.out_dim)
+        x = x.reshape(*(lead[i] for i in order), self.out_dim)
+        return jnp.transpose(x, (*np.argsort(order), len(lead)))
 
 
 class MLPField(nn.Module):

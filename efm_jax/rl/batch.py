@@ -1,10 +1,12 @@
 """One record that critics and agents train on, and tables with a row for each of its rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax import Array, lax
 
 from efm_jax.training.parallel import Layout
@@ -30,13 +32,51 @@ class Batch(NamedTuple):
         return self.rewards.shape[0]
 
 
-# All seeds share the dataset; what was computed by a seed's own parameters has a seed axis.
-SEED_AXES = Batch._make((None, None, None, None, None, 0, 0))
+class Columns(struct.PyTreeNode):
+    """A :class:`Batch` of the whole dataset whose numbers lie column by column in one table.
+
+    A TPU gathers rows of few numbers from such a table; others it copies to one, before every chunk
+    of steps.
+    """
+
+    numbers: Array  # [C, N]: observations, actions, rewards, next observations, discounts, zeros
+    observation_size: int = struct.field(pytree_node=False)
+    action_size: int = struct.field(pytree_node=False)
+    next_actions: Array | None = None  # [N, M, A]
+    support: Any = None
+
+    @classmethod
+    def from_rows(cls, rows: Batch) -> "Columns":
+        """The dataset column by column; without its tables."""
+        numbers = jnp.concatenate([leaf.reshape(rows.size, -1).T for leaf in rows[:5]])
+        numbers = jnp.pad(numbers, ((0, -len(numbers) % 8), (0, 0)))  # whole tiles of memory
+        return cls(numbers, rows.observations.shape[1], rows.actions.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.numbers.shape[-1]
+
+    def rows(self, indices: Array) -> Batch:
+        """The samples at places ``indices``."""
+        sizes = self.observation_size, self.action_size, 1, self.observation_size, 1
+        found = jnp.split(self.numbers[:, indices].T, np.cumsum(sizes), axis=1)
+        s, a, r, following, d, _ = found
+        tables = gather((self.next_actions, self.support), indices)
+        return Batch(s, a, r[:, 0], following, d[:, 0], *tables)
 
 
 def gather(rows: Any, indices: Array) -> Any:
-    """Rows ``indices`` of every leaf."""
+    """Rows ``indices`` of every leaf; of :class:`Columns` they are a :class:`Batch`."""
+    if isinstance(rows, Columns):
+        return rows.rows(indices)
     return jax.tree.map(lambda leaf: leaf[indices], rows)
+
+
+def with_tables(data: Batch | Columns, next_actions: Any, support: Any) -> Any:
+    """The dataset with other tables."""
+    change = data.replace if isinstance(data, Columns) else data._replace
+    return change(next_actions=next_actions, support=support)
 
 
 def draw_noise(key: Array, indices: Array, shape: tuple[int, ...]) -> Array:
@@ -82,9 +122,23 @@ class Table:
 
             return jax.tree.map(write, table, compute(start + jnp.arange(block), *inputs))
 
-        axes = (0, 0, None, SEED_AXES)
+        axes = (0, 0, None, None)
         self._empty = layout.map(empty, in_axes=axes)
         self._fill = layout.map(fill, in_axes=(0, None, *axes), donate=(0,))
+
+    def shapes(self, params: Any, keys: Any, data: Any) -> Any:
+        """Shapes of all rows, from those of the arguments of :meth:`fill`."""
+        return jax.eval_shape(self._empty, params, keys, self._number, data)
+
+    def programs(self, params: Any, keys: Any, data: Any) -> Iterator[tuple[str, tuple]]:
+        """The compiled functions, each with the shapes of its inputs, from those of ``fill``."""
+        inputs = params, keys, self._number, data
+        yield "empty", (self._empty, inputs)
+        yield "a block", (self._fill, (self.shapes(params, keys, data), self._number, *inputs))
+
+    @property
+    def _number(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(self._layout.local_devices),), jnp.int32)
 
     def fill(
         self,

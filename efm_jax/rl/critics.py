@@ -15,6 +15,9 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Params
 from efm_jax.weights import AxisName
 
+# 16 MiB of float32, of the 100 that a TPU's fast memory has.
+_LAYER_NUMBERS = 1 << 22
+
 
 class Critic(abc.ABC):
     """A critic: a frozen dataclass of networks and numbers, trained as a policy is."""
@@ -83,10 +86,22 @@ class SoftmaxQ(Critic):
     ) -> tuple[Array, Aux]:
         if batch.next_actions is None:
             raise ValueError("batch.next_actions: expected behavior actions [B, M, A]; got None")
-        next_q = self.q_values(target, batch.next_observations[:, None], batch.next_actions)
+        next_q = self._next_q(target, batch.next_observations, batch.next_actions)
         next_value = jnp.sum(jax.nn.softmax(self.beta_q * next_q, axis=-1) * next_q, axis=-1)
         errors, q = _temporal_difference(self.q_network, params, batch, next_value)
         return share_of_mean(errors, axis_name), {"q_mean": global_mean(q, axis_name)}
+
+    def _next_q(self, target: Params, observations: Array, actions: Array) -> Array:
+        """Q-values ``[B, M]``, for some of the M actions at a time: layers of all would be huge."""
+        size, count, _ = actions.shape
+        numbers = size * max(self.q_network.hidden_dims) * self.q_network.num
+        most = max(_LAYER_NUMBERS // numbers, 1)
+        block = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
+        if block == count:
+            return self.q_values(target, observations[:, None], actions)
+        blocks = jnp.moveaxis(actions.reshape(size, count // block, block, -1), 1, 0)
+        values = lax.map(lambda a: self.q_values(target, observations[:, None], a), blocks)
+        return jnp.moveaxis(values, 0, 1).reshape(size, count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,19 +15,14 @@ import numpy as np
 from jax import Array
 
 from efm_jax.data.preprocess import n_step
-from efm_jax.rl.agents import Agent, AgentParams, State, make_agent
-from efm_jax.rl.agents.agent import Purpose
-from efm_jax.rl.batch import SEED_AXES, Batch, Table
+from efm_jax.rl.agents import Agent, AgentParams, State
+from efm_jax.rl.batch import Batch, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.rl.programs import Programs
 from efm_jax.training.loop import MetricsPipe, segments
 from efm_jax.training.parallel import Layout, check_divides, compile_ahead
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import make_chunk
 from efm_jax.types import Transitions
-
-# Support actions that one device samples at once: they bound its memory, whatever M is.
-_TABLE_ACTIONS = 65_536
-
 
 # ``(table, done rows, all rows)``; may raise to stop.
 Report = Callable[[str, int, int], None]
@@ -151,21 +146,17 @@ class Trainer:
                 "n_step: expected 1 where each host holds a part of the data; "
                 f"got {config.n_step}; with parallel=seeds every host holds all of it"
             )
-        self.agent = make_agent(config, data.observations.shape[1], data.actions.shape[1])
+        sizes = data.observations.shape[1], data.actions.shape[1]
+        self.programs = Programs(config, self.layout, num_rows, *sizes)
+        self.agent = self.programs.agent
         self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self.keys)
         targets = n_step(data, config.n_step, config.discount)
         rows = Batch._make((data.observations, data.actions, *targets, None, None))
         self.data = self.layout.put_rows(rows)
-        # Programs are traced and compiled once a run, at their first use.
-        block = table_block(config, self.layout, num_rows)
-        self._next_actions = Table(self.layout, self.agent.next_actions, num_rows, block)
-        self._support = Table(self.layout, self.agent.support_rows, num_rows, block)
-        weigh = functools.partial(self.agent.weigh, axis_name=self.layout.axis_name)
-        self._weigh = self.layout.map(weigh, donate=(0,))
-        self._begin_policy = self.layout.map(self.agent.begin_policy, donate=(0,))
-        # A copy, because chunks reuse the buffers of what they are given.
-        self._copy = self.layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
+        if not self.layout.on_cpu:
+            self.data = self.programs.store(self.data)
+        # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}
 
     def init_state(self) -> State:
@@ -203,17 +194,19 @@ class Trainer:
                     data = self.data  # without the tables of the phase before
                     hooks.on_phase(phase, start, stop)
                     if phase == "policy" and start == 0:
-                        state = self._begin_policy(state)
+                        state = self.programs.begin_policy(state)
                 elif kind == "next_actions":
-                    data = data._replace(next_actions=self.next_actions(state, report))
+                    data = with_tables(data, self.next_actions(state, report), None)
                 elif kind == "evaluate":
                     hooks.on_evaluate(start, get(state.params()))
                 elif kind in ("renew", "restore"):
                     if kind == "renew":
-                        state = state.replace(renewed_params=self._copy(state.policy.average))
-                    data = data._replace(support=None)  # its memory, for the next table
+                        state = state.replace(
+                            renewed_params=self.programs.copy(state.policy.average)
+                        )
+                    data = self.data  # without the table's memory, for the next one
                     support, step, summary = self.renew(state, start, report)
-                    data, support = data._replace(support=support), None
+                    data, support = with_tables(data, None, support), None
                     hooks.on_renewal(step, jax.tree.map(np.asarray, get(summary)))
                 elif kind == "chunk":
                     trained = self._train(phase, start, stop, state, data, pipe)
@@ -231,7 +224,9 @@ class Trainer:
     def next_actions(self, state: State, report: Report | None = None) -> Array:
         """Behavior actions at every next state; all as it lies on the devices."""
         told = functools.partial(report, "next_actions") if report else None
-        return self._next_actions.fill(state.params(), self._device_keys, 0, self.data, told)
+        return self.programs.next_actions.fill(
+            state.params(), self._device_keys, 0, self.data, told
+        )
 
     def renew(
         self, state: State, start: int = 0, report: Report | None = None
@@ -240,8 +235,8 @@ class Trainer:
         renewal = start // self.config.renew_every if self.agent.renews else 0
         told = functools.partial(report, f"support set {renewal + 1}") if report else None
         params = state.params(renewed=True)
-        rows = self._support.fill(params, self._device_keys, renewal, self.data, told)
-        table, summary = self._weigh(rows)
+        rows = self.programs.support.fill(params, self._device_keys, renewal, self.data, told)
+        table, summary = self.programs.weigh(rows)
         return table, renewal * self.config.renew_every, summary
 
     def _train(
@@ -250,24 +245,6 @@ class Trainer:
         """The state of a phase after a chunk; in a method, because no local may keep a table."""
         steps, inputs = stop - start, (getattr(state, phase), self._device_keys, data)
         if (phase, steps) not in self._chunks:
-            self._chunks[phase, steps] = compile_ahead(self.map_chunk(phase, steps), *inputs)
+            self._chunks[phase, steps] = compile_ahead(self.programs.chunk(phase, steps), *inputs)
         chunk = functools.partial(self._chunks[phase, steps], *inputs)
         return pipe.run(phase, start, stop, chunk)
-
-    def map_chunk(self, phase: str, num_steps: int) -> Callable:
-        """The program of many steps, ``(TrainState, keys, Batch) -> (TrainState, metrics)``."""
-        axis_name, num_devices = self.layout.axis_name, self.layout.num_shards
-        draw = functools.partial(
-            self.agent.draw_batch, phase, num_devices=num_devices, axis_name=axis_name
-        )
-        run = make_chunk(self.agent.step(phase, axis_name), draw, num_steps)
-
-        def chunk(state: TrainState, key: Array, data: Batch) -> tuple:
-            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), data)
-
-        return self.layout.map(chunk, in_axes=(0, 0, SEED_AXES), donate=(0,))
-
-
-def table_block(config: QIPOConfig, layout: Layout, num_rows: int) -> int:
-    """Rows of a table that a device computes at once."""
-    return min(max(_TABLE_ACTIONS // config.support_size, 1), num_rows // layout.num_shards)

@@ -36,6 +36,7 @@ class Layout:
     mode: str
     num_seeds: int
     devices: tuple[Device, ...]  # of all hosts
+    on_cpu: bool  # whether programs are made for processors: results differ by rounding alone
 
     @classmethod
     def create(
@@ -47,7 +48,8 @@ class Layout:
           ValueError: an unknown mode, or seeds that do not divide over the devices.
         """
         checks.check_choice("parallel", mode, MODES)
-        layout = cls(mode, num_seeds, tuple(jax.devices() if devices is None else devices))
+        devices = tuple(jax.devices() if devices is None else devices)
+        layout = cls(mode, num_seeds, devices, devices[0].platform == "cpu")
         if mode == "seeds":
             check_divides("num_seeds", num_seeds, len(layout.devices), "devices")
         return layout
@@ -135,6 +137,10 @@ class Layout:
             return jax.vmap(function, 0 if in_axes is None else in_axes)(*args)
 
         return self._pmap(over_seeds, axis_name=DEVICE_AXIS, donate_argnums=donate)
+
+    def map_devices(self, function: Callable, *, donate: tuple[int, ...] = ()) -> Callable:
+        """Map a function of one device's arrays, without axes of seeds, and compile it."""
+        return self._pmap(function, donate_argnums=donate)
 
     def _split(self, tree: Any, part: slice) -> Any:
         count = len(self.local_devices)

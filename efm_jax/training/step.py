@@ -10,7 +10,8 @@ import optax
 from jax import Array, lax
 
 from efm_jax import checks
-from efm_jax.losses import sample_keys
+from efm_jax.losses import Draws, sample_keys
+from efm_jax.training.packing import Packing
 from efm_jax.training.state import TrainState
 from efm_jax.types import Params
 from efm_jax.weights import AxisName, psum_if
@@ -19,10 +20,12 @@ Batch = Any
 Metrics = dict[str, Array]
 # (params, average, key, batch) -> (this device's share of the loss, aux): see efm_jax.losses.
 LossFn = Callable[[Params, Params, Array, Batch], tuple[Array, Metrics]]
-StepFn = Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 # 1.5 MiB of float32: about the best of several sizes at widths 256 and 512 (docs/performance.md).
 _CACHED_NUMBERS = 3 << 17
+# 16 MiB of float32, of the 100 that a TPU's fast memory has.
+_DRAWN_NUMBERS = 1 << 22
 
 
 def make_step(
@@ -68,8 +71,14 @@ def make_step(
         checks.check_integer("part_size", part_size, 1)
         grad_fn = _in_parts(grad_fn, part_size, axis_name)
 
-    def step(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, aux), grads = grad_fn(state.params, state.average, key, batch)
+    def step(
+        state: TrainState, key: Array, batch: Batch, packing: Packing | None = None
+    ) -> tuple[TrainState, Metrics]:
+        params, average = state.params, state.average
+        if packing is not None:
+            params, average = packing.unpack(params), packing.unpack(average)
+        (loss, aux), grads = grad_fn(params, average, key, batch)
+        grads = grads if packing is None else packing.pack(grads)
         loss, grads = psum_if((loss, grads), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -80,17 +89,17 @@ def make_step(
     return step
 
 
-def cached_samples(numbers: int) -> int | None:
-    """Samples of which a CPU's caches hold a layer; None, all that there are, on an accelerator.
+def cached_samples(numbers: int) -> int:
+    """Samples of which a CPU's caches hold a layer: the ``part_size`` of :func:`make_step` there.
 
     On a CPU, passes over activations that its caches do not hold cost a good part of the matrix
-    products' time, so :func:`make_step` is faster in parts of this size.
+    products' time.  An accelerator computes a batch at once.
 
     Args:
       numbers: activations of the widest layer that is trained, for one sample of one seed: of all
         actions and of a whole ensemble.
     """
-    return max(_CACHED_NUMBERS // numbers, 1) if jax.default_backend() == "cpu" else None
+    return max(_CACHED_NUMBERS // numbers, 1)
 
 
 def _in_parts(grad_fn: Callable, part_size: int, axis_name: AxisName) -> Callable:
@@ -100,7 +109,8 @@ def _in_parts(grad_fn: Callable, part_size: int, axis_name: AxisName) -> Callabl
         num = next((n for n in range(least, 2 * least) if size % n == 0), 1)
         if num == 1:
             return grad_fn(params, average, key, batch)
-        parts = sample_keys(key, size, axis_name), batch
+        keys = key if isinstance(key, Draws) else sample_keys(key, size, axis_name)
+        parts = keys, batch
         parts = jax.tree.map(lambda x: x.reshape(num, size // num, *x.shape[1:]), parts)
 
         def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
@@ -147,7 +157,13 @@ def sample_rows(
 
 
 def make_chunk(
-    step: StepFn, draw_batch: Callable[[Array, Any], Batch], num_steps: int
+    step: StepFn,
+    draw_batch: Callable[[Array, Any], Batch],
+    num_steps: int,
+    *,
+    draw_noise: Callable[[Array, Batch], Any] | None = None,
+    ahead: int = 1,
+    packed: bool = False,
 ) -> Callable[[TrainState, Array, Any], tuple[TrainState, Metrics]]:
     """``num_steps`` steps in one ``lax.scan``: Python sees a chunk, not a step.
 
@@ -155,6 +171,12 @@ def make_chunk(
       step: from :func:`make_step`.
       draw_batch: ``(key, tables) -> batch``.
       num_steps: length of the scan.
+      draw_noise: ``(key, batch) -> key``: what the loss would draw from its key, so that it can be
+        drawn ahead, such as :func:`efm_jax.losses.draw`; None: the key itself.
+      ahead: steps, a divisor of ``num_steps``, whose batches and noise are drawn together.  On an
+        accelerator a step is a few dozen small programs, half of which draw.
+      packed: keep parameters, averages and optimizer in a few large buffers while the chunk runs
+        (:mod:`efm_jax.training.packing`), for an optimizer that treats every number alike.
 
     Returns:
       ``(state, key, tables) -> (state, metrics)``.  Step i uses ``fold_in(key, i)`` with i counted
@@ -164,14 +186,36 @@ def make_chunk(
     """
 
     def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
-        def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-            batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-            return step(state, loss_key, draw_batch(batch_key, tables))
+        packing = Packing(state.params) if packed else None
 
-        state, history = lax.scan(body, state, length=num_steps)
+        def draw(number: Array) -> tuple[Any, Batch]:
+            batch_key, loss_key = jax.random.split(jax.random.fold_in(key, number))
+            batch = draw_batch(batch_key, tables)
+            return loss_key if draw_noise is None else draw_noise(loss_key, batch), batch
+
+        def take(state: TrainState, drawn: tuple[Any, Batch]) -> tuple[TrainState, Metrics]:
+            return step(state, *drawn, packing)
+
+        def several(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+            if ahead == 1:
+                return take(state, draw(state.step))
+            drawn = jax.vmap(draw)(state.step + jnp.arange(ahead))
+            # The barrier keeps conversions of rows, to the type of products, from becoming
+            # conversions of whole tables before the loop.
+            return lax.scan(take, state, lax.optimization_barrier(drawn))
+
+        state = state if packing is None else packing.pack_state(state)
+        state, history = lax.scan(several, state, length=num_steps // ahead)
+        state = state if packing is None else packing.unpack_state(state)
         # A gradient that is not finite spoils the parameters one step before the loss shows it.
-        bad = ~jnp.isfinite(history["loss"] + history["grad_norm"])
+        bad = ~jnp.isfinite(history["loss"] + history["grad_norm"]).ravel()
         first = jnp.where(bad.any(), jnp.argmax(bad), -1)
         return state, {**jax.tree.map(lambda x: x.mean(), history), "first_nonfinite": first}
 
     return chunk
+
+
+def steps_ahead(num_steps: int, numbers: int) -> int:
+    """The most steps, a divisor of ``num_steps``, whose draws of ``numbers`` each fit a buffer."""
+    most = max(_DRAWN_NUMBERS // numbers, 1)
+    return max(n for n in range(1, num_steps + 1) if num_steps % n == 0 and n <= most)

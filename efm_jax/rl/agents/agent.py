@@ -21,10 +21,10 @@ import optax
 from flax import struct
 from jax import Array
 
-from efm_jax import checks
+from efm_jax import checks, losses
 from efm_jax.losses import Aux, sample_keys
 from efm_jax.paths import PATHS
-from efm_jax.rl.batch import Batch, draw_noise, gather
+from efm_jax.rl.batch import Batch, Columns, draw_noise, gather, with_tables
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import make_critic
 from efm_jax.rl.model import GenerativeModel
@@ -134,6 +134,10 @@ class Agent(abc.ABC):
         """The rows of a batch."""
         return gather(table, index)
 
+    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Any:
+        """What :meth:`policy_loss` would draw from its key, to be drawn ahead; or the key."""
+        return key
+
     def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName
     ) -> tuple[Array, Aux]:
@@ -195,13 +199,21 @@ class Agent(abc.ABC):
         adam, clip = optax.adam(rate), config.max_grad_norm
         return optax.chain(optax.clip_by_global_norm(clip), adam) if clip > 0 else adam
 
+    def draw_noise(
+        self, phase: str, key: Array, batch: Batch, *, axis_name: AxisName = None
+    ) -> Any:
+        """What the loss of a phase draws, which it takes as its key; or the key itself."""
+        if phase == "behavior":
+            return losses.draw(key, batch.actions, axis_name=axis_name)
+        return self.policy_noise(key, batch, axis_name) if phase == "policy" else key
+
     def step(self, phase: str, axis_name: AxisName = None, *, in_parts: bool = True) -> StepFn:
         """The training step of a phase: ``(TrainState, key, Batch) -> (TrainState, metrics)``.
 
         Args:
           phase: of ``PHASES``.
           axis_name: mapped axis over which the batch is split.
-          in_parts: on a CPU, compute a large batch in parts (:func:`cached_samples`).
+          in_parts: compute a large batch in parts (:func:`cached_samples`).
         """
         config = self.config
 
@@ -234,7 +246,7 @@ class Agent(abc.ABC):
         self,
         phase: str,
         key: Array,
-        data: Batch,
+        data: Batch | Columns,
         *,
         num_devices: int = 1,
         axis_name: AxisName = None,
@@ -243,7 +255,7 @@ class Agent(abc.ABC):
         index_key, row_key = jax.random.split(key)
         size, num_rows = self.config.of_phase("batch_size", phase), data.size * num_devices
         index = sample_rows(index_key, size, num_rows, num_devices=num_devices, axis_name=axis_name)
-        batch = gather(data._replace(support=None), index)
+        batch = gather(with_tables(data, data.next_actions, None), index)
         if data.support is None:
             return batch
         return batch._replace(support=self.gather(row_key, data.support, index, axis_name))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efm_jax.losses import Aux, sample_keys
+from efm_jax.losses import Aux, Draws, draw, sample_keys
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.batch import Batch, draw_noise, gather
 from efm_jax.rl.config import QIPOConfig
@@ -69,6 +69,10 @@ class QIPO(Agent):
         drawn = jax.vmap(jax.random.uniform)(keys).astype(reached.dtype) * reached[:, -1]
         choice = jnp.sum(reached <= drawn[:, None], axis=-1)
         return WeightedSupport(table.actions[index, choice], jnp.ones_like(drawn))
+
+    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
+        actions = batch.support.actions
+        return draw(key, actions, batch_ndim=actions.ndim - 1, axis_name=axis_name)
 
     def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName

@@ -6,7 +6,7 @@ from typing import final
 import jax.numpy as jnp
 from jax import Array, lax
 
-from efm_jax.losses import Aux
+from efm_jax.losses import Aux, Draws, draw
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.batch import Batch, draw_noise
 from efm_jax.rl.model import GenerativeModel
@@ -32,6 +32,9 @@ class Reweighting(Agent):
 
     def weigh(self, support: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
         return weigh_advantages(support, self.config.beta, axis_name)
+
+    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
+        return draw(key, batch.actions, axis_name=axis_name)
 
     def policy_loss(
         self, params: Params, key: Array, batch: Batch, axis_name: AxisName

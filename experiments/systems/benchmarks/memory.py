@@ -8,12 +8,10 @@ account; the prediction leaves them out.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from efm_jax.rl.batch import SEED_AXES
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.memory import predict
-from efm_jax.rl.trainer import Hooks, table_block
+from efm_jax.rl.trainer import Hooks
 from efm_jax.training.parallel import Layout
 from experiments.systems.benchmarks.timing import Rows
 from experiments.systems.benchmarks.workload import Workload
@@ -94,17 +92,10 @@ def measure_parts(work: Workload, seeds: int) -> Rows:
 
 
 def temporaries(work: Workload, layout: Layout) -> dict[str, int | None]:
-    """Bytes that the chunk of each phase, and the program that fills a policy's table, hold."""
-    found = {}
-    for phase in PHASES:
-        mapped, inputs = work.chunk(phase, layout, work.config.log_every)
-        found[f"{phase} step"] = _temporary_bytes(mapped.lower(*inputs))
-    block, (_, keys, _) = table_block(work.config, layout, work.rows), inputs
-    params = jax.eval_shape(jax.vmap(work.agent.init), keys[0]).params()
-    data = work.shapes("behavior", block)[1]
-    rows = jax.jit(jax.vmap(work.agent.support_rows, (0, 0, None, SEED_AXES, None)))
-    lowered = rows.lower(params, keys[0], 0, data, jnp.arange(block))
-    return found | {f"{block:,} rows of the policy's table": _temporary_bytes(lowered)}
+    """Bytes that the programs of a run hold beside their inputs and results."""
+    lengths = {work.config.log_every}
+    programs = work.programs(layout).all(dict.fromkeys(PHASES, lengths))
+    return {name: _temporary_bytes(program.lower()) for name, program in programs}
 
 
 def _temporary_bytes(lowered: Any) -> int | None:

@@ -156,8 +156,8 @@ class Torch:
         octaves = 2.0 ** torch.arange(self.ours.network.time_features // 2)
         angles = t[:, None] * (torch.pi / 2 * octaves)
         features = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
-        time = linear(features, first["kernel_0"], first["bias"])
-        embedding = silu(time + linear(observations, first["kernel_1"]))
+        joint = torch.cat([features, observations], 1)
+        embedding = silu(linear(joint, first["kernel"], first["bias"]))
         skips, h = [], x
         for i in range(depth):
             h = block(params[f"_ResidualBlock_{i}"], h)

@@ -12,6 +12,7 @@ import numpy as np
 from efm_jax.rl.agents import Agent, make_agent
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import Trainer
 from efm_jax.solvers import SOLVERS
 from efm_jax.training.parallel import Layout
@@ -43,18 +44,15 @@ class Workload:
         """A trainer of as many seeds as the layout has."""
         return Trainer(self.config, self.transitions(), range(layout.num_seeds), layout)
 
+    def programs(self, layout: Layout) -> Programs:
+        """The programs of a run."""
+        return Programs(self.config, layout, self.rows, self.observation_size, self.action_size)
+
     def shapes(self, phase: str, rows: int) -> tuple[TrainState, Batch]:
         """Shapes of a phase's state, and of data with the table that the phase reads."""
-        agent, one = self.agent, jax.ShapeDtypeStruct((rows,), jnp.float32)
-        s, a = (one.update(shape=(rows, n)) for n in (self.observation_size, self.action_size))
-        state, data = jax.eval_shape(agent.init, jax.random.key(0)), Batch(s, a, one, s, one)
-        inputs = state.params(), jax.random.key(0), 0, data, jnp.arange(rows)
-        if phase == "critic" and agent.critic.uses_next_actions:
-            data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
-        elif phase == "policy":
-            support = jax.eval_shape(agent.support_rows, *inputs)
-            weigh = functools.partial(agent.weigh, axis_name=None)
-            data = data._replace(support=jax.eval_shape(weigh, support)[0])
+        work = dataclasses.replace(self, rows=rows)
+        layout = Layout.create(devices=jax.devices()[:1])
+        state, _, data = work.programs(layout).shapes(phase)
         return getattr(state, phase), data
 
     def one_step(self, phase: str, state: TrainState, data: Batch, *, in_parts: bool) -> tuple:
@@ -65,12 +63,13 @@ class Workload:
 
     def chunk(self, phase: str, layout: Layout, steps: int) -> tuple[Callable, tuple]:
         """What the trainer maps over devices for many steps, and arguments of their sizes."""
-        trainer, seeds = self.trainer(layout), layout.seeds_per_device
-        state, data = self.shapes(phase, self.rows // layout.num_shards)
+        programs, seeds = self.programs(layout), layout.seeds_per_device
+        state, _, data = programs.shapes(phase)
         tables = filled((data.next_actions, data.support), seeds)
         data = filled(data)._replace(next_actions=tables[0], support=tables[1])
-        inputs = layout.replicate((filled(state, seeds), trainer.keys[:seeds], data))
-        return trainer.map_chunk(phase, steps), inputs
+        keys = jax.random.split(jax.random.key(0), seeds)
+        inputs = layout.replicate((filled(getattr(state, phase), seeds), keys, data))
+        return programs.chunk(phase, steps), inputs
 
     def dense_flops(self, params: Params, actions: int = 1, *, train: bool = True) -> float:
         """Arithmetic of the dense layers for one state, ``2 n in out`` for n rows and a kernel.

@@ -1,0 +1,166 @@
+"""The compiled programs of a run, which need neither data nor devices but only their shapes.
+
+The trainer calls them; ``launch.train --compile_only`` and ``experiments.systems.compile`` compile
+the very same ones, for machines that are not here too.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efm_jax.rl.agents import make_agent
+from efm_jax.rl.agents.agent import Purpose, State
+from efm_jax.rl.batch import Batch, Columns, Table, with_tables
+from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.training.parallel import Layout
+from efm_jax.training.state import TrainState
+from efm_jax.training.step import make_chunk, steps_ahead
+
+# Support actions that one device samples at once: they bound its memory, whatever M is.
+_TABLE_ACTIONS = 65_536
+
+
+class Program(NamedTuple):
+    """What :meth:`Layout.map` returned, and the shapes of its inputs on this host's devices."""
+
+    mapped: Any
+    inputs: tuple
+
+    def lower(self) -> Any:
+        """Trace and lower, to be compiled."""
+        return self.mapped.lower(*self.inputs)
+
+
+class Programs:
+    """Everything that one agent's training computes on devices.
+
+    Args:
+      config: a configuration.
+      layout: how seeds and data lie on the devices.
+      num_rows: transitions of the whole dataset.
+      observation_size: ``S``.
+      action_size: ``A``.
+
+    Raises:
+      ValueError: a name in the configuration that is in no registry.
+    """
+
+    def __init__(
+        self,
+        config: QIPOConfig,
+        layout: Layout,
+        num_rows: int,
+        observation_size: int,
+        action_size: int,
+    ):
+        self.config, self.layout, self.num_rows = config, layout, num_rows
+        self.agent = agent = make_agent(config, observation_size, action_size)
+        block = table_block(config, layout, num_rows)
+        self.next_actions = Table(layout, agent.next_actions, num_rows, block)
+        self.support = Table(layout, agent.support_rows, num_rows, block)
+        self.weigh = layout.map(
+            functools.partial(agent.weigh, axis_name=layout.axis_name), donate=(0,)
+        )
+        self.begin_policy = layout.map(agent.begin_policy, donate=(0,))
+        self.store = layout.map_devices(Columns.from_rows, donate=(0,))
+        # A copy, because chunks reuse the buffers of what they are given.
+        self.copy = layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
+
+    def chunk(self, phase: str, num_steps: int) -> Callable:
+        """The program of many steps, ``(TrainState, keys, Batch) -> (TrainState, metrics)``."""
+        axis_name, num_devices = self.layout.axis_name, self.layout.num_shards
+        on_cpu = self.layout.on_cpu
+        draw = functools.partial(
+            self.agent.draw_batch, phase, num_devices=num_devices, axis_name=axis_name
+        )
+        noise = functools.partial(self.agent.draw_noise, phase, axis_name=axis_name)
+        step = self.agent.step(phase, axis_name, in_parts=on_cpu)
+        ahead = 1 if on_cpu else steps_ahead(num_steps, self._drawn_numbers(phase))
+        run = make_chunk(step, draw, num_steps, draw_noise=noise, ahead=ahead, packed=not on_cpu)
+
+        def chunk(state: TrainState, key: Array, data: Batch | Columns) -> tuple:
+            return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), data)
+
+        return self.layout.map(chunk, in_axes=(0, 0, self._data_axes), donate=(0,))
+
+    def _drawn_numbers(self, phase: str) -> int:
+        """Numbers of a batch and its noise on one device."""
+        _, key, data = self.shapes(phase)
+
+        def draw(key: Array, data: Batch) -> Any:
+            batch = self.agent.draw_batch(phase, key, data)
+            return batch, self.agent.draw_noise(phase, key, batch)
+
+        drawn = jax.eval_shape(draw, key, data)
+        return sum(leaf.size for leaf in jax.tree.leaves(drawn))
+
+    def shapes(self, phase: str | None = None) -> tuple[State, Array, Batch]:
+        """State, keys and data of one seed on one device, with the tables that a phase reads.
+
+        A phase's data are its own even where the agent has no such phase.
+        """
+        agent, rows = self.agent, self.num_rows // self.layout.num_shards
+        number = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        s, a = (number.update(shape=(rows, n)) for n in (agent.observation_size, agent.action_size))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state, data = jax.eval_shape(agent.init, key), Batch(s, a, number, s, number)
+        inputs = state.params(), key, 0, data, jax.ShapeDtypeStruct((rows,), jnp.int32)
+        if phase == "critic" and agent.critic.uses_next_actions:
+            data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
+        elif phase == "policy":
+            support = jax.eval_shape(agent.support_rows, *inputs)
+            weigh = functools.partial(agent.weigh, axis_name=None)
+            data = data._replace(support=jax.eval_shape(weigh, support)[0])
+        return state, key, data
+
+    @property
+    def _data_axes(self) -> Any:
+        """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
+        if self.layout.on_cpu:
+            return Batch(None, None, None, None, None, 0, 0)
+        return Columns(None, self.agent.observation_size, self.agent.action_size, 0, 0)
+
+    def on_devices(self, phase: str | None = None) -> tuple[State, Array, Batch | Columns]:
+        """:meth:`shapes` as they lie on this host's devices."""
+        devices, seeds = len(self.layout.local_devices), self.layout.seeds_per_device
+
+        def leading(tree: Any, *sizes: int) -> Any:
+            return jax.tree.map(lambda leaf: leaf.update(shape=(*sizes, *leaf.shape)), tree)
+
+        state, key, rows = self.shapes(phase)
+        data = with_tables(rows, None, None)
+        if not self.layout.on_cpu:
+            data = jax.eval_shape(Columns.from_rows, data)
+        tables = leading((rows.next_actions, rows.support), devices, seeds)
+        return *leading((state, key), devices, seeds), with_tables(leading(data, devices), *tables)
+
+    def all(self, chunks: dict[str, set[int]]) -> Iterator[tuple[str, Program]]:
+        """Every program of a run with chunks of these lengths in each phase, in order of use."""
+        agent = self.agent
+        for phase in PHASES:
+            lengths = chunks.get(phase, set())
+            state, keys, data = self.on_devices(phase)
+            plain = with_tables(data, None, None)
+            if lengths and phase == "critic" and agent.critic.uses_next_actions:
+                for name, program in self.next_actions.programs(state.params(), keys, plain):
+                    yield f"next actions, {name}", Program(*program)
+            if lengths and phase == "policy":
+                yield "begin policy", Program(self.begin_policy, (state,))
+                yield "copy of the policy", Program(self.copy, (state.policy.average,))
+                if data.support is not None:
+                    for name, program in self.support.programs(state.params(), keys, plain):
+                        yield f"support sets, {name}", Program(*program)
+                    rows = self.support.shapes(state.params(), keys, plain)
+                    yield "support sets, weigh", Program(self.weigh, (rows,))
+            for steps in sorted(lengths):
+                inputs = getattr(state, phase), keys, data
+                yield f"{phase}, {steps} steps", Program(self.chunk(phase, steps), inputs)
+
+
+def table_block(config: QIPOConfig, layout: Layout, num_rows: int) -> int:
+    """Rows of a table that a device computes at once."""
+    return min(max(_TABLE_ACTIONS // config.support_size, 1), num_rows // layout.num_shards)
