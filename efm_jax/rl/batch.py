@@ -1,5 +1,6 @@
 """One record that critics and agents train on, and tables with a row for each of its rows."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,50 +33,81 @@ class Batch(NamedTuple):
         return self.rewards.shape[0]
 
 
-class Columns(struct.PyTreeNode):
-    """A :class:`Batch` of the whole dataset whose numbers lie column by column in one table.
+# Numbers of a row up to which a TPU gathers from a table that lies column by column.
+_MOST_COLUMNS = 64
 
-    A TPU gathers rows of few numbers from such a table; others it copies to one, before every chunk
-    of steps.
+
+class TiledRows(struct.PyTreeNode):
+    """An array of rows ``[N, *row]`` as a TPU gathers from it: in whole tiles of memory.
+
+    Anything else it copies, before every chunk of steps.  Indices on its rows work as on the array.
     """
 
-    numbers: Array  # [C, N]: observations, actions, rewards, next observations, discounts, zeros
-    observation_size: int = struct.field(pytree_node=False)
-    action_size: int = struct.field(pytree_node=False)
-    next_actions: Array | None = None  # [N, M, A]
-    support: Any = None
+    numbers: Array  # [C, N], column by column, for few numbers in a row; [N, C] for many
+    row: tuple[int, ...] = struct.field(pytree_node=False)
 
     @classmethod
-    def from_rows(cls, rows: Batch) -> "Columns":
-        """The dataset column by column; without its tables."""
-        numbers = jnp.concatenate([leaf.reshape(rows.size, -1).T for leaf in rows[:5]])
-        numbers = jnp.pad(numbers, ((0, -len(numbers) % 8), (0, 0)))  # whole tiles of memory
-        return cls(numbers, rows.observations.shape[1], rows.actions.shape[1])
+    def from_rows(cls, rows: Array) -> "TiledRows":
+        """The same numbers, with zeros up to whole tiles."""
+        size, numbers = math.prod(rows.shape[1:]), rows.reshape(rows.shape[0], -1)
+        if size > _MOST_COLUMNS:
+            return cls(jnp.pad(numbers, ((0, 0), (0, -size % 128))), rows.shape[1:])
+        return cls(jnp.pad(numbers.T, ((0, -size % 8), (0, 0))), rows.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.numbers.shape[-1 if math.prod(self.row) <= _MOST_COLUMNS else 0]
+
+    def __getitem__(self, indices: Any) -> Array:
+        """``rows[i]`` for ``i [b]``, or ``rows[i, j, ...]``."""
+        indices, *rest = indices if isinstance(indices, tuple) else (indices,)
+        size = math.prod(self.row)
+        found = self.numbers[:, indices].T if size <= _MOST_COLUMNS else self.numbers[indices]
+        # The barrier keeps what comes after from choosing another layout for the table.
+        found = lax.optimization_barrier(found)[:, :size].reshape(-1, *self.row)
+        return found[(jnp.arange(len(found)), *rest)] if rest else found
+
+
+class TiledData(struct.PyTreeNode):
+    """The dataset in one table, as an accelerator keeps it: see :class:`Batch`."""
+
+    numbers: TiledRows  # observations, actions, rewards, next observations, discounts
+    observation_size: int = struct.field(pytree_node=False)
+    next_actions: Any = None  # as in Batch
+    support: Any = None  # as in Batch
+
+    @classmethod
+    def from_rows(cls, rows: Batch) -> "TiledData":
+        """The dataset without its tables."""
+        numbers = jnp.concatenate([leaf.reshape(rows.size, -1) for leaf in rows[:5]], axis=1)
+        return cls(TiledRows.from_rows(numbers), rows.observations.shape[1])
 
     @property
     def size(self) -> int:
         """Number of samples."""
-        return self.numbers.shape[-1]
+        return self.numbers.size
 
-    def rows(self, indices: Array) -> Batch:
-        """The samples at places ``indices``."""
-        sizes = self.observation_size, self.action_size, 1, self.observation_size, 1
-        found = jnp.split(self.numbers[:, indices].T, np.cumsum(sizes), axis=1)
-        s, a, r, following, d, _ = found
+    def __getitem__(self, indices: Array) -> Batch:
+        rows, size = self.numbers[indices], self.observation_size
+        action_size = rows.shape[1] - 2 * size - 2
+        s, a, r, following, d = jnp.split(rows, np.cumsum([size, action_size, 1, size]), axis=1)
         tables = gather((self.next_actions, self.support), indices)
         return Batch(s, a, r[:, 0], following, d[:, 0], *tables)
 
 
 def gather(rows: Any, indices: Array) -> Any:
-    """Rows ``indices`` of every leaf; of :class:`Columns` they are a :class:`Batch`."""
-    if isinstance(rows, Columns):
-        return rows.rows(indices)
-    return jax.tree.map(lambda leaf: leaf[indices], rows)
+    """Rows ``indices`` of every leaf, or of tiled tables."""
+
+    def is_table(leaf: Any) -> bool:
+        return isinstance(leaf, (TiledRows, TiledData))
+
+    return jax.tree.map(lambda leaf: leaf[indices], rows, is_leaf=is_table)
 
 
-def with_tables(data: Batch | Columns, next_actions: Any, support: Any) -> Any:
+def with_tables(data: Batch | TiledData, next_actions: Any, support: Any) -> Any:
     """The dataset with other tables."""
-    change = data.replace if isinstance(data, Columns) else data._replace
+    change = data.replace if isinstance(data, TiledData) else data._replace
     return change(next_actions=next_actions, support=support)
 
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.agent import Purpose, State
-from efm_jax.rl.batch import Batch, Columns, Table, with_tables
+from efm_jax.rl.batch import Batch, Table, TiledData, TiledRows, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.training.parallel import Layout
 from efm_jax.training.state import TrainState
@@ -62,13 +62,20 @@ class Programs:
         block = table_block(config, layout, num_rows)
         self.next_actions = Table(layout, agent.next_actions, num_rows, block)
         self.support = Table(layout, agent.support_rows, num_rows, block)
-        self.weigh = layout.map(
-            functools.partial(agent.weigh, axis_name=layout.axis_name), donate=(0,)
-        )
+        self.weigh = layout.map(self._weigh, donate=(0,))
         self.begin_policy = layout.map(agent.begin_policy, donate=(0,))
-        self.store = layout.map_devices(Columns.from_rows, donate=(0,))
+        self.store = layout.map_devices(TiledData.from_rows)
+        self.store_table = layout.map(self._table, donate=(0,))
         # A copy, because chunks reuse the buffers of what they are given.
         self.copy = layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
+
+    def _weigh(self, support: Any) -> tuple[Any, dict[str, Array]]:
+        table, summary = self.agent.weigh(support, self.layout.axis_name)
+        return self._table(table), summary
+
+    def _table(self, rows: Any) -> Any:
+        """A table as steps read it."""
+        return rows if self.layout.on_cpu else jax.tree.map(TiledRows.from_rows, rows)
 
     def chunk(self, phase: str, num_steps: int) -> Callable:
         """The program of many steps, ``(TrainState, keys, Batch) -> (TrainState, metrics)``."""
@@ -82,7 +89,7 @@ class Programs:
         ahead = 1 if on_cpu else steps_ahead(num_steps, self._drawn_numbers(phase))
         run = make_chunk(step, draw, num_steps, draw_noise=noise, ahead=ahead, packed=not on_cpu)
 
-        def chunk(state: TrainState, key: Array, data: Batch | Columns) -> tuple:
+        def chunk(state: TrainState, key: Array, data: Batch | TiledData) -> tuple:
             return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), data)
 
         return self.layout.map(chunk, in_axes=(0, 0, self._data_axes), donate=(0,))
@@ -122,9 +129,10 @@ class Programs:
         """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
         if self.layout.on_cpu:
             return Batch(None, None, None, None, None, 0, 0)
-        return Columns(None, self.agent.observation_size, self.agent.action_size, 0, 0)
+        numbers = 2 * self.agent.observation_size + self.agent.action_size + 2
+        return TiledData(TiledRows(None, (numbers,)), self.agent.observation_size, 0, 0)
 
-    def on_devices(self, phase: str | None = None) -> tuple[State, Array, Batch | Columns]:
+    def on_devices(self, phase: str | None = None) -> tuple[State, Array, Batch | TiledData]:
         """:meth:`shapes` as they lie on this host's devices."""
         devices, seeds = len(self.layout.local_devices), self.layout.seeds_per_device
 
@@ -134,8 +142,9 @@ class Programs:
         state, key, rows = self.shapes(phase)
         data = with_tables(rows, None, None)
         if not self.layout.on_cpu:
-            data = jax.eval_shape(Columns.from_rows, data)
-        tables = leading((rows.next_actions, rows.support), devices, seeds)
+            data = jax.eval_shape(TiledData.from_rows, data)
+        tables = jax.eval_shape(self._table, (rows.next_actions, rows.support))
+        tables = leading(tables, devices, seeds)
         return *leading((state, key), devices, seeds), with_tables(leading(data, devices), *tables)
 
     def all(self, chunks: dict[str, set[int]]) -> Iterator[tuple[str, Program]]:

@@ -224,9 +224,9 @@ class Trainer:
     def next_actions(self, state: State, report: Report | None = None) -> Array:
         """Behavior actions at every next state; all as it lies on the devices."""
         told = functools.partial(report, "next_actions") if report else None
-        return self.programs.next_actions.fill(
-            state.params(), self._device_keys, 0, self.data, told
-        )
+        inputs = state.params(), self._device_keys, 0, self.data
+        rows = self.programs.next_actions.fill(*inputs, told)
+        return rows if self.layout.on_cpu else self.programs.store_table(rows)
 
     def renew(
         self, state: State, start: int = 0, report: Report | None = None

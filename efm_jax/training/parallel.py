@@ -134,7 +134,12 @@ class Layout:
         """
 
         def over_seeds(*args: Any) -> Any:
-            return jax.vmap(function, 0 if in_axes is None else in_axes)(*args)
+            axes = (0,) * len(args) if in_axes is None else in_axes
+            if self.seeds_per_device > 1:
+                return jax.vmap(function, axes)(*args)
+            # An axis of one seed would be in the way of the compiler.
+            args = jax.tree.map(_first, axes, args, is_leaf=lambda axis: axis is None)
+            return jax.tree.map(lambda leaf: leaf[None], function(*args))
 
         return self._pmap(over_seeds, axis_name=DEVICE_AXIS, donate_argnums=donate)
 
@@ -158,6 +163,11 @@ class Layout:
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
         return jax.pmap(function, devices=self.devices, **options)
+
+
+def _first(axis: int | None, tree: Any) -> Any:
+    """The first entry of each leaf along ``axis``, or all of it."""
+    return tree if axis is None else jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 @jax.jit

@@ -24,7 +24,7 @@ from jax import Array
 from efm_jax import checks, losses
 from efm_jax.losses import Aux, sample_keys
 from efm_jax.paths import PATHS
-from efm_jax.rl.batch import Batch, Columns, draw_noise, gather, with_tables
+from efm_jax.rl.batch import Batch, TiledData, draw_noise, gather, with_tables
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import make_critic
 from efm_jax.rl.model import GenerativeModel
@@ -246,7 +246,7 @@ class Agent(abc.ABC):
         self,
         phase: str,
         key: Array,
-        data: Batch | Columns,
+        data: Batch | TiledData,
         *,
         num_devices: int = 1,
         axis_name: AxisName = None,
