@@ -86,6 +86,7 @@ _METHODS = pd.DataFrame(
         "ed": ("energy-weighted diffusion (ED)", "yes", "yes"),
         "efm_ot": ("energy-weighted flow, OT (EFM)", "yes", "yes"),
         "efm_cosine": ("energy-weighted flow, cosine (EFM)", "yes", "yes"),
+        "monte_carlo": ("training-free Monte Carlo (MC)", "in the limit", "yes"),
         "exact_cg": ("exact field of CG (eq. 4.6)", "no", ""),
         "exact_ot": ("exact field, OT", "yes", ""),
         "exact_cosine": ("exact field, cosine", "yes", ""),
