@@ -99,7 +99,7 @@ class Checkpointer:
                 damaged[step] = f"checkpoint {place} cannot be read: {_first_line(error)}"
                 continue
             for newer, problem in damaged.items():
-                self._report(problem)
+                self._report(f"{problem}; {step} is used instead")
                 if discard:
                     self._manager.delete(newer)
             return step, tree
