@@ -459,6 +459,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--hidden_dims", nargs="+", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--repeats", type=int, help="samples that each distance is a mean over")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
     settings = _override(SMOKE if arguments.smoke else Settings(), arguments)
