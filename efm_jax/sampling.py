@@ -309,17 +309,20 @@ def _on_data(
     return state, predict
 
 
-def _check_descending(t_start: float, t_end: float) -> None:
+def _check_descending(t_start: Any, t_end: Any, names: str = "t_start, t_end") -> None:
     if not 0 <= t_end < t_start <= 1:
-        raise ValueError(
-            f"t_start, t_end: expected 0 <= t_end < t_start <= 1; got {t_start}, {t_end}"
-        )
+        raise ValueError(f"{names}: expected to fall within 1 and 0; got {t_start}, {t_end}")
 
 
 def latest_time(path: GaussianPath) -> float:
     """The last time at which a score or noise determines ``x_0``: 1, or just before it."""
     with jax.ensure_compile_time_eval():
         return 1.0 if path.mean_coef(jnp.ones(())) > 0 else 1.0 - _PURE_NOISE_MARGIN
+
+
+def _first_time(path: GaussianPath, prediction: str) -> float:
+    """The last time at which a prediction determines ``x_0``."""
+    return 1.0 if prediction in ("velocity", "data") else latest_time(path)
 
 
 def _quadratic_grid(t_start: float, t_end: float, num_steps: int, dtype: Any) -> jax.Array:
@@ -399,8 +402,7 @@ def sample_ancestral(
     checks.check_integer("num_steps", num_steps, 1)
     checks.check_number("eta", eta, minimum=0.0, maximum=1.0)
     state, predict = _on_data(field, path, noise, prediction, event_ndim)
-    if t_start is None:
-        t_start = 1.0 if prediction in ("velocity", "data") else latest_time(path)
+    t_start = _first_time(path, prediction) if t_start is None else t_start
     _check_descending(t_start, t_end)
     dtype = arrays.wide_type(*jax.tree.leaves(state))
     times = _quadratic_grid(t_start, t_end, num_steps, dtype)
@@ -415,18 +417,116 @@ def sample_ancestral(
     def step(x: Points, inputs: tuple) -> tuple[Points, None]:
         t, key, mean, mean_next, old, fresh = inputs
         x0 = predict(t, x)
-        leaves, structure = jax.tree.flatten(x)
-        keys = structure.unflatten(list(jax.random.split(key, len(leaves))))
 
-        def advance(x: jax.Array, x0: jax.Array, key: jax.Array) -> jax.Array:
-            drawn = arrays.shard_like(jax.random.normal(key, x.shape, x.dtype), x)
+        def advance(x: jax.Array, x0: jax.Array, drawn: jax.Array) -> jax.Array:
             return mean_next * x0 + old * (x - mean * x0) + fresh * drawn
 
-        return jax.tree.map(advance, x, x0, keys), None
+        return jax.tree.map(advance, x, x0, _draw_like(key, x)), None
 
     state = arrays.vary_like(state, lambda: predict(times[0], state))
     inputs = times[:-1], jax.random.split(key, num_steps), mean[:-1], mean[1:], old, fresh
     x, _ = lax.scan(step, state, inputs)
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), x, noise)
+
+
+def _draw_like(key: Key, x: Points) -> Points:
+    """Draw standard normal points for every leaf."""
+    leaves, structure = jax.tree.flatten(x)
+    keys = jax.random.split(key, len(leaves))
+    drawn = (
+        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
+    )
+    return structure.unflatten(list(map(arrays.shard_like, drawn, leaves)))
+
+
+def sample_sde(
+    field: Field,
+    path: GaussianPath,
+    key: Key,
+    noise: Points,
+    *,
+    num_steps: int = 100,
+    diffusion: Scalar | Callable[[jax.Array], jax.Array] | None = None,
+    prediction: str = "velocity",
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    times: Float[Array, " T"] | None = None,
+    event_ndim: int | None = None,
+) -> Points:
+    """Draw samples by Euler-Maruyama steps of a reverse-time SDE with any noise level.
+
+    ``dx = [u_t(x) - (g_t^2 / 2) s_t(x)] dt + g_t dW``, run from noise to data, has the marginals of
+    the path for every ``g``, and is the ODE at ``g = 0``.  The error of the steps is of first order
+    in distribution.
+
+    Args:
+      field: a ``prediction``, ``(x: [B, d], t: [B]) -> [B, d]``.
+      path: probability path.
+      key: random key of the SDE's noise.
+      noise: standard normal samples, ``[B, d]``.
+      num_steps: number of evaluations of the field.
+      diffusion: ``g``: a number, or a function of times ``[T]``.  None: ``sqrt(sigma_t)``, with
+        which the drift is bounded near the data, where the score may not be; a ``g`` that stays
+        above 0 there needs steps shorter than ``(sigma_t / g)^2``.
+      prediction: of :data:`efm_jax.paths.PREDICTIONS`.
+      t_start: as in :func:`sample_ancestral`.
+      t_end: where to stop.
+      times: a falling grid of one's own, ``[T]``, instead of the steps and ends.
+      event_ndim: as in :func:`sample`.
+
+    Returns:
+      Samples at ``t_end``, like ``noise``.
+
+    Raises:
+      ValueError: for ``num_steps < 1``, a negative ``diffusion``, a grid that does not fall from at
+        most 1 to at least 0, or a field that returns other shapes than ``noise`` has.
+
+    Reference: Song et al. 2021 (arXiv 2011.13456), eq. 6 and 13; Albergo et al. 2023 (arXiv
+    2303.08797), Sec. 2.4; Ma et al. 2024 (arXiv 2401.08740), Sec. 2.4, for the choice of ``g``.
+
+    Example:
+      >>> from efm_jax import paths
+      >>> key, noise = jax.random.key(1), jax.random.normal(jax.random.key(0), (4, 2))
+      >>> sample_sde(lambda x, t: x, paths.conditional_ot(), key, noise, diffusion=0.5).shape
+      (4, 2)
+    """
+    t_start = _first_time(path, prediction) if t_start is None else t_start
+    make_grid = _grid(num_steps, t_start, t_end, times)
+    if times is None:
+        _check_descending(t_start, t_end)
+    elif not isinstance(times, jax.core.Tracer):
+        first, last = np.asarray(times)[[0, -1]]
+        _check_descending(first, last, "first and last of times")
+    state, batch, call = _on_states(field, noise, event_ndim)
+    grid = make_grid(arrays.wide_type(*jax.tree.leaves(state)))
+    starts, steps = grid[:-1], jnp.diff(grid)
+    std = path.std(starts)
+    if diffusion is None:
+        level = jnp.sqrt(std)
+    elif callable(diffusion):
+        level = arrays.to_float("diffusion", diffusion(starts)).astype(grid.dtype)
+        checks.check_shape("diffusion(times)", level, starts.shape)
+    else:
+        checks.check_number("diffusion", diffusion, minimum=0.0)
+        level = jnp.full_like(starts, diffusion)
+    per_std = level**2 / std
+
+    def step(x: Points, inputs: tuple) -> tuple[Points, None]:
+        t, key, dt, per_std, kick = inputs
+        value, time = call(t, x), jnp.full(batch, t)
+        velocity, eps = (
+            path.convert(value, x, time, prediction, kind) for kind in ("velocity", "noise")
+        )
+
+        def advance(x: jax.Array, u: jax.Array, eps: jax.Array, drawn: jax.Array) -> jax.Array:
+            # The score is -eps / sigma.
+            return x + dt * (u + per_std / 2 * eps) + kick * drawn
+
+        return jax.tree.map(advance, x, velocity, eps, _draw_like(key, x)), None
+
+    state = arrays.vary_like(state, lambda: call(grid[0], state))
+    keys = jax.random.split(key, steps.size)
+    x, _ = lax.scan(step, state, (starts, keys, steps, per_std, level * jnp.sqrt(-steps)))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), x, noise)
 
 

@@ -23,7 +23,11 @@ COLORS |= {"black": "#222222"}
 # Methods of one kind share their color over all experiments: blue is the paper's flow.
 _NAMES = {"blue": "efm_ot qipo-ot", "cyan": "efm_cosine", "purple": "ed qipo-diff"}
 _NAMES |= {"green": "cep qgpo", "red": "cg exact_cg gaussian", "yellow": "cfg reweight"}
-_NAMES |= {"gray": "exact_ot exact_cosine exact_vp bc", "black": "bc-diff", "brown": "best-of-n"}
+_NAMES |= {
+    "gray": "exact_ot exact_cosine exact_vp bc",
+    "black": "bc-diff",
+    "brown": "monte_carlo best-of-n",
+}
 METHODS = {method: COLORS[color] for color, names in _NAMES.items() for method in names.split()}
 
 STYLE: dict[str, Any] = {"figure.dpi": 100, "figure.constrained_layout.use": True}

@@ -197,7 +197,12 @@ def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
     return guarded
 
 
-def _complain(error: object) -> None:
+def say(text: str) -> None:
+    """Print one line to the standard error, with the command's name before it."""
     path = pathlib.Path(sys.argv[0])  # of a package, its __main__.py
     name = path.parent.name if path.stem == "__main__" else path.stem
-    print(f"launch.{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"launch.{name}: {text}", file=sys.stderr, flush=True)
+
+
+def _complain(error: object) -> None:
+    say(f"error: {' '.join(str(error).split())}")

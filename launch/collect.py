@@ -170,7 +170,7 @@ def _policy(env: gymnasium.Env) -> tuple[play.Begin, str]:
         )
     noise = _NOISE.value or 0.0
     try:
-        begin = play.batched(env, load_policy(_POLICY.value), _SEED.value, noise)
+        begin = play.batched(env, load_policy(_POLICY.value, report=cli.say), _SEED.value, noise)
         # Refused here, if it is a policy of another environment.
         play.check_action(env, begin(0)(env.reset(seed=0)[0]))
     except ValueError as error:

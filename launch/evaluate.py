@@ -15,7 +15,6 @@ Exit status: 0 done, 1 an evaluation failed, 2 bad flags or no usable checkpoint
 import dataclasses
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +79,7 @@ def main(_: list[str]) -> int:
         }
         restored = restore(
             workdir,
-            _say,
+            cli.say,
             **{name: value for name, value in options.items() if value is not None},
         )
         info, params = _in_environment(restored.info), restored.state.params()
@@ -92,10 +91,10 @@ def main(_: list[str]) -> int:
         for name in POLICIES:
             evaluator.check_finite(name, params)
         try:
-            Lock(workdir, _say).close()
+            Lock(workdir, cli.say).close()
             writable = True
         except (LockedError, OSError) as error:
-            _say(f"{error}; the evaluation will be printed, not written")
+            cli.say(f"{error}; the evaluation will be printed, not written")
             writable = False
     steps = {"behavior": int(restored.state.behavior.step[0]), "policy": restored.step}
     if _VIDEO.value:
@@ -115,7 +114,7 @@ def main(_: list[str]) -> int:
     with cli.usage_errors():
         names = _write(workdir, info, played, episodes) if writable else {}
     if failed:
-        _say(f"failed: {'; '.join(failed)}")
+        cli.say(f"failed: {'; '.join(failed)}")
         return cli.EXIT_FAILED
     seconds = time.perf_counter() - start
     line = result_line(info, workdir, restored.step, rollouts, names, seconds)
@@ -137,10 +136,6 @@ def _in_environment(info: RunInfo) -> RunInfo:
     return dataclasses.replace(info, env_spec=env_spec, reference_scores=references)
 
 
-def _say(text: str) -> None:
-    print(f"launch.evaluate: {text}", file=sys.stderr, flush=True)
-
-
 def _write(
     workdir: epath.Path,
     info: RunInfo,
@@ -149,9 +144,9 @@ def _write(
 ) -> dict[str, str]:
     """Give evaluations names that are free, and write them; returns the names by policy."""
     try:
-        lock = Lock(workdir, _say)
+        lock = Lock(workdir, cli.say)
     except LockedError as error:
-        _say(f"{error}; the evaluation is not written")
+        cli.say(f"{error}; the evaluation is not written")
         return {}
     try:
         earlier = [

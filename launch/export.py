@@ -41,6 +41,7 @@ def main(_: list[str]) -> int:
             platforms=tuple(_PLATFORMS.value),
             name=_NAME.value,
             seed_index=_SEED_INDEX.value,
+            report=cli.say,
         )
         write_whole(out, bytes(data))
     print(json.dumps({"file": str(out), "bytes": len(data), "platforms": _PLATFORMS.value}))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
+import jax
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
@@ -230,7 +231,10 @@ def _transitions(name: str, file: Group, index: int, source: _Source, length: in
     group = file.group(f"episode_{index}", label)
     space = source.observation_space
     try:
-        observations = flatten_observation(space, _nested(group, "observations", space), 1)
+        nested = _nested(group, "observations", space)
+        observations = flatten_observation(space, nested, 1)
+        for leaf in jax.tree.leaves(nested):
+            validation.check_rounding(label, "observations", leaf)
     except DataError as error:
         raise DataError(
             str(error) if str(error).startswith(name) else f"{label}: {error}"

@@ -52,7 +52,9 @@ def fit_normalizer(
     rare = far > np.where(constant, _FARTHEST, _RARE * std)
     if notes is not None:
         apart = np.spacing(np.abs(mean).astype(np.float32))
-        notes.extend(_notes(rare, (apart > _COARSE * std) & (far > 2 * apart)))
+        # Neighbors in float32 are rounding where they are near each other, as they are not far out.
+        varies = far > np.where(apart >= 1, 0.4, 2.0) * apart
+        notes.extend(_notes(rare, (apart > _COARSE * std) & varies))
     scale = np.where(rare, far / _FARTHEST, np.where(constant, 1.0, std))
     return Normalizer(
         observation_mean=mean.astype(np.float32),

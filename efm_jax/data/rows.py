@@ -97,7 +97,10 @@ class Columns:
 
     def numbers(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows ``start .. stop`` of an array as float32, finite."""
-        array = validation.as_float32(self._path, name, self[name][start:stop])
+        stored = self[name][start:stop]
+        array = validation.as_float32(self._path, name, stored)
+        if name == "observations":
+            validation.check_rounding(self._path, name, stored)
         array = array.reshape(-1) if _RANKS[name] == 1 else array
         validation.check_finite(self._path, name, array, first_row=start)
         return array

@@ -236,6 +236,26 @@ def as_float32(source: str, name: str, array: Any) -> np.ndarray:
         return array.astype(np.float32)
 
 
+def check_rounding(source: str, name: str, array: np.ndarray) -> None:
+    """Refuse numbers ``[N, ...]`` that vary by 1 or more in a place and are one number in float32.
+
+    A time in seconds since 1970 is such a column where it varies by less than float32's steps of
+    128.  What float32 keeps some of is noted by :func:`.preprocess.fit_normalizer`.
+    """
+    columns = np.asarray(array).reshape(len(array), -1)
+    if columns.dtype.itemsize < 4 or columns.dtype == np.float32 or not len(columns):
+        return
+    first = as_float32(source, name, columns[:1])
+    same = (as_float32(source, name, columns) == first).all(axis=0) & np.isfinite(first[0])
+    for column in np.flatnonzero(same):
+        low, high = columns[:, column].min(), columns[:, column].max()
+        if float(high) - float(low) >= 1:
+            raise DataError(
+                f"{source}: {name}[:, {column}] varies from {low!s} to {high!s}, which is one "
+                "number in float32: subtract a constant from it, in the data and in the environment"
+            )
+
+
 def as_flags(source: str, name: str, array: np.ndarray) -> np.ndarray:
     """Flags ``[N]``, stored as booleans or as the numbers 0 and 1, as bool; refuses others."""
     bad = ~np.isin(array, (0, 1))

@@ -7,8 +7,8 @@ What a file says (:func:`stated`: a dataset's metadata or attribute, ``config.js
 chooses no code.  It may name a registered id whose code is in one of ``PACKAGES``, in a package
 that the user allowed (:func:`allow`) or named an environment of, or defined by the running program
 itself; give it keyword arguments of plain JSON that name no file, and a step limit; and put
-wrappers of ``WRAPPERS`` around it.  An entry point in a file is only compared with the registered
-one, never imported.
+wrappers of ``WRAPPERS``, or of a package that the user allowed, around it.  An environment's entry
+point in a file is only compared with the registered one, never imported.
 """
 
 import contextlib
@@ -220,17 +220,21 @@ def _origin(entry_point: Any) -> tuple[str, str]:
     return module.split(".")[0], name
 
 
+def _prefixes(entry_point: str) -> set[str]:
+    """The packages that an entry point's module is in, and the module."""
+    parts = entry_point.partition(":")[0].split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+
+
 def _check_package(source: str, env_id: str, entry_point: Any) -> None:
     """Refuse code that is neither known, allowed, nor the running program's own."""
     if callable(entry_point):
         return
-    module = _module(entry_point)
-    parts = module.split(".")
-    prefixes = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    if not prefixes & {*PACKAGES, *_allowed}:
+    package, _ = _origin(entry_point)
+    if not _prefixes(_path(entry_point)) & {*PACKAGES, *_allowed}:
         raise DataError(
             f"{source}: asks for environment {env_id}, whose code is {_path(entry_point)!r}: only "
-            f"{', '.join(PACKAGES)} are known; if you trust it, give --allow_env={parts[0]} (in "
+            f"{', '.join(PACKAGES)} are known; if you trust it, give --allow_env={package} (in "
             "Python: efm_jax.envs.specs.allow)"
         )
 
@@ -267,12 +271,31 @@ def _wrapper(
     source: str, spec: EnvSpec, asked: registration.WrapperSpec
 ) -> registration.WrapperSpec:
     package, name = _origin(asked.entry_point)
-    if package != "gymnasium" or name not in WRAPPERS:
+    own = package == "gymnasium"
+    if name not in WRAPPERS if own else not _prefixes(_path(asked.entry_point)) & _allowed:
         raise DataError(
             f"{source}: asks for the wrapper {asked.entry_point!r:.100} around {spec.id}: a file "
-            "may ask for Gymnasium's own plain wrappers alone; register the environment with it in "
-            "a module and give --env=MODULE:NAME"
+            "may ask for Gymnasium's own plain wrappers alone; if you trust its package, give "
+            "--allow_env=PACKAGE, or register the environment with it in a module and give "
+            "--env=MODULE:NAME"
         )
     _check_arguments(f"{source}: wrapper {name}", asked.kwargs or {})
+    if not own:
+        _check_own_wrapper(source, asked.entry_point)
+        return asked
     # Not the file's path, which names a module.
     return registration.WrapperSpec(name, f"gymnasium.wrappers:{name}", asked.kwargs)
+
+
+def _check_own_wrapper(source: str, entry_point: str) -> None:
+    """Refuse what is no wrapper class of an allowed package, such as what its module imports."""
+    module, _, name = entry_point.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may raise anything
+        raise DataError(
+            f"{source}: the wrapper {entry_point!r:.100} cannot be imported ({reason(error)})"
+        ) from error
+    is_wrapper = isinstance(found, type) and issubclass(found, gymnasium.Wrapper)
+    if not is_wrapper or not _prefixes(found.__module__) & _allowed:
+        raise DataError(f"{source}: {entry_point!r:.100} is no wrapper class of an allowed package")

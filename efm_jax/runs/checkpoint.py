@@ -3,11 +3,17 @@
 Orbax writes to a temporary folder and renames it, so a run killed in the middle of a save leaves
 the previous checkpoint.  A digest of every array is saved beside them, because the format itself
 does not notice every damaged byte.
+
+A folder of somebody else's chooses no code: Orbax 0.12 looks up handlers and types by name in its
+own registries, imports and unpickles nothing, and our items are read by our handlers.  It takes the
+memory that arrays declare, and follows links; so declared sizes are compared first, and what is
+read counts only with its digest, shapes and types.
 """
 
 import contextlib
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +24,9 @@ from absl import logging as absl_logging
 from etils import epath
 
 from efm_jax.errors import reason
+
+# Bytes that arrays may declare beyond those wanted: the chunk of an empty one has an entry.
+_SLACK = 2**20
 
 
 class CheckpointError(ValueError):
@@ -99,7 +108,7 @@ class Checkpointer:
                 damaged[step] = f"checkpoint {place} cannot be read: {_first_line(error)}"
                 continue
             for newer, problem in damaged.items():
-                self._report(problem)
+                self._report(f"{problem}; {step} is used instead")
                 if discard:
                     self._manager.delete(newer)
             return step, tree
@@ -112,6 +121,7 @@ class Checkpointer:
 
     def _read(self, step: int, template: Any) -> Any:
         template = jax.tree.map(np.asarray, template)
+        self._check_size(step, template)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
         )
@@ -125,6 +135,17 @@ class Checkpointer:
         if wanted != found:
             raise ValueError("its arrays have other shapes or types than this configuration")
         return tree
+
+    def _check_size(self, step: int, template: Any) -> None:
+        """Refuse arrays that declare more memory, whole or in chunks, than the template's take."""
+        folder = self._directory.resolve() / str(step) / "state"
+        declared = 0
+        for leaf in jax.tree.leaves(ocp.StandardCheckpointHandler().metadata(folder).tree):
+            shapes = [leaf.shape, leaf.storage.chunk_shape if leaf.storage else ()]
+            declared += max(map(math.prod, shapes)) * np.dtype(leaf.dtype).itemsize
+        wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(template))
+        if declared > wanted + _SLACK:
+            raise ValueError(f"its arrays take {declared:.3g} bytes; expected {wanted}")
 
     def wait(self) -> None:
         """Wait for saves in progress."""

@@ -80,7 +80,12 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
 
 
 def load_policy(
-    workdir: str, *, name: str = "policy", seed_index: int = 0, **options: Any
+    workdir: str,
+    *,
+    name: str = "policy",
+    seed_index: int = 0,
+    report: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Callable:
     """Load the policy of a work directory of ``launch.train``.
 
@@ -88,6 +93,8 @@ def load_policy(
       workdir: local or ``gs://``.
       name: "policy" or "behavior".
       seed_index: which of the run's training seeds acts, from 0.
+      report: called with one line about every newer checkpoint that cannot be read; None: a
+        warning.
       **options: ``ACTING_FIELDS``, instead of the run's.
 
     Returns:
@@ -103,7 +110,8 @@ def load_policy(
     """
     checks.check_choice("name", name, POLICIES)
     checks.check_integer("seed_index", seed_index, 0)
-    restored = restore(resolve(workdir), lambda text: warnings.warn(text, stacklevel=5), **options)
+    report = report or (lambda text: warnings.warn(text, stacklevel=5))
+    restored = restore(resolve(workdir), report, **options)
     info, agent = restored.info, restored.agent
     if seed_index >= info.num_seeds:
         raise ValueError(

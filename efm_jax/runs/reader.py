@@ -14,6 +14,7 @@ from efm_jax.runs.workdir import (
     METRICS_FILE,
     RESULT_FILE,
     RETURNS_FILE,
+    SECONDS_FILE,
     RunInfo,
     read_json,
     read_text,
@@ -126,6 +127,21 @@ def read_result(path: epath.PathLike) -> dict[str, Any] | None:
         if not fits:
             raise ValueError(f"{file}: field {name!r}: got {value!r}, which no run writes")
     return result
+
+
+def read_seconds(path: epath.PathLike) -> float:
+    """Read how long the earlier starts of a run took together; 0 where there were none.
+
+    Raises:
+      ValueError: a file that no run writes.
+    """
+    file = epath.Path(path) / SECONDS_FILE
+    if not file.exists():
+        return 0.0
+    seconds = read_json(file).get("seconds")
+    if seconds is None or not _is_number(seconds) or seconds < 0:
+        raise ValueError(f"{file}: field 'seconds': got {seconds!r:.100}, which no run writes")
+    return float(seconds)
 
 
 def _is_number(value: Any) -> bool:

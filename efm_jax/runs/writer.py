@@ -17,7 +17,7 @@ from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.lock import Lock
 from efm_jax.runs.metrics import MetricsWriter, write_evaluation
-from efm_jax.runs.reader import Run
+from efm_jax.runs.reader import Run, read_seconds
 from efm_jax.runs.workdir import (
     CHECKPOINTS_FOLDER,
     CURVE_FILE,
@@ -25,7 +25,6 @@ from efm_jax.runs.workdir import (
     SECONDS_FILE,
     RunInfo,
     check_name,
-    read_json,
     write_json,
 )
 from efm_jax.training import hosts
@@ -77,9 +76,7 @@ class RunWriter:
                 probe = workdir / CHECKPOINTS_FOLDER / "probe"
                 write_whole(probe, b"1" * 4096)
                 probe.unlink(missing_ok=True)
-                if (workdir / SECONDS_FILE).exists():
-                    seconds = read_json(workdir / SECONDS_FILE).get("seconds")
-                    self._earlier_seconds = seconds if isinstance(seconds, float) else 0.0
+                self._earlier_seconds = read_seconds(workdir)
             except BaseException:
                 self._open.close()
                 raise

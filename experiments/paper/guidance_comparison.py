@@ -86,6 +86,7 @@ _METHODS = pd.DataFrame(
         "ed": ("energy-weighted diffusion (ED)", "yes", "yes"),
         "efm_ot": ("energy-weighted flow, OT (EFM)", "yes", "yes"),
         "efm_cosine": ("energy-weighted flow, cosine (EFM)", "yes", "yes"),
+        "monte_carlo": ("training-free Monte Carlo (MC)", "in the limit", "yes"),
         "exact_cg": ("exact field of CG (eq. 4.6)", "no", ""),
         "exact_ot": ("exact field, OT", "yes", ""),
         "exact_cosine": ("exact field, cosine", "yes", ""),
@@ -458,6 +459,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--hidden_dims", nargs="+", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--repeats", type=int, help="samples that each distance is a mean over")
     parser.add_argument("--report", action="store_true", help="only make the tables and figures")
     arguments = parser.parse_args()
     settings = _override(SMOKE if arguments.smoke else Settings(), arguments)

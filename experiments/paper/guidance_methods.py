@@ -30,6 +30,8 @@ _LOW_ENERGY, _NULL_LABEL, _NUM_LABELS = 1, 2, 3
 _DROP_RATE = 0.2
 # Samples that contrastive energy prediction contrasts at one time t.
 _CONTRAST = 64
+# Draws of the data that training-free guidance compares.
+_MONTE_CARLO = 1024
 _static = functools.partial(struct.field, pytree_node=False)
 
 
@@ -167,6 +169,19 @@ def _classifier_free(task: Task) -> list[Guided]:
     return [Guided("cfg", beta, VP, guided, params, size, 0, seconds) for beta in task.betas]
 
 
+def _monte_carlo(task: Task) -> list[Guided]:
+    """Training-free guidance: draws of the data tilt the posterior mean of the plain OT flow."""
+    (plain,) = _energy_weighted("monte_carlo", OT, task._replace(betas=(0.0,)))
+    data = task.problem.sample(jax.random.fold_in(task.key, 1), _MONTE_CARLO)
+
+    def guided(params: Params, beta: Array) -> Field:
+        field, known = plain.score_fn(params[0], 0.0), (OT, *params[1:])
+        return guidance.monte_carlo_guided(field, *known, beta, prediction="score")
+
+    more = {"score_fn": guided, "params": (plain.params, data, task.problem.energy(data))}
+    return [plain.replace(beta=beta, **more) for beta in task.betas]
+
+
 def _train(
     network: networks.MLPField | networks.LogRatio,
     loss: Callable[..., tuple[Array, losses.Aux]],
@@ -251,4 +266,5 @@ FAMILIES: dict[str, Callable[[Task], list[Guided]]] = {
     "ot": functools.partial(_energy_weighted, "efm_ot", OT),
     "cosine": functools.partial(_energy_weighted, "efm_cosine", COSINE),
     "vp": _diffusion_family,
+    "monte_carlo": _monte_carlo,
 }

@@ -8,8 +8,8 @@ until it is done. A moment is a time since the start, some progress of metrics.c
 evaluation of the policy phase; some SIGKILLs wait for a save to be in progress.  Every start must
 continue from the newest complete checkpoint.  After every round the last checkpoint must be the
 same bit for bit, and metrics.csv (but for the speed) and returns.csv the same rows.  Prints a line
-for every kill and a last line of JSON; exit status 1 where anything differs or a SIGTERM took
-longer than 30 s.
+for every kill, a table and a last line of JSON; exit status 1 where anything differs or a SIGTERM
+took longer than 30 s.
 """
 
 import argparse
@@ -167,6 +167,17 @@ def kill_once(
     }  # fmt: skip
 
 
+def table(kills: list[dict[str, Any]]) -> str:
+    """A row for each signal and phase in Markdown: kills, and the worst that each did."""
+    rows = pd.DataFrame(kills)
+    rows["lost"] = rows["step"] - rows["checkpoint"]
+    found = rows.groupby(["signal", "phase"], as_index=False).agg(
+        kills=("good", "size"), in_a_save=("saving", "sum"), as_expected=("good", "sum"),
+        most_steps_lost=("lost", "max"), longest_exit_s=("exit_s", "max"),
+    )  # fmt: skip
+    return found.to_markdown(index=False)
+
+
 def main() -> int:
     """Kill, continue, compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -205,6 +216,7 @@ def main() -> int:
             identical &= done
     good = all(record["good"] for record in kills)
     terms = [record["exit_s"] for record in kills if record["signal"] == "SIGTERM"]
+    print(table(kills))
     print(json.dumps({
         "kills": len(kills), "sigkill": len(kills) - len(terms), "sigterm": len(terms),
         "rounds": rounds, "during_save": sum(record["saving"] for record in kills),

@@ -67,6 +67,7 @@ FUNCTIONS = {
     "ancestral": lambda w, b: sampling.sample_ancestral(
         field(w), OT, KEY, b["x"], num_steps=4, prediction="data"
     ),
+    "sde": lambda w, b: sampling.sample_sde(field(w), OT, KEY, b["x"], num_steps=4),
     "trajectory": lambda w, b: sampling.sample_trajectory(field(w), b["x"], num_steps=3).points,
     "log_likelihood": lambda w, b: sampling.log_likelihood(field(w), b["x"], num_steps=3),
     "hutchinson": lambda w, b: sampling.log_likelihood(field(w), b["x"], key=KEY, num_steps=3),
@@ -131,7 +132,8 @@ def gradient(name):
 
 
 # Functions that see no energy.
-FIELDS_ALONE = ("euler", "heun", "dopri5", "dpmpp", "ancestral", "trajectory", "log_likelihood")
+FIELDS_ALONE = ("euler", "heun", "dopri5", "dpmpp", "ancestral", "sde", "trajectory")
+FIELDS_ALONE += ("log_likelihood",)
 FIELDS_ALONE += ("hutchinson", "network", "mixture", "sliced_wasserstein", "mmd", "cfm", "dsm")
 
 each = pytest.mark.parametrize("name", ALL)

@@ -1,5 +1,7 @@
 """A trained policy as a function, as a file that runs without this package, and as a video."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from efm_jax import load_policy
-from tests.integration.runs import train_flags
+from tests.integration.runs import TOTAL, saved_steps, train_flags
 
 # What a stranger runs: JAX and NumPy, none of our code.
 READER = """
@@ -82,6 +84,23 @@ def test_exported_file_runs_in_a_clean_interpreter(launcher, run, tmp_path):
         np.testing.assert_allclose(
             np.load(tmp_path / f"{count}.npy"), expected, rtol=1e-4, atol=1e-5
         )
+
+
+def test_an_older_checkpoint_is_used_in_so_many_words(launcher, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    for file in (folder / "checkpoints" / str(TOTAL)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = saved_steps(folder)[-2]
+    words = rf"checkpoints/{TOTAL} cannot be read: .*; {before} is used instead$"
+    with pytest.warns(UserWarning, match=words):
+        load_policy(str(folder))
+    collected = [f"--policy={folder}", "--env=Pendulum-v1", "--episodes=1", "--dataset=efm/old-v0"]
+    for name, flags in {"export": [f"--workdir={folder}"], "collect": collected}.items():
+        result = launcher.run(name, *flags, env={"MINARI_DATASETS_PATH": str(tmp_path)})
+        assert result.status == 0, result.err
+        (line,) = result.complaints
+        assert re.search(rf"^launch.{name}: .*{words}", line)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""One CEFM loss in Flax NNX, Equinox and a plain function; and the tutorial."""
+"""One CEFM loss in Flax NNX, Equinox and a plain function; couplings, times; and the tutorial."""
 
 import importlib
+import itertools
 import math
 import re
 import runpy
@@ -15,8 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.integrate import quad
 
-from experiments.examples import equinox_model, nnx_model, plain_function
+from experiments.examples import coupling, equinox_model, nnx_model, plain_function, times
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("nnx_model", "equinox_model", "plain_function")
@@ -106,6 +108,40 @@ def test_all_frameworks_see_one_loss_and_gradient():
         assert found.keys() == plain_grads.keys()
         for name, expected in plain_grads.items():
             np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def numbers_of(line):
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def test_optimal_couplings_are_the_cheapest_and_make_straight_flows(capsys):
+    x0, noise = coupling.draw(np.random.default_rng(0), 5)
+    found = coupling.couple(x0, noise)
+    costs = [((x0 - noise[list(order)]) ** 2).sum() for order in itertools.permutations(range(5))]
+    np.testing.assert_allclose(((x0 - found) ** 2).sum(), min(costs), rtol=1e-6)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, noise))
+    coupling.main()
+    independent, optimal = (numbers_of(line) for line in capsys.readouterr().out.splitlines())
+    # Cost; the loss, which is the targets' variance that is left; and the distance of two steps.
+    assert independent[0] == pytest.approx(9 + 2 * 0.2**2 + 2, rel=0.05)
+    assert (np.array(optimal) < np.array(independent) / 2).all()
+
+
+def test_weights_make_up_for_logit_normal_times(capsys):
+    density = lambda t: 1 / float(times.weight(t))  # noqa: E731
+    assert quad(density, 0, 1)[0] == pytest.approx(1, abs=1e-4)
+    drawn = np.asarray(times.draw(jax.random.key(0), 100_000))
+    share = quad(density, 0, 0.2)[0]
+    assert (drawn < 0.2).mean() == pytest.approx(share, abs=4 * (share / 1e5) ** 0.5)
+    times.main()
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, numbers = line.split(":")
+        found[name] = numbers_of(numbers)[:2]
+    off = {name: abs(loss - 16 / 3) / error for name, (loss, error) in found.items()}
+    assert off["uniform"] < 4
+    assert off["logit-normal, weighted"] < 4
+    assert off["logit-normal"] > 8
 
 
 def test_the_tutorial_runs_and_draws(tmp_path, monkeypatch, capsys):

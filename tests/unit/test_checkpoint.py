@@ -1,12 +1,15 @@
 """Checkpoints: exact, the last few kept, damage noticed."""
 
+import json
 import logging
 import shutil
+import sys
 
 import jax
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
 from efm_jax.runs.checkpoint import Checkpointer, CheckpointError
 from efm_jax.training.state import TrainState
@@ -192,6 +195,45 @@ def test_another_structure_is_an_error(saved):
     with pytest.raises(CheckpointError):
         checkpointer.restore(tree(0) | {"count": np.zeros(3, np.int32)})
     checkpointer.close()
+
+
+@pytest.mark.parametrize("field", ["shape", "chunks"])
+def test_an_array_that_declares_terabytes_is_not_read(checkpoints, field):
+    base = {"driver": "ocdbt", "base": f"file://{checkpoints}/40/state/"}
+    store = tensorstore.KvStore.open(base).result()
+    key = next(key for key in store.list().result() if key.endswith(b"params.w/.zarray"))
+    store[key] = json.dumps(json.loads(store[key]) | {field: [10**13, 8]}).encode()
+    (step, found), (line,) = restore(checkpoints)
+    assert step == 30
+    assert_same_tree(found, tree(30))
+    assert "/40 cannot be read: its arrays take 3.2e+14 bytes; expected 8218;" in line
+
+
+def test_metadata_names_no_code(checkpoints, tmp_path, monkeypatch):
+    """Neither a handler's nor a type's name is imported, nor are keys paths out of the folder."""
+    (tmp_path / "trap.py").write_text("import pathlib\npathlib.Path('sprung').write_text('')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for step, name, old, new in (
+        (
+            40,
+            "_CHECKPOINT_METADATA",
+            "orbax.checkpoint._src.handlers.json_checkpoint_handler",
+            "trap",
+        ),
+        (40, "state/_METADATA", '"np.ndarray"', '"trap.Trap"'),
+        (30, "state/_METADATA", '"key": "count"', '"key": "../../../trap"'),
+    ):
+        path = checkpoints / str(step) / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    (step, found), lines = restore(checkpoints)
+    assert_same_tree(found, tree(step))
+    assert step == 20
+    assert len(lines) == 2
+    assert not (tmp_path / "sprung").exists()
+    assert "trap" not in sys.modules
 
 
 def test_a_save_that_fails_names_the_folder(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -159,6 +160,43 @@ def test_gymnasiums_own_wrappers_are_applied(folder):
     dataset = load_dataset(minari_with(folder, env_spec=json.dumps(spec)))
     env = gymnasium.make(specs.stated("test", dataset.env_spec))
     assert env.action_space == spaces.Box(-1.0, 1.0, (1,))
+
+
+def test_wrappers_of_an_allowed_package_are_applied(folder):
+    (folder / "mywrap").mkdir()
+    (folder / "mywrap" / "__init__.py").write_text("")
+    (folder / "mywrap" / "half.py").write_text(
+        "from os import system\nimport gymnasium\n"
+        "from gymnasium.wrappers import RecordVideo\n"
+        "class Half(gymnasium.ActionWrapper, gymnasium.utils.RecordConstructorArgs):\n"
+        "    def __init__(self, env, factor):\n"
+        "        gymnasium.utils.RecordConstructorArgs.__init__(self, factor=factor)\n"
+        "        super().__init__(env)\n"
+        "        self.factor = factor\n"
+        "    def action(self, action): return self.factor * action\n"
+    )
+
+    def asking(entry_point, **kwargs):
+        shutil.rmtree(folder / "minari" / "test", ignore_errors=True)
+        return minari_with(folder, env_spec=json.dumps(SPEC | wrapper(entry_point, **kwargs)))
+
+    try:
+        fails(asking("mywrap.half:Half", factor=0.5), "'mywrap.half:Half'", "--allow_env=PACKAGE")
+        assert "mywrap" not in sys.modules
+        specs.allow(["mywrap"])
+        dataset = load_dataset(asking("mywrap.half:Half", factor=0.5))
+        env = gymnasium.make(specs.stated("test", dataset.env_spec))
+        assert env.get_wrapper_attr("factor") == 0.5
+        # Neither others, nor what is no wrapper of the package, nor files.
+        fails(asking("trap:env"), "trap:env")
+        for name in ("system", "RecordVideo", "gymnasium", "absent"):
+            fails(asking(f"mywrap.half:{name}"), name)
+        fails(asking("mywrap.trap:env"), "cannot be imported")
+        fails(asking("mywrap.half:Half", factor="/etc/passwd"), "/etc/passwd")
+        fails(asking("mywrapper:Half"), "mywrapper:Half")
+    finally:
+        for name in ("mywrap", "mywrap.half"):
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("name", ["os.path;x", "../trap", "no_such_module"])

@@ -11,7 +11,15 @@ from gymnasium import spaces
 from efm_jax.data import DataError, load_dataset
 from efm_jax.envs import dataset_references, specs
 from efm_jax.envs.flatten import flat_size, flatten_observation
-from tests.unit.data_fixtures import SHARED_DATA, box, episode, fails, write_minari
+from tests.unit.data_fixtures import (
+    SHARED_DATA,
+    box,
+    d4rl_arrays,
+    episode,
+    fails,
+    write_d4rl,
+    write_minari,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +55,35 @@ def test_episodes_to_transitions():
     assert dataset.name == "test/two-v0"
     assert dataset.env_spec is None
     assert dataset.reference_scores is None
+
+
+@pytest.mark.parametrize("kind", ["minari", "hdf5", "npz"])
+def test_a_time_that_is_one_number_in_float32_is_refused(folder, kind):
+    """What would be learned from is a constant; an epoch of its own, or a constant, is fine."""
+
+    def load(name, column):
+        observations = np.stack([np.linspace(0, 1, 31), column], axis=1)
+        if kind == "minari":
+            steps = [episode(30, observations)]
+            write_minari(f"test/{name}-v0", steps, box(2, np.inf, np.float64))
+            return load_dataset(f"test/{name}-v0")
+        arrays = d4rl_arrays([0] * 30 + [1], [0] * 31)
+        arrays |= {"observations": observations, "masks": np.ones(31)}
+        if kind == "hdf5":
+            return load_dataset(write_d4rl(folder / f"{name}.hdf5", arrays))
+        np.savez(folder / f"{name}.npz", **arrays)
+        return load_dataset(str(folder / f"{name}.npz"))
+
+    start = 1_699_999_936 + 5.0  # 59 from where float32 would go on to the next number
+    with pytest.raises(DataError, match=r"observations\[:, 1\] varies from 1699999941.0 to"):
+        load("epoch", start + np.arange(31))
+    found = load("moved", np.arange(31.0)).transitions.observations[:, 1]
+    np.testing.assert_array_equal(found, np.arange(len(found)))
+    for name, column in {
+        "constant": np.full(31, start),
+        "jitter": 1 + 1e-9 * np.arange(31),
+    }.items():
+        assert np.ptp(load(name, column).transitions.observations[:, 1]) == 0
 
 
 def test_environment_and_reference_scores(folder):

@@ -86,6 +86,20 @@ def test_dates_are_scaled_and_said_to_be_coarse():
 
 
 @pytest.mark.parametrize(
+    ("seconds", "coarse"), [(0.0, False), (0.3, True), (50.0, True), (1e7, False)]
+)
+def test_dates_are_said_to_be_coarse_where_float32_keeps_little(seconds, coarse):
+    """Of ``seconds`` between rows, float32 keeps 128: nothing is said of a constant."""
+    # 1699999936 is a float32, and the rows go to the next one.
+    time = 1_699_999_936 + np.arange(500) * seconds
+    observations = np.stack([np.sin(time), time], axis=1)
+    dataset = make_dataset(observations=observations, next_observations=observations)
+    notes = []
+    fit_normalizer(dataset, notes=notes)
+    assert any("dimensions 1 lie so far from 0" in note for note in notes) == coarse
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"observations": np.full((500, 3), np.nan)}, "observations[0][0] is not finite"),

@@ -48,7 +48,7 @@ def test_panels_without_content_are_hidden(tmp_path):
 
 def test_methods_of_one_figure_have_different_colors():
     for names in (
-        ("cg", "cfg", "cep", "ed", "efm_ot", "efm_cosine", "exact_ot"),
+        ("cg", "cfg", "cep", "ed", "efm_ot", "efm_cosine", "monte_carlo", "exact_ot"),
         ["bc", "bc-diff", "best-of-n", "gaussian", "reweight", "qgpo", "qipo-ot", "qipo-diff"],
     ):
         assert len({figures.METHODS[name] for name in names}) == len(names)

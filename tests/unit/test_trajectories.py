@@ -66,6 +66,92 @@ def test_ancestral_samples_have_the_datas_distribution(path, eta):
     assert np.array_equal(samples, other) == (eta == 0)
 
 
+# Two components, whose distribution is not normal, in two dimensions.
+MIXTURE = exact.GaussianMixture(
+    jnp.log(jnp.array([0.3, 0.7])), jnp.array([[2.0, 0.0], [-1.0, 1.0]]), jnp.array([0.25, 0.1])
+)
+MIXTURE_MEAN = np.array([-0.1, 0.7])
+MIXTURE_COVARIANCE = np.array([[2.035, -0.63], [-0.63, 0.355]])
+NOISE = jax.random.normal(jax.random.key(1), (10_000, 2))
+
+
+def mixture_field(path, prediction="velocity"):
+    def field(x, t):
+        return path.convert(MIXTURE.x0(path, x, t), x, t, "data", prediction)
+
+    return field
+
+
+@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("diffusion", [None, 0.4, lambda t: 2 * t], ids=["sigma", "0.4", "2t"])
+def test_an_sde_of_any_noise_level_has_the_datas_distribution(name, diffusion):
+    path = paths.PATHS[name].make()
+    times = jnp.linspace(1, 0, 151) ** 2  # a constant level needs short steps near the data
+    draw = jax.jit(
+        lambda key: sampling.sample_sde(
+            mixture_field(path), path, key, NOISE, diffusion=diffusion, times=times
+        )
+    )
+    samples = draw(jax.random.key(0))
+    np.testing.assert_allclose(samples.mean(0), MIXTURE_MEAN, atol=0.06)
+    np.testing.assert_allclose(np.cov(samples.T), MIXTURE_COVARIANCE, atol=0.1)
+
+
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_an_sde_without_noise_is_eulers_method(name):
+    path, noise = paths.PATHS[name].make(), NOISE[:64]
+    options = {"num_steps": 20, "t_end": 0.01}
+    want = sampling.sample(mixture_field(path), noise, **options)
+    for diffusion in (0, jnp.zeros_like):
+        got = sampling.sample_sde(
+            mixture_field(path), path, jax.random.key(0), noise, diffusion=diffusion, **options
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", paths.PREDICTIONS)
+def test_an_sde_of_every_prediction_and_of_images_and_pytrees(prediction):
+    path, key, noise = paths.vp_cosine(), jax.random.key(0), NOISE[:8]
+    options = {"num_steps": 20, "t_start": 0.98, "t_end": 0.1}
+    run = functools.partial(sampling.sample_sde, path=path, key=key, **options)
+    want = run(mixture_field(path), noise=noise)
+    field = mixture_field(path, prediction)
+    got = run(field, noise=noise, prediction=prediction)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    image = run(
+        lambda x, t: field(x.reshape(8, 2), t).reshape(8, 1, 2, 1),
+        noise=noise.reshape(8, 1, 2, 1),
+        prediction=prediction,
+    )
+    np.testing.assert_allclose(image.reshape(8, 2), got, rtol=1e-5, atol=1e-6)
+    parts = run(
+        lambda x, t: {"a": field(x["a"], t), "b": jnp.zeros_like(x["b"])},
+        noise={"a": noise, "b": noise[:, 0]},
+        diffusion=0.0,
+        prediction=prediction,
+    )
+    alone = run(field, noise=noise, diffusion=0.0, prediction=prediction)
+    np.testing.assert_allclose(parts["a"], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"diffusion": -1.0}, "diffusion"),
+        ({"diffusion": lambda t: t[:, None]}, r"diffusion\(times\)"),
+        ({"times": jnp.array([0.0, 1.0])}, "times"),
+        ({"times": jnp.array([1.5, 0.0])}, "times"),
+        ({"t_end": -0.1}, "t_end"),
+        ({"prediction": "x0"}, "source"),
+    ],
+)
+def test_an_sde_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.sample_sde(
+            lambda x, t: x, paths.vp_cosine(), jax.random.key(0), NOISE[:4], **options
+        )
+
+
 # --- likelihoods ---
 
 
