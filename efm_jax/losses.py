@@ -43,6 +43,13 @@ Loss = Float[jax.Array, ""]
 PerSample = Shaped[Array, "*batch"]
 
 
+class Draws(NamedTuple):
+    """What a loss draws for a batch."""
+
+    noise: Data  # standard normal, like the data
+    t: jax.Array  # [*batch], times, uniform on (0, 1]
+
+
 def cfm_error(
     field: Field, path: GaussianPath, x0: Data, noise: Data, t: Scalar
 ) -> Float[jax.Array, ""]:
@@ -79,13 +86,6 @@ def dsm_error(
     Arguments and result as in :func:`cfm_error`; the field predicts the score.
     """
     return _errors(score_field, path, "score", x0, noise, t, ())
-
-
-class Draws(NamedTuple):
-    """What a loss draws for a batch."""
-
-    noise: Data  # standard normal, like the data
-    t: jax.Array  # [*batch], times, uniform on (0, 1]
 
 
 def draw(
@@ -141,7 +141,7 @@ def draw(
 def errors(
     field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     *,
     prediction: str = "velocity",
@@ -157,8 +157,8 @@ def errors(
     Args:
       field: ``(x: [B, d], t: [B]) -> [B, d]``; the prediction named by ``prediction``.
       path: probability path; :meth:`~efm_jax.paths.GaussianPath.target` is the target.
-      key: random key, the same on every device; or one for each sample, ``[B]``; may be None if
-        noise and times are given.
+      key: random key, the same on every device; or one for each sample, ``[B]``; or what
+        :func:`draw` drew before; may be None if noise and times are given.
       x0: data, ``[B, d]``.
       prediction: of :data:`efm_jax.paths.PREDICTIONS`.
       noise: like ``x0``, where each sample is coupled to its noise; None: standard normal.
@@ -186,7 +186,7 @@ def errors(
 def matching(
     field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     *,
     prediction: str = "velocity",
@@ -250,7 +250,7 @@ def matching(
 def cfm(
     field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     *,
     weights: PerSample | None = None,
@@ -280,7 +280,7 @@ def cfm(
 def dsm(
     score_field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     *,
     weights: PerSample | None = None,
@@ -303,7 +303,7 @@ def dsm(
 def cefm(
     field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     energy: Real[Array, " B"],
     beta: Scalar,
@@ -362,7 +362,7 @@ def cefm(
 def ced(
     score_field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     x0: Data,
     energy: Real[Array, " B"],
     beta: Scalar,
@@ -474,7 +474,7 @@ def cep(
 def support_cefm(
     field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     actions: Float[Array, "B M d"],
     q_values: Real[Array, "B M"],
     beta: Real[chex.Numeric, "..."],
@@ -513,7 +513,7 @@ def support_cefm(
 def support_ced(
     score_field: Field,
     path: GaussianPath,
-    key: Key | None,
+    key: Key | Draws | None,
     actions: Float[Array, "B M d"],
     q_values: Real[Array, "B M"],
     beta: Real[chex.Numeric, "..."],

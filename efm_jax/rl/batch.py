@@ -33,39 +33,44 @@ class Batch(NamedTuple):
         return self.rewards.shape[0]
 
 
-# Numbers of a row up to which a TPU gathers from a table that lies column by column.
-_MOST_COLUMNS = 64
+_ROWS, _LANES = 8, 128  # of a tile of a TPU's memory
 
 
 class TiledRows(struct.PyTreeNode):
-    """An array of rows ``[N, *row]`` as a TPU gathers from it: in whole tiles of memory.
+    """An array of rows ``[N, *row]`` as a TPU gathers from it: lines that fill its memory's tiles.
 
-    Anything else it copies, before every chunk of steps.  Indices on its rows work as on the array.
+    Arrays whose rows have few numbers it would copy to such a table, mostly padding, before every
+    chunk of steps.  Indices on the rows work as on the array.
     """
 
-    numbers: Array  # [C, N], column by column, for few numbers in a row; [N, C] for many
+    lines: Array  # [N / k or some more, 128 or a multiple], of k rows each, and zeros
+    size: int = struct.field(pytree_node=False)  # N
     row: tuple[int, ...] = struct.field(pytree_node=False)
 
     @classmethod
     def from_rows(cls, rows: Array) -> "TiledRows":
-        """The same numbers, with zeros up to whole tiles."""
-        size, numbers = math.prod(rows.shape[1:]), rows.reshape(rows.shape[0], -1)
-        if size > _MOST_COLUMNS:
-            return cls(jnp.pad(numbers, ((0, 0), (0, -size % 128))), rows.shape[1:])
-        return cls(jnp.pad(numbers.T, ((0, -size % 8), (0, 0))), rows.shape[1:])
+        """The same numbers in lines."""
+        table = cls(rows, rows.shape[0], rows.shape[1:])
+        lines = rows.reshape(table.size, -1)
+        lines = jnp.pad(lines, ((0, -table.size % (_ROWS * table._count)), (0, 0)))
+        lines = lines.reshape(-1, table._count * lines.shape[1])
+        return table.replace(lines=jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % _LANES))))
 
     @property
-    def size(self) -> int:
-        """Number of rows."""
-        return self.numbers.shape[-1 if math.prod(self.row) <= _MOST_COLUMNS else 0]
+    def _count(self) -> int:
+        """Rows in a line."""
+        return max(_LANES // math.prod(self.row), 1)
 
     def __getitem__(self, indices: Any) -> Array:
         """``rows[i]`` for ``i [b]``, or ``rows[i, j, ...]``."""
         indices, *rest = indices if isinstance(indices, tuple) else (indices,)
-        size = math.prod(self.row)
-        found = self.numbers[:, indices].T if size <= _MOST_COLUMNS else self.numbers[indices]
+        width, place = math.prod(self.row), (indices % self._count)[:, None]
         # The barrier keeps what comes after from choosing another layout for the table.
-        found = lax.optimization_barrier(found)[:, :size].reshape(-1, *self.row)
+        lines = lax.optimization_barrier(self.lines[indices // self._count])
+        found = lines[:, :width]
+        for i in range(1, self._count):
+            found = jnp.where(place == i, lines[:, i * width : (i + 1) * width], found)
+        found = found.reshape(-1, *self.row)
         return found[(jnp.arange(len(found)), *rest)] if rest else found
 
 

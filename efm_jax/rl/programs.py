@@ -62,10 +62,12 @@ class Programs:
         block = table_block(config, layout, num_rows)
         self.next_actions = Table(layout, agent.next_actions, num_rows, block)
         self.support = Table(layout, agent.support_rows, num_rows, block)
-        self.weigh = layout.map(self._weigh, donate=(0,))
+        # Elsewhere the finished table has another shape.
+        donate = (0,) if layout.on_cpu else ()
+        self.weigh = layout.map(self._weigh, donate=donate)
         self.begin_policy = layout.map(agent.begin_policy, donate=(0,))
         self.store = layout.map_devices(TiledData.from_rows)
-        self.store_table = layout.map(self._table, donate=(0,))
+        self.store_table = layout.map(self._table)
         # A copy, because chunks reuse the buffers of what they are given.
         self.copy = layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
 
@@ -95,7 +97,7 @@ class Programs:
         return self.layout.map(chunk, in_axes=(0, 0, self._data_axes), donate=(0,))
 
     def _drawn_numbers(self, phase: str) -> int:
-        """Numbers of a batch and its noise on one device."""
+        """Numbers of all seeds' batches and noise on one device."""
         _, key, data = self.shapes(phase)
 
         def draw(key: Array, data: Batch) -> Any:
@@ -103,7 +105,8 @@ class Programs:
             return batch, self.agent.draw_noise(phase, key, batch)
 
         drawn = jax.eval_shape(draw, key, data)
-        return sum(leaf.size for leaf in jax.tree.leaves(drawn))
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(drawn)) * self.layout.seeds_per_device
+        return -(-numbers // self.layout.num_shards)
 
     def shapes(self, phase: str | None = None) -> tuple[State, Array, Batch]:
         """State, keys and data of one seed on one device, with the tables that a phase reads.
@@ -129,8 +132,8 @@ class Programs:
         """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
         if self.layout.on_cpu:
             return Batch(None, None, None, None, None, 0, 0)
-        numbers = 2 * self.agent.observation_size + self.agent.action_size + 2
-        return TiledData(TiledRows(None, (numbers,)), self.agent.observation_size, 0, 0)
+        data = jax.eval_shape(TiledData.from_rows, with_tables(self.shapes()[2], None, None))
+        return data.replace(numbers=data.numbers.replace(lines=None), next_actions=0, support=0)
 
     def on_devices(self, phase: str | None = None) -> tuple[State, Array, Batch | TiledData]:
         """:meth:`shapes` as they lie on this host's devices."""

@@ -42,6 +42,12 @@ class Packing:
         self._large = [i for i, count in enumerate(counts) if count % _TILE == 0]
         self._small = [i for i, count in enumerate(counts) if count % _TILE]
 
+    @classmethod
+    def of(cls, like: Any) -> "Packing | None":
+        """A packing, or None where there is nothing to gain, or no one type for a buffer."""
+        leaves = jax.tree.leaves(like)
+        return cls(like) if len(leaves) > 1 == len({leaf.dtype for leaf in leaves}) else None
+
     def _rows(self, leaf: Array) -> Array:
         if leaf.ndim and self._width in leaf.shape:
             axis = max(i for i, size in enumerate(leaf.shape) if size == self._width)

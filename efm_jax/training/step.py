@@ -186,7 +186,7 @@ def make_chunk(
     """
 
     def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
-        packing = Packing(state.params) if packed else None
+        packing = Packing.of(state.params) if packed else None
 
         def draw(number: Array) -> tuple[Any, Batch]:
             batch_key, loss_key = jax.random.split(jax.random.fold_in(key, number))

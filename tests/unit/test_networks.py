@@ -60,15 +60,14 @@ def test_joint_dense_equals_dense_on_the_concatenation():
     inputs = normal(0, 7, A), normal(1, 7, 4), normal(2, 7, S)
     layer = JointDense(6)
     params = randomized(init(layer, *inputs))
-    kernel = np.concatenate([params["params"][f"kernel_{i}"] for i in range(3)])
-    expected = np.concatenate(inputs, axis=-1) @ kernel + np.asarray(params["params"]["bias"])
+    kernel, bias = (np.asarray(params["params"][name]) for name in ("kernel", "bias"))
+    expected = np.concatenate(inputs, axis=-1) @ kernel + bias
     assert_allclose(apply(layer, params, *inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_joint_dense_is_initialised_for_the_joint_fan_in():
     params = init(JointDense(400), jnp.zeros((1, 20)), jnp.zeros((1, 80)))["params"]
-    for kernel in (params["kernel_0"], params["kernel_1"]):
-        assert np.std(kernel) == pytest.approx(0.1, rel=0.05)
+    assert np.std(params["kernel"]) == pytest.approx(0.1, rel=0.05)
     assert not params["bias"].any()
 
 
@@ -133,7 +132,7 @@ def test_mlp_equals_numpy(layer_norm):
         h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
         return h * p[f"LayerNorm_{i}"]["scale"] + p[f"LayerNorm_{i}"]["bias"]
 
-    h = x @ joint["kernel_0"] + s @ joint["kernel_1"] + joint["bias"]
+    h = x @ joint["kernel"][:A] + s @ joint["kernel"][A:] + joint["bias"]
     h = silu(normalized(dense(p["dense_0"], silu(normalized(h, 0))), 1))
     found = apply(network, params, x, s)
     assert_allclose(found, dense(p["dense_1"], h), rtol=1e-3, atol=1e-4)

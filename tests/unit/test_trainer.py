@@ -1,5 +1,7 @@
 """The trainer: devices, seeds, resumption."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,21 @@ def test_seeds_on_eight_devices_in_float64(x64, one_device):
     options = config(**VARIANTS["iql resample"], **LONG)
     many = train(options, EIGHT, on=layout(8, "seeds", 8), dtype=np.float64)
     assert_same_run(many, one_device("iql resample", np.float64, EIGHT), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "devices", "mode", "seeds"),
+    [
+        ("softmax_q full", 1, "data", (0,)),
+        ("iql resample", 4, "data", (0,)),
+        ("iql resample", 2, "seeds", EIGHT),
+    ],
+)
+def test_programs_for_accelerators_compute_the_same(x64, one_device, variant, devices, mode, seeds):
+    """Draws ahead, packed parameters, tiled tables."""
+    on = dataclasses.replace(layout(devices, mode, len(seeds)), on_cpu=False)
+    found = train(config(**VARIANTS[variant], **LONG), seeds, on=on, dtype=np.float64)
+    assert_same_run(found, one_device(variant, np.float64, seeds), 1e-9)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -7,9 +7,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax import losses, paths
+from efm_jax.training import step as step_module
 from efm_jax.training.loop import MetricsPipe, NonFiniteLossError, segments
+from efm_jax.training.packing import Packing
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import make_chunk, make_step, sample_rows
+from efm_jax.training.step import make_chunk, make_step, sample_rows, steps_ahead
 
 TARGET = np.float32([1.0, -2.0, 0.5])
 
@@ -117,6 +119,49 @@ def test_chunks_of_any_length_draw_the_same():
     for length in (5, 1):
         chex.assert_trees_all_equal(results[length][0], results[10][0])
         assert results[length][1] == pytest.approx(results[10][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_drawing_ahead_and_packing_change_nothing(packed):
+    path, optimizer = paths.conditional_ot(), optax.adam(0.1)
+    table = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+
+    def loss(params, average, key, batch):
+        field = lambda x, t: jnp.tanh(x @ params["w"]) @ params["w"].T + params["b"] * t[:, None]  # noqa: E731
+        return losses.cfm(field, path, key, batch)
+
+    def draw(key, table):
+        return table[sample_rows(key, 8, 40)]
+
+    def run(**options):
+        params = {"w": jnp.linspace(-1, 1, 24).reshape(3, 8), "b": jnp.ones(3)}
+        state = TrainState.create(params, optimizer)
+        step = make_step(loss, optimizer, average_rate=0.1)
+        return jax.jit(make_chunk(step, draw, 12, **options))(state, jax.random.key(1), table)
+
+    found = run(ahead=4, draw_noise=losses.draw, packed=packed)
+    chex.assert_trees_all_close(found, run(), rtol=1e-5, atol=1e-6)
+    assert found[0].step == 12
+
+
+def test_packed_leaves_come_back():
+    shapes = {"a": (5, 16, 8), "b": (8, 3), "c": (3,), "d": (), "e": (2, 11), "f": (7, 8)}
+    tree = {k: np.random.default_rng(0).standard_normal(v) for k, v in shapes.items()}
+    tree = jax.tree.map(jnp.asarray, tree)
+    packing = Packing.of(tree)
+    packed = packing.pack(tree)
+    chex.assert_trees_all_equal(packing.unpack(packed), tree)
+    # 80 rows of a, 7 of f, 3 of b (transposed), 1, 1 and 3 of the others: whole tiles
+    assert packed.rows.shape == (96, 8)
+    assert jnp.sum(packed.rows**2) == pytest.approx(float(optax.tree.norm(tree)) ** 2, rel=1e-5)
+    assert Packing.of({"one": jnp.ones(3)}) is None
+    assert Packing.of({"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}) is None
+
+
+def test_steps_ahead_divide_the_chunk(monkeypatch):
+    monkeypatch.setattr(step_module, "_DRAWN_NUMBERS", 1000)
+    assert [steps_ahead(100, n) for n in (1, 30, 200, 1001)] == [100, 25, 5, 1]
+    assert steps_ahead(97, 30) == 1
 
 
 def test_chunk_reports_the_first_loss_or_gradient_that_is_not_finite():
