@@ -125,13 +125,20 @@ class JointDense(nn.Module):
 
 
 def _join(inputs: Sequence[jax.Array]) -> jax.Array:
-    """Concatenate columns, as a sum, which a TPU fuses: it concatenates in a launch a piece."""
-    size, start, total = sum(x.shape[-1] for x in inputs), 0, 0
-    for x in inputs:
-        stop = start + x.shape[-1]
-        total += jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, size - stop)])
-        start = stop
-    return total
+    """Concatenate columns; on a TPU as a sum, which it fuses: it concatenates piece by piece."""
+
+    def padded(*inputs: jax.Array) -> jax.Array:
+        size, start, total = sum(x.shape[-1] for x in inputs), 0, 0
+        for x in inputs:
+            stop = start + x.shape[-1]
+            total += jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, size - stop)])
+            start = stop
+        return total
+
+    def concatenated(*inputs: jax.Array) -> jax.Array:
+        return jnp.concatenate(inputs, axis=-1)
+
+    return lax.platform_dependent(*inputs, cpu=concatenated, default=padded)
 
 
 class MLP(nn.Module):

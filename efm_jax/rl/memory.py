@@ -2,17 +2,13 @@
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from efm_jax.rl.agents import make_agent
-from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.programs import Programs
 from efm_jax.training.parallel import Layout
-
-_FLOAT = 4  # bytes
 
 
 class Memory(NamedTuple):
@@ -36,22 +32,22 @@ class Memory(NamedTuple):
 def predict(
     config: QIPOConfig, layout: Layout, num_rows: int, observation_size: int, action_size: int
 ) -> Memory:
-    """Memory of a run on ``num_rows`` transitions in all."""
-    rows, seeds, m = num_rows // layout.num_shards, layout.seeds_per_device, config.support_size
-    agent = make_agent(config, observation_size, action_size)
-    state = jax.eval_shape(agent.init, jax.random.key(0))
-    sizes = (observation_size, action_size, None, observation_size, None)  # None: a number
-    shapes = [(1,) if size is None else (1, size) for size in sizes]
-    row = Batch._make([*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes), None, None])
-    inputs = jax.random.key(0), 0, row, np.zeros(1, np.int32)
-    table = jax.eval_shape(agent.support_rows, state.params(), *inputs)
-    table_size = sum(math.prod(x.shape) for x in jax.tree.leaves(table))
-    next_actions = m * action_size if agent.critic.uses_next_actions else 0
-    return Memory(
-        dataset=rows * (2 * observation_size + action_size + 2) * _FLOAT,
-        tables=rows * seeds * max(table_size, next_actions) * _FLOAT,
-        state=seeds * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
-    )
+    """Memory of a run on ``num_rows`` transitions in all, as its devices lay it out."""
+    programs = Programs(config, layout, num_rows, observation_size, action_size)
+    seeds, devices = layout.seeds_per_device, len(layout.local_devices)
+    tables = 0
+    for phase in ("critic", "policy"):
+        rows, data = programs.shapes(phase)[2], programs.on_devices(phase)[2]
+        table = seeds * _bytes((rows.next_actions, rows.support))
+        if not layout.on_cpu:  # there is one in either form while it is being finished
+            table += _bytes((data.next_actions, data.support)) // devices
+        tables = max(tables, table)
+    state, _, data = programs.on_devices()
+    return Memory(_bytes(data) // devices, tables, _bytes(state) // devices)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def device_limit(layout: Layout) -> int | None:
@@ -62,7 +58,10 @@ def device_limit(layout: Layout) -> int | None:
     device = layout.local_devices[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(layout.local_devices)
-    return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # it is only described
+        return None
 
 
 def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:

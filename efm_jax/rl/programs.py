@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efm_jax.rl.agents import make_agent
-from efm_jax.rl.agents.agent import Purpose, State
+from efm_jax.rl.agents.agent import Purpose, State, acting_inputs, play
 from efm_jax.rl.batch import Batch, Table, TiledData, TiledRows, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.training.parallel import Layout
@@ -150,8 +150,15 @@ class Programs:
         tables = leading(tables, devices, seeds)
         return *leading((state, key), devices, seeds), with_tables(leading(data, devices), *tables)
 
-    def all(self, chunks: dict[str, set[int]]) -> Iterator[tuple[str, Program]]:
-        """Every program of a run with chunks of these lengths in each phase, in order of use."""
+    def all(
+        self, chunks: dict[str, set[int]], num_episodes: int
+    ) -> Iterator[tuple[str, int, Program]]:
+        """Every program of a run, in order of use: its name, its training steps, and itself.
+
+        Args:
+          chunks: lengths of the chunks of each phase.
+          num_episodes: that an evaluation plays at once.
+        """
         agent = self.agent
         for phase in PHASES:
             lengths = chunks.get(phase, set())
@@ -159,18 +166,27 @@ class Programs:
             plain = with_tables(data, None, None)
             if lengths and phase == "critic" and agent.critic.uses_next_actions:
                 for name, program in self.next_actions.programs(state.params(), keys, plain):
-                    yield f"next actions, {name}", Program(*program)
+                    yield f"next actions, {name}", 0, Program(*program)
             if lengths and phase == "policy":
-                yield "begin policy", Program(self.begin_policy, (state,))
-                yield "copy of the policy", Program(self.copy, (state.policy.average,))
+                yield "begin policy", 0, Program(self.begin_policy, (state,))
+                yield "copy of the policy", 0, Program(self.copy, (state.policy.average,))
                 if data.support is not None:
                     for name, program in self.support.programs(state.params(), keys, plain):
-                        yield f"support sets, {name}", Program(*program)
+                        yield f"support sets, {name}", 0, Program(*program)
                     rows = self.support.shapes(state.params(), keys, plain)
-                    yield "support sets, weigh", Program(self.weigh, (rows,))
+                    yield "support sets, weigh", 0, Program(self.weigh, (rows,))
             for steps in sorted(lengths):
                 inputs = getattr(state, phase), keys, data
-                yield f"{phase}, {steps} steps", Program(self.chunk(phase, steps), inputs)
+                yield f"{phase}, {steps} steps", steps, Program(self.chunk(phase, steps), inputs)
+        yield f"acting, {num_episodes} episodes", 0, self.acting(num_episodes)
+
+    def acting(self, num_episodes: int) -> Program:
+        """What an evaluation calls in every step of the environment, on one device."""
+        state, key, _ = self.shapes()
+        place = jax.sharding.SingleDeviceSharding(self.layout.devices[0])
+        inputs = acting_inputs(self.agent, state.params(), key, self.layout.num_seeds, num_episodes)
+        inputs = jax.tree.map(lambda leaf: leaf.update(sharding=place), inputs)
+        return Program(play, (self.agent, "policy", *inputs))
 
 
 def table_block(config: QIPOConfig, layout: Layout, num_rows: int) -> int:

@@ -80,9 +80,10 @@ def make_step(
         (loss, aux), grads = grad_fn(params, average, key, batch)
         grads = grads if packing is None else packing.pack(grads)
         loss, grads = psum_if((loss, grads), axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = optax.incremental_update(params, state.average, average_rate)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            average = optax.incremental_update(params, state.average, average_rate)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
         return TrainState(state.step + 1, params, average, opt_state), metrics
 
@@ -188,6 +189,7 @@ def make_chunk(
     def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
         packing = Packing.of(state.params) if packed else None
 
+        @jax.named_scope("draw")
         def draw(number: Array) -> tuple[Any, Batch]:
             batch_key, loss_key = jax.random.split(jax.random.fold_in(key, number))
             batch = draw_batch(batch_key, tables)

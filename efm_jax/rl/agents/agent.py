@@ -316,7 +316,7 @@ class Agent(abc.ABC):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _play(
+def play(
     agent: Agent,
     policy: str,
     params: AgentParams,
@@ -326,12 +326,31 @@ def _play(
     step: Array,
     episodes: Array,
 ) -> Array:
+    """Actions ``[K, E, A]`` of K seeds in E episodes at a step; other arguments as in `player`."""
+
     def of_seed(params: AgentParams, key: Array, observations: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(key, Purpose.EVALUATION), step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes)
         return agent.act(params, normalizer, keys, observations, policy)
 
     return jax.vmap(of_seed)(params, keys, observations)
+
+
+def acting_inputs(
+    agent: Agent, params: AgentParams, key: Array, num_seeds: int, num_episodes: int
+) -> tuple:
+    """Shapes of the arguments of :func:`play`, from those of one seed."""
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    s, a = (number.update(shape=(n,)) for n in (agent.observation_size, agent.action_size))
+
+    def of_seeds(leaf: Any) -> Any:
+        return leaf.update(shape=(num_seeds, *leaf.shape))
+
+    observations = number.update(shape=(num_seeds, num_episodes, agent.observation_size))
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    episodes = jax.ShapeDtypeStruct((num_episodes,), jnp.uint32)
+    of = jax.tree.map(of_seeds, (params, key))
+    return of[0], Normalizer(s, s, a, a), of[1], observations, integer, episodes
 
 
 def player(
@@ -362,6 +381,6 @@ def player(
 
     def act(observations: np.ndarray, step: int) -> np.ndarray:
         inputs = params, normalizer, keys, observations, jnp.asarray(step), episodes
-        return np.asarray(_play(agent, policy, *inputs))
+        return np.asarray(play(agent, policy, *inputs))
 
     return act

@@ -94,8 +94,8 @@ def measure_parts(work: Workload, seeds: int) -> Rows:
 def temporaries(work: Workload, layout: Layout) -> dict[str, int | None]:
     """Bytes that the programs of a run hold beside their inputs and results."""
     lengths = {work.config.log_every}
-    programs = work.programs(layout).all(dict.fromkeys(PHASES, lengths))
-    return {name: _temporary_bytes(program.lower()) for name, program in programs}
+    programs = work.programs(layout).all(dict.fromkeys(PHASES, lengths), 1)
+    return {name: _temporary_bytes(program.lower()) for name, _, program in programs}
 
 
 def _temporary_bytes(lowered: Any) -> int | None:
