@@ -9,6 +9,7 @@ JSON.
   --config=FILE.py      a preset, such as experiments/configs/qipo_diff.py
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
+  --compile_only [--topology=v6e:4x4]   memory and, on TPUs, estimated speed; nothing is trained
 
 The work directory gets config.json, metrics.csv, evaluations.csv, returns.csv, result.json,
 checkpoints/, tensorboard/ and learning_curve.png; it may be gs://.  The same command again
@@ -47,6 +48,7 @@ from efm_jax.envs import EvaluationError, Rollouts, dataset_references
 from efm_jax.rl.agents import AgentParams, State, make_agent
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.memory import Memory, check_fits, device_limit, predict
+from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import Hooks, StoppedError, Trainer
 from efm_jax.runs.evaluation import (
     POLICIES,
@@ -64,7 +66,7 @@ from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import MODES, Layout
 from efm_jax.types import Dataset, Normalizer, Transitions, one_host
-from launch import cli, datasets, multihost
+from launch import cli, compilation, datasets, multihost
 from launch.evaluation import print_report
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
@@ -81,6 +83,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 
 _PARALLEL_HELP = "Over devices: data splits batches and dataset, seeds spreads whole seeds."
 _PARALLEL = flags.DEFINE_enum("parallel", "data", MODES, _PARALLEL_HELP)
 flags.adopt_module_key_flags(cli)
+flags.adopt_module_key_flags(compilation)
 flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(multihost)
 _STOP_HELP = "Save and stop where an evaluation fails, instead of recording it and going on."
@@ -94,6 +97,8 @@ def main(_: list[str]) -> int:
     with multihost.joined():
         config = _read_config()
         data = _read_dataset(config)
+        if compilation.COMPILE_ONLY.value:
+            return _compile(config, data)
         trainer = _make_trainer(config, data)
         return _Run(data, trainer, start).to_the_end()
 
@@ -134,7 +139,7 @@ class _Data(NamedTuple):
 
 def _read_dataset(config: QIPOConfig) -> _Data:
     with multihost.agreed_errors():
-        layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value)
+        layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value, compilation.devices())
         dataset, env_spec, total = _load(config, layout)
         references = dataset_references(dataset.reference_scores, dataset.name, env_spec)
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)
@@ -207,6 +212,13 @@ def _print_notes(notes: Sequence[str]) -> None:
 def _make_trainer(config: QIPOConfig, data: _Data) -> Trainer:
     info = data.info
     return Trainer(config, data.transitions, info.seeds, data.layout, info.transitions)
+
+
+@multihost.agreed_errors()
+def _compile(config: QIPOConfig, data: _Data) -> int:
+    info = data.info
+    sizes = info.transitions, info.observation_size, info.action_size
+    return compilation.report(Programs(config, data.layout, *sizes), data.memory)
 
 
 def _default_workdir(info: RunInfo) -> str:

@@ -101,6 +101,15 @@ def events(agent: Agent, done: Mapping[str, int]) -> Iterator[Event]:
                 yield Event("save", phase, stop, stop)
 
 
+def chunk_lengths(agent: Agent) -> dict[str, set[int]]:
+    """Lengths of the chunks that each phase of a whole run is cut into."""
+    found: dict[str, set[int]] = {phase: set() for phase in PHASES}
+    for event in events(agent, dict.fromkeys(PHASES, 0)):
+        if event.kind == "chunk":
+            found[event.phase].add(event.stop - event.start)
+    return found
+
+
 class Trainer:
     """One agent on one dataset for several seeds.
 

@@ -1,0 +1,145 @@
+"""Reading compiled programs; and, where a TPU's compiler is installed, what it makes of ours."""
+
+import importlib.util
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.memory import predict
+from efm_jax.rl.programs import Programs
+from efm_jax.training import compiled, machines
+from efm_jax.training.parallel import Layout
+
+# A loop of 5 turns, of which each has another of 4, as TPU and GPU compilers write them.
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%inner (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %fusion.1 = f32[8,128]{1,0} fusion(%p), kind=kOutput, backend_config={"estimated_cycles":"100"}
+  %fusion.2 = f32[8,128]{1,0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/optimizer/add"}, \
+backend_config={"estimated_cycles":"20"}
+  ROOT %all-reduce.1 = (f32[8,128]{1,0}, bf16[2]{0}) all-reduce(%fusion.1), \
+backend_config={"estimated_cycles":"7"}
+}
+
+%limit (p: s32[]) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(4)
+  ROOT %compare = pred[] compare(%p, %constant.1), direction=LT
+}
+
+%outer (p: s32[]) -> s32[] {
+  %fusion.3 = u32[4]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/draw/threefry"}, \
+backend_config={"estimated_cycles":"50"}
+  ROOT %while.1 = s32[] while(%p), condition=%limit, body=%inner
+}
+
+ENTRY %main (a: f32[100,17]) -> s32[] {
+  %copy.1 = f32[100,17]{0,1} copy(%a), backend_config={"estimated_cycles":"3000"}
+  ROOT %while.2 = s32[] while(%p), condition=%limit, body=%outer, \
+backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_cost_of_a_program():
+    memory = types.SimpleNamespace(
+        argument_size_in_bytes=1, temp_size_in_bytes=2, alias_size_in_bytes=3
+    )
+    program = types.SimpleNamespace(as_text=lambda: TEXT, memory_analysis=lambda: memory)
+    cost = compiled.read(program, 20)
+    expected = {"products": 100, "optimizer": 20, "collectives": 7, "draws": 12.5, "copies": 150}
+    assert cost.cycles == expected | {"rest": 0}
+    assert cost.total == 289.5
+    assert cost.kernels == 3 + 5 / 20 + 1 / 20
+    assert cost.collectives == {"all-reduce": 8 * 128 * 4 + 2 * 2}
+    assert cost.collective_count == 1
+    assert cost.before == 3000
+    assert {"f32", "bf16", "u32", "s32", "pred"} == cost.types
+    assert cost[-3:] == (1, 2, 3)
+
+
+def test_a_loop_without_an_end_is_refused():
+    found = compiled.computations(TEXT.replace("constant(4)", "parameter(1)"))
+    with pytest.raises(ValueError, match="expected a loop that counts to a number; got limit"):
+        compiled.turns(found, found["outer"][-1], "limit")
+
+
+def test_a_program_of_this_machine():
+    """Its own compiler's text: a loop of products, without estimates."""
+    x = jnp.eye(64)
+    lowered = jax.jit(lambda x: jax.lax.fori_loop(0, 7, lambda _, y: y @ x + 1, x)).lower(x)
+    cost = compiled.read(lowered.compile(), 7)
+    assert cost.total == 0
+    assert 1 <= cost.kernels < 10
+    assert cost.arguments == 64 * 64 * 4
+
+
+@pytest.mark.parametrize("name", ["v6e:", "v99:1x1", "a100"])
+def test_machines_that_cannot_be_compiled_for(name):
+    with pytest.raises(ValueError, match=rf"topology: expected a TPU slice .*got {name} \(it needs"):
+        machines.described(name)
+
+
+def test_clocks_follow_from_the_peaks():
+    clocks = {"v5e:2x2": 1.50e9, "v6e:1x1": 1.75e9, "v5p:2x2x1": 1.75e9, "v4:2x2x1": 1.05e9}
+    for name, clock in clocks.items():
+        assert machines.clock(name) == pytest.approx(clock, rel=0.01)
+    assert machines.clock("h100") is None
+
+
+ROWS, S, A = 65_536, 17, 6
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu-compile)"
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("mode", ["data", "seeds"])
+@pytest.mark.parametrize("phase", ["behavior", "critic", "policy"])
+def test_programs_on_four_chips(phase, mode):
+    layout = Layout.create(mode, 4 if mode == "seeds" else 1, machines.described("v5e:2x2"))
+    config = QIPOConfig(
+        hidden_dims=(128, 128), critic_hidden_dims=(128, 128), support_size=8, batch_size=256
+    ).validate()
+    programs = Programs(config, layout, ROWS, S, A)
+    found = {title: (steps, one) for title, steps, one in programs.all({phase: {20}}, 1)}
+    steps, program = found[f"{phase}, 20 steps"]
+    done = program.lower().compile()
+    cost, state = compiled.read(done, steps), program.inputs[0]
+    bytes_of_params = sum(x.size * 4 for x in jax.tree.leaves(state.params)) // 4
+    if mode == "seeds":
+        assert cost.collective_count == 0
+    else:  # the gradients, and what the step reports, in one; a few numbers more in each chunk
+        assert 1 <= cost.collective_count < 1.3
+        assert bytes_of_params < cost.collectives["all-reduce"] < 1.5 * bytes_of_params
+    assert not {"f64", "s64", "u64", "c128"} & cost.types
+    # Parameters, averages and both moments are taken over.
+    assert cost.aliased >= 4 * bytes_of_params
+    table = ROWS // layout.num_shards * (2 * S + A + 2) * 4
+    # copy-start is allowed: a table that fits into fast memory as it is.
+    copied = [
+        compiled.size(line.shape)
+        for lines in compiled.computations(done.as_text()).values()
+        for line in lines
+        if line.opcode in ("copy", "transpose") or (line.kind, line.opcode) == ("copies", "fusion")
+    ]
+    assert max(copied) < table // 2
+
+
+@needs_libtpu
+def test_memory_is_predicted():
+    """What stays on a chip, against the arguments of the step that reads most of it."""
+    layout = Layout.create("data", 1, machines.described("v5e:2x2"))
+    config = QIPOConfig(hidden_dims=(128, 128), critic_hidden_dims=(128, 128), support_size=8)
+    programs = Programs(config.validate(), layout, ROWS, S, A)
+    found = {title: one for title, _, one in programs.all({"policy": {20}}, 1)}
+    step = compiled.read(found["policy, 20 steps"].lower().compile())
+    weigh = compiled.read(found["support sets, weigh"].lower().compile())
+    predicted = predict(config, layout, ROWS, S, A)
+    others = predicted.state * 2 // 3  # of the phases that this step does not read
+    assert predicted.total - others == pytest.approx(step.arguments + weigh.arguments, rel=0.15)
+    assert np.isfinite(predicted.total)
