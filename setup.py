@@ -32,6 +32,12 @@ STUDY = [
     "rliable>=1.2,<2",  # aggregates of experiments.rl.offline_rl: IQM, stratified bootstrap
     "pandas<3",  # for arch, which rliable needs and which does not import with pandas 3
 ]
+# Compilers for machines that are not here (launch.train --compile_only --topology=...).
+TPU_COMPILE = ["jax[tpu]>=0.10,<0.14"]  # libtpu: 700 MB, under Google Cloud's terms
+H100_COMPILE = [
+    "jax[cuda12-local]>=0.10,<0.14",  # XLA for CUDA without CUDA's libraries
+    "nvidia-cuda-nvcc-cu12>=12.6,<13",  # ptxas
+]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
 TEST = [
     "pytest>=8,<10",  # test runner
@@ -69,6 +75,8 @@ setup(
         "export": EXPORT,
         "study": STUDY,
         "gcs": GCS,
+        "tpu-compile": TPU_COMPILE,
+        "h100-compile": H100_COMPILE,
         "test": TEST,
     },
 )

@@ -105,7 +105,7 @@ def draw(
     that it can be drawn before.
     """
     if isinstance(key, Draws):
-        noise, t = key.noise if noise is None else noise, key.t if t is None else t
+        noise, t, key = key.noise if noise is None else noise, key.t if t is None else t, None
     leaves, structure = jax.tree.flatten(x0)
     for leaf in leaves:
         checks.check_float("x0", leaf)

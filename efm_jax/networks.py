@@ -99,8 +99,8 @@ class JointDense(nn.Module):
         # LeCun initialization for the joint fan-in.
         init = nn.initializers.normal(sum(sizes) ** -0.5)
         kernel = self.param("kernel", init, (sum(sizes), self.features))
-        bias, kernel, *inputs = promote_dtype(bias, kernel, *inputs, dtype=self.dtype)
-        leads = [x.shape[:-1] for x in inputs]
+        bias, kernel, *columns = promote_dtype(bias, kernel, *inputs, dtype=self.dtype)
+        leads = [x.shape[:-1] for x in columns]
         full = jnp.broadcast_shapes(*leads)
 
         def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -108,32 +108,32 @@ class JointDense(nn.Module):
             return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
 
         def shared(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
-            rows, total = jnp.split(kernel, np.cumsum(sizes)[:-1]), 0
+            rows, parts = jnp.split(kernel, np.cumsum(sizes)[:-1]), []
             for lead in dict.fromkeys(leads):
                 same = [i for i, other in enumerate(leads) if other == lead]
                 x = _join([inputs[i] for i in same])
-                total += product(x, jnp.concatenate([rows[i] for i in same]))
-            return total
+                parts.append(product(x, jnp.concatenate([rows[i] for i in same])))
+            return functools.reduce(jnp.add, parts)
 
         def broadcast(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
             wide = [jnp.broadcast_to(x, (*full, x.shape[-1])) for x in inputs]
             return product(_join(wide), kernel)
 
         if len(set(leads)) == 1:
-            return product(_join(inputs), kernel) + bias
-        return lax.platform_dependent(kernel, *inputs, cpu=shared, default=broadcast) + bias
+            return product(_join(columns), kernel) + bias
+        return lax.platform_dependent(kernel, *columns, cpu=shared, default=broadcast) + bias
 
 
 def _join(inputs: Sequence[jax.Array]) -> jax.Array:
     """Concatenate columns; on a TPU as a sum, which it fuses: it concatenates piece by piece."""
 
     def padded(*inputs: jax.Array) -> jax.Array:
-        size, start, total = sum(x.shape[-1] for x in inputs), 0, 0
+        size, start, parts = sum(x.shape[-1] for x in inputs), 0, []
         for x in inputs:
             stop = start + x.shape[-1]
-            total += jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, size - stop)])
+            parts.append(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, size - stop)]))
             start = stop
-        return total
+        return functools.reduce(jnp.add, parts)
 
     def concatenated(*inputs: jax.Array) -> jax.Array:
         return jnp.concatenate(inputs, axis=-1)

@@ -64,7 +64,7 @@ from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
-from efm_jax.training.parallel import MODES, Layout
+from efm_jax.training.parallel import MODES, SHARDINGS, Layout
 from efm_jax.types import Dataset, Normalizer, Transitions, one_host
 from launch import cli, compilation, datasets, multihost
 from launch.evaluation import print_report
@@ -82,6 +82,8 @@ _WORKDIR = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
 _PARALLEL_HELP = "Over devices: data splits batches and dataset, seeds spreads whole seeds."
 _PARALLEL = flags.DEFINE_enum("parallel", "data", MODES, _PARALLEL_HELP)
+_SHARDING_HELP = "How programs are put on devices: pmap, or jit with a mesh; the same numbers."
+_SHARDING = flags.DEFINE_enum("sharding", "pmap", SHARDINGS, _SHARDING_HELP)
 flags.adopt_module_key_flags(cli)
 flags.adopt_module_key_flags(compilation)
 flags.adopt_module_key_flags(datasets)
@@ -139,7 +141,8 @@ class _Data(NamedTuple):
 
 def _read_dataset(config: QIPOConfig) -> _Data:
     with multihost.agreed_errors():
-        layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value, compilation.devices())
+        devices = compilation.devices()
+        layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value, devices, _SHARDING.value)
         dataset, env_spec, total = _load(config, layout)
         references = dataset_references(dataset.reference_scores, dataset.name, env_spec)
         memory = predict(config, layout, total, dataset.observation_size, dataset.action_size)

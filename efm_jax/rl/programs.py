@@ -117,7 +117,10 @@ class Programs:
         number = jax.ShapeDtypeStruct((rows,), jnp.float32)
         s, a = (number.update(shape=(rows, n)) for n in (agent.observation_size, agent.action_size))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        state, data = jax.eval_shape(agent.init, key), Batch(s, a, number, s, number)
+        state, data = (
+            jax.eval_shape(agent.init, key),
+            Batch._make((s, a, number, s, number, None, None)),
+        )
         inputs = state.params(), key, 0, data, jax.ShapeDtypeStruct((rows,), jnp.int32)
         if phase == "critic" and agent.critic.uses_next_actions:
             data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
@@ -131,7 +134,7 @@ class Programs:
     def _data_axes(self) -> Any:
         """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
         if self.layout.on_cpu:
-            return Batch(None, None, None, None, None, 0, 0)
+            return Batch._make((None, None, None, None, None, 0, 0))
         data = jax.eval_shape(TiledData.from_rows, with_tables(self.shapes()[2], None, None))
         return data.replace(numbers=data.numbers.replace(lines=None), next_actions=0, support=0)
 

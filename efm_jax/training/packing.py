@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from efm_jax.training.state import TrainState
@@ -93,7 +92,7 @@ class Packing:
 
     def unpack_state(self, state: TrainState) -> TrainState:
         """The inverse of :meth:`pack_state`."""
-        return self._replace(state, self.unpack, jax.tree.structure(Packed(np.zeros(()))))
+        return self._replace(state, self.unpack, jax.tree.structure(Packed._make((0,))))
 
     def _replace(self, state: TrainState, convert: Any, structure: Any) -> TrainState:
         def is_tree(tree: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Devices: the only module that calls ``pmap``, replicates or shards.
+"""Devices: the only module that calls ``pmap``, makes meshes, replicates or shards.
 
 Training functions are written for one seed on one device.  Here they gain two leading axes: seeds
 (``vmap``, inner) and devices (``pmap``, outer), laid out in one of two ways.  One device is the
@@ -21,6 +21,8 @@ from efm_jax.training import hosts
 # The mapped axis over which a global batch is split.
 DEVICE_AXIS = "devices"
 MODES = ("data", "seeds")
+# How a function is put on devices: by pmap, or by jit with a mesh and named shardings.
+SHARDINGS = ("pmap", "mesh")
 Device = Any  # jax.Device, which a checker takes for a variable
 
 
@@ -37,19 +39,30 @@ class Layout:
     num_seeds: int
     devices: tuple[Device, ...]  # of all hosts
     on_cpu: bool  # whether programs are made for processors: results differ by rounding alone
+    sharding: str = "pmap"  # of SHARDINGS; the same numbers
 
     @classmethod
     def create(
-        cls, mode: str = "data", num_seeds: int = 1, devices: Sequence[Device] | None = None
+        cls,
+        mode: str = "data",
+        num_seeds: int = 1,
+        devices: Sequence[Device] | None = None,
+        sharding: str = "pmap",
     ) -> "Layout":
         """A layout over the given devices, by default all there are.
 
         Raises:
-          ValueError: an unknown mode, or seeds that do not divide over the devices.
+          ValueError: an unknown mode or sharding, seeds that do not divide over the devices, or a
+            mesh over several hosts.
         """
         checks.check_choice("parallel", mode, MODES)
+        checks.check_choice("sharding", sharding, SHARDINGS)
+        if sharding == "mesh" and hosts.count() > 1:
+            raise ValueError(
+                f"sharding: expected pmap on several hosts; got mesh on {hosts.count()}"
+            )
         devices = tuple(jax.devices() if devices is None else devices)
-        layout = cls(mode, num_seeds, devices, devices[0].platform == "cpu")
+        layout = cls(mode, num_seeds, devices, devices[0].platform == "cpu", sharding)
         if mode == "seeds":
             check_divides("num_seeds", num_seeds, len(layout.devices), "devices")
         return layout
@@ -162,7 +175,34 @@ class Layout:
         return self._pmap(lambda leaves: leaves)
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
+        if self.sharding == "mesh":
+            return self._on_mesh(function, **options)
         return jax.pmap(function, devices=self.devices, **options)
+
+    def _on_mesh(
+        self,
+        function: Callable,
+        *,
+        axis_name: str = DEVICE_AXIS,
+        in_axes: tuple | int = 0,
+        donate_argnums: tuple[int, ...] = (),
+    ) -> Callable:
+        """What ``pmap`` does, of arrays with named shardings."""
+        mesh = jax.sharding.Mesh(np.array(self.devices), (axis_name,))
+
+        def on_mesh(*args: Any) -> Any:
+            axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+
+            def of_one(*args: Any) -> Any:
+                args = jax.tree.map(_first, axes, args, is_leaf=lambda axis: axis is None)
+                return jax.tree.map(lambda leaf: leaf[None], function(*args))
+
+            split, whole = jax.P(axis_name), jax.P()
+            specs = tuple(whole if axis is None else split for axis in axes)
+            options = {"mesh": mesh, "in_specs": specs, "out_specs": split, "check_vma": False}
+            return jax.shard_map(of_one, **options)(*args)
+
+        return jax.jit(on_mesh, donate_argnums=donate_argnums)
 
 
 def _first(axis: int | None, tree: Any) -> Any:

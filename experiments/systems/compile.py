@@ -3,7 +3,7 @@
     pip install -e '.[tpu-compile]'            # libtpu, about 700 MB
     python -m experiments.systems.compile [--quick] [--machines=v6e:1x1,v5e:2x2,h100]
         [--phases=behavior,policy] [--batch_sizes=256,4096] [--layouts=data,seeds] [--seeds=1]
-        [--network=unet] [--dtype=bfloat16] [--hlo=DIR] [--out=runs/compile]
+        [--network=unet] [--dtype=bfloat16] [--sharding=mesh] [--hlo=DIR] [--out=runs/compile]
 
 Compiles the programs that launch.train would run (3 layers of 256, OT path, M = 16, 17 + 6
 dimensions, a million transitions, chunks of 100 steps; --network=unet: the published 512/256/128
@@ -25,7 +25,7 @@ from efm_jax.files import write_whole
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Program, Programs
 from efm_jax.training import compiled, machines
-from efm_jax.training.parallel import MODES, Layout
+from efm_jax.training.parallel import MODES, SHARDINGS, Layout
 from experiments.figures import COLORS, drawn
 from experiments.results import make_parser, parse_names
 
@@ -63,7 +63,7 @@ def measure(args: Any, machine: str, phase: str, mode: str, batch_size: int) -> 
     """Compile one program and read it; a row of the table."""
     devices = machines.described(machine)
     seeds = args.seeds * (len(devices) if mode == "seeds" else 1)
-    layout = Layout.create(mode, seeds, devices)
+    layout = Layout.create(mode, seeds, devices, args.sharding)
     rows = ROWS - ROWS % layout.num_shards
     config = configuration(phase, batch_size, args.network, args.dtype)
     steps, one = program(phase, Programs(config, layout, rows, OBSERVATION_SIZE, ACTION_SIZE))
@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--batch_sizes", default="256,4096", help="of the whole batch")
     parser.add_argument("--layouts", default=",".join(MODES))
+    parser.add_argument("--sharding", default="pmap", choices=SHARDINGS)
     parser.add_argument("--seeds", type=int, default=1, help="a device, or in all with data")
     parser.add_argument("--network", default="mlp", choices=("mlp", "unet"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -84,6 +84,14 @@ def test_programs_for_accelerators_compute_the_same(x64, one_device, variant, de
     assert_same_run(found, one_device(variant, np.float64, seeds), 1e-9)
 
 
+@pytest.mark.parametrize(("mode", "seeds"), [("data", (0,)), ("seeds", EIGHT)])
+def test_a_mesh_computes_what_pmap_does(mode, seeds):
+    on = layout(4, mode, len(seeds))
+    options = config(**VARIANTS["iql resample"])
+    found = train(options, seeds, on=dataclasses.replace(on, sharding="mesh"))
+    assert_same_run(found, train(options, seeds, on=on), 1e-6)
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_blocks_fill_a_table(devices):
     """The last block of a device overlaps the one before it; each seed has rows of its own."""

@@ -350,7 +350,7 @@ def acting_inputs(
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     episodes = jax.ShapeDtypeStruct((num_episodes,), jnp.uint32)
     of = jax.tree.map(of_seeds, (params, key))
-    return of[0], Normalizer(s, s, a, a), of[1], observations, integer, episodes
+    return of[0], Normalizer._make((s, s, a, a)), of[1], observations, integer, episodes
 
 
 def player(
