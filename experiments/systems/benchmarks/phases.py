@@ -67,8 +67,18 @@ def _collect(jaxpr: core.Jaxpr, times: int, found: Counts) -> None:
             rows, columns = (math.prod(shape) // (batch * inner) for shape in (a, b))
             found[Product(batch, rows, inner, columns)] += times
         turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inside in core.jaxprs_in_params(equation.params):
+        for inside in _branch_here(equation) or core.jaxprs_in_params(equation.params):
             _collect(inside, times * turns, found)
+
+
+def _branch_here(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Find the branch of :func:`jax.lax.platform_dependent` that is compiled here; or nothing."""
+    platforms, here = equation.params.get("branches_platforms"), jax.default_backend()
+    if platforms is None:
+        return []
+    own = [i for i, names in enumerate(platforms) if names and here in names]
+    default = [i for i, names in enumerate(platforms) if names is None]
+    return [equation.params["branches"][(own + default)[0]].jaxpr]
 
 
 def flops(counts: Counts) -> int:

@@ -77,13 +77,16 @@ class Workload:
         Forward and, to train, the kernel's gradient and the input's where the input is not data.  A
         state is multiplied once for all its actions.
         """
-        data = {self.observation_size, self.action_size, self.config.time_features}
         total = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            if "kernel" in jax.tree_util.keystr(path):
-                size_in = leaf.shape[-2]
-                rows = 1 if size_in == self.observation_size else actions
-                total += 2 * rows * leaf.size * (1 if not train else 2 if size_in in data else 3)
+            name, size_in = jax.tree_util.keystr(path), leaf.shape[-2] if leaf.ndim > 1 else 0
+            if "kernel" not in name:
+                continue
+            first = "JointDense" in name or "embedding" in name
+            once = min(self.observation_size, size_in) if first else 0  # of the state
+            from_data = first or size_in == self.action_size
+            rows = once + (size_in - once) * actions
+            total += 2 * rows * (leaf.size // size_in) * (1 if not train else 2 if from_data else 3)
         return total
 
     def dense_of_step(self, phase: str) -> float:
