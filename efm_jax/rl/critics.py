@@ -15,8 +15,8 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Params
 from efm_jax.weights import AxisName
 
-# 16 MiB of float32, of the 100 that a TPU's fast memory has.
-_LAYER_NUMBERS = 1 << 22
+# 32 MiB of float32, of the 100 that a TPU's fast memory has.
+_LAYER_NUMBERS = 1 << 23
 
 
 class Critic(abc.ABC):

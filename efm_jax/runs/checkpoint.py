@@ -140,7 +140,10 @@ class Checkpointer:
         """Refuse arrays that declare more memory, whole or in chunks, than the template's take."""
         folder = self._directory.resolve() / str(step) / "state"
         declared = 0
-        for leaf in jax.tree.leaves(ocp.StandardCheckpointHandler().metadata(folder).tree):
+        leaves = jax.tree.leaves(ocp.StandardCheckpointHandler().metadata(folder).tree)
+        if len(leaves) != len(jax.tree.leaves(template)):
+            raise ValueError("its arrays are not those of this configuration, or of this version")
+        for leaf in leaves:
             shapes = [leaf.shape, leaf.storage.chunk_shape if leaf.storage else ()]
             declared += max(map(math.prod, shapes)) * np.dtype(leaf.dtype).itemsize
         wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(template))

@@ -197,6 +197,13 @@ def test_another_structure_is_an_error(saved):
     checkpointer.close()
 
 
+def test_arrays_of_another_version_are_one_line(saved):
+    checkpointer = Checkpointer(saved)
+    with pytest.raises(CheckpointError, match="not those of this configuration, or of this version"):
+        checkpointer.restore({"more": np.zeros(3), **tree(0)})
+    checkpointer.close()
+
+
 @pytest.mark.parametrize("field", ["shape", "chunks"])
 def test_an_array_that_declares_terabytes_is_not_read(checkpoints, field):
     base = {"driver": "ocdbt", "base": f"file://{checkpoints}/40/state/"}
