@@ -1,5 +1,6 @@
 """Compiles what a run will need, for devices that are here or only described; runs nothing."""
 
+import os
 import sys
 import time
 
@@ -31,6 +32,7 @@ def devices() -> tuple | None:
         return None
     if not COMPILE_ONLY.value:
         raise ValueError("--topology: expected --compile_only with it; got a run to train")
+    machines.prepare(os.environ)
     return machines.described(TOPOLOGY.value)
 
 

@@ -4,10 +4,8 @@ Nothing runs on them: what a compiler says of a program (memory, kernels, what i
 devices, on TPUs estimated cycles) is known before a machine is paid for.
 """
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 from typing import Any
 
 import jax
@@ -38,6 +36,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Set what keeps a TPU's compiler from asking for a machine that is not here.
+
+    Args:
+      environment: of this process, before the first call of :func:`described`.
+    """
+    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    environment.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
 def described(name: str) -> tuple[Any, ...]:
     """The devices of a machine that need not be here.
 
@@ -50,11 +58,10 @@ def described(name: str) -> tuple[Any, ...]:
         what to install.
     """
     try:
-        with _alone():
-            if name == "h100":
-                options = {"topology": "1x1x1", "target_config": _H100}
-                return tuple(topologies.get_topology_desc("h100", "cuda", **options).devices)
-            return tuple(_tpu_slice(name).devices)
+        if name == "h100":
+            options = {"topology": "1x1x1", "target_config": _H100}
+            return tuple(topologies.get_topology_desc("h100", "cuda", **options).devices)
+        return tuple(_tpu_slice(name).devices)
     except Exception as error:  # of several types, by what is missing
         package = "jax-cuda12-plugin and jax-cuda12-pjrt" if name == "h100" else "libtpu"
         hint = f"it needs {package}: pip install 'efm-jax[{_extra(name)}]'"
@@ -82,19 +89,3 @@ def _tpu_slice(name: str) -> Any:
         numbers = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
         bounds = tuple([*numbers, 1, 1][:3])
         return topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """The compilers' settings where there is no such machine: ask none about itself."""
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    before = {key: os.environ.get(key) for key in quiet}
-    os.environ.update(quiet)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value

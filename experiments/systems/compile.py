@@ -13,6 +13,7 @@ compile.json, compile.md and compile.png.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -137,6 +138,7 @@ def main() -> int:
     args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     if args.quick:
         args.machines, args.layouts, args.batch_sizes = ["v6e:1x1"], ["data"], [256]
+    machines.prepare(os.environ)
     rows: list[dict[str, Any]] = []
     try:
         for case in cases(args):

@@ -92,6 +92,16 @@ def test_clocks_follow_from_the_peaks():
 
 
 ROWS, S, A = 65_536, 17, 6
+
+
+@pytest.fixture(autouse=True)
+def no_machine(monkeypatch):
+    environment: dict[str, str] = {}
+    machines.prepare(environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu-compile)"
 )

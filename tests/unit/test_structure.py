@@ -12,7 +12,7 @@ PACKAGES = {
     "guidance "
     "distances envs data training rl runs",
     "envs": "flatten specs environments rollout scores play video pendulum pointmaze",
-    "training": "hosts state packing step loop parallel",
+    "training": "hosts state packing step loop parallel machines compiled",
     "rl": "config batch model critics agents programs trainer memory",
     "rl.agents": "agent cloning qipo qgpo reweighting gaussian",
 }
