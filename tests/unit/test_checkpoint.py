@@ -199,9 +199,7 @@ def test_another_structure_is_an_error(saved):
 
 def test_arrays_of_another_version_are_one_line(saved):
     checkpointer = Checkpointer(saved)
-    with pytest.raises(
-        CheckpointError, match="not those of this configuration"
-    ):
+    with pytest.raises(CheckpointError, match="not those of this configuration"):
         checkpointer.restore({"more": np.zeros(3), **tree(0)})
     checkpointer.close()
 
