@@ -1,8 +1,8 @@
 """Flax Linen networks: conditional fields; Q, value, log-ratio and Gaussian policy networks.
 
-All work on any leading axes.  Inputs of different kinds (action, time, state) have first-layer
-kernels of their own, whose products are added; a state that is shared by M support actions is given
-as ``[B, 1, S]`` against ``[B, M, A]`` and is multiplied once.
+All work on any leading axes.  The first layer joins inputs of different kinds (action, time, state)
+in one product; a state that is shared by M support actions is given as ``[B, 1, S]`` against
+``[B, M, A]``.
 
 Fields have ``dtype``, the type that their layers compute in, by default that of inputs and
 parameters promoted; parameters and the output keep their types, and time features are float32 at

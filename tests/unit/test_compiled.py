@@ -1,6 +1,7 @@
 """Reading compiled programs; and, where a TPU's compiler is installed, what it makes of ours."""
 
 import importlib.util
+import json
 import types
 
 import jax
@@ -13,6 +14,7 @@ from efm_jax.rl.memory import predict
 from efm_jax.rl.programs import Programs
 from efm_jax.training import compiled, machines
 from efm_jax.training.parallel import Layout
+from experiments.systems import compile as command
 
 # A loop of 5 turns, of which each has another of 4, as TPU and GPU compilers write them.
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -105,6 +107,31 @@ def no_machine(monkeypatch):
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra tpu-compile)"
 )
+
+
+def test_the_command_on_devices_that_are_here(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machines, "described", lambda name: tuple(jax.devices()[:2]))
+    flags = "--machines=here --phases=behavior,acting --batch_sizes=64 --layouts=data --hlo"
+    arguments = [*flags.split(), str(tmp_path / "hlo"), f"--out={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["compile", *arguments])
+    assert command.main() == 0
+    behavior, acting = json.loads((tmp_path / "compile.json").read_text())
+    assert (behavior["machine"], behavior["phase"], behavior["seeds"]) == ("here", "behavior", 1)
+    assert behavior["cycles"] is None  # a CPU's compiler estimates nothing
+    assert behavior["sends"] >= 1 > acting["sends"] == 0
+    size = command.ROWS * (17 + 6) * 4 / 2  # observations and actions, on two devices
+    assert 1e6 * behavior["arguments MB"] == pytest.approx(size, rel=0.06)
+    assert (tmp_path / "hlo" / "here-behavior-data-64.txt").read_text().startswith("HloModule")
+    assert "| here " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compile", "--quick"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert "pip install 'efm-jax[tpu-compile]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @needs_libtpu
