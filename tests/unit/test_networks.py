@@ -71,6 +71,21 @@ def test_joint_dense_is_initialised_for_the_joint_fan_in():
     assert not params["bias"].any()
 
 
+@pytest.mark.parametrize("field", [MLPField((16, 8)), UNetField((16, 8)), MLPField((8,), "gelu")])
+def test_what_accelerators_compute_is_what_processors_do(monkeypatch, field):
+    """States shared by the actions of a state, time features and joint columns; with gradients."""
+    inputs = normal(0, 5, 3, A), np.linspace(0, 1, 15, dtype=np.float32).reshape(5, 3)
+    params, states = randomized(init(field, *inputs, normal(2, 5, 1, S))), normal(2, 5, 1, S)
+
+    def run():
+        value = lambda params: jnp.sum(apply(field, params, *inputs, states) ** 2)  # noqa: E731
+        return jax.value_and_grad(value)(params)
+
+    here = run()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    chex.assert_trees_all_close(run(), here, rtol=2e-4, atol=1e-4)
+
+
 X, T, STATES = (
     normal(0, 3, 4, A),
     np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4),
