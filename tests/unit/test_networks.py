@@ -78,7 +78,7 @@ def test_what_accelerators_compute_is_what_processors_do(monkeypatch, field):
     params, states = randomized(init(field, *inputs, normal(2, 5, 1, S))), normal(2, 5, 1, S)
 
     def run():
-        value = lambda params: jnp.sum(apply(field, params, *inputs, states) ** 2)  # noqa: E731
+        value = lambda params: jnp.sum(field.apply(params, *inputs, states) ** 2)  # noqa: E731
         return jax.value_and_grad(value)(params)
 
     here = run()
