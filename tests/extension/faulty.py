@@ -29,7 +29,7 @@ class Broken(PendulumEnv):
 
 gymnasium.register("Broken-v0", f"{__name__}:Broken", max_episode_steps=5)
 if HOW == "file size":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 elif HOW == "devices":
     jax.config.update("jax_platforms", "nosuch")
 elif HOW == "user" and os.getuid() == 0:
