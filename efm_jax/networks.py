@@ -154,6 +154,7 @@ class MLP(nn.Module):
     def __call__(self, *inputs: Array) -> jax.Array:
         _check_options(self.hidden_dims, self.activation)
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        inputs = tuple(x.reshape((1,) * (len(lead) + 1 - x.ndim) + x.shape) for x in inputs)
         # Axes that an input shares come first: to broadcast along them moves whole rows.
         shared = [i for i in range(len(lead)) if any(x.shape[i] < lead[i] for x in inputs)]
         order = [*shared, *(i for i in range(len(lead)) if i not in shared)]

@@ -182,7 +182,7 @@ class Table:
         params: Any,
         keys: Array,
         renewal: int,
-        data: Batch,
+        data: Batch | TiledData,
         report: Callable[[int, int], None] | None = None,
     ) -> Any:
         """All rows, on the devices; arguments as they lie there.

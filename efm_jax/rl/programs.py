@@ -62,14 +62,21 @@ class Programs:
         block = table_block(config, layout, num_rows)
         self.next_actions = Table(layout, agent.next_actions, num_rows, block)
         self.support = Table(layout, agent.support_rows, num_rows, block)
-        # Elsewhere the finished table has another shape.
-        donate = (0,) if layout.on_cpu else ()
-        self.weigh = layout.map(self._weigh, donate=donate)
+        # On an accelerator the finished table has another shape.
+        self.weigh = layout.map(self._weigh, donate=(0,) if layout.on_cpu else ())
         self.begin_policy = layout.map(agent.begin_policy, donate=(0,))
-        self.store = layout.map_devices(TiledData.from_rows)
-        self.store_table = layout.map(self._table)
+        self._tile_data = layout.map_devices(TiledData.from_rows)
+        self._tile_table = layout.map(self._table)
         # A copy, because chunks reuse the buffers of what they are given.
         self.copy = layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
+
+    def store(self, rows: Batch) -> Batch | TiledData:
+        """The dataset as steps read it, from rows on the devices."""
+        return rows if self.layout.on_cpu else self._tile_data(rows)
+
+    def store_table(self, rows: Any) -> Any:
+        """A table as steps read it; that of the agent comes so from :attr:`weigh`."""
+        return rows if self.layout.on_cpu else self._tile_table(rows)
 
     def _weigh(self, support: Any) -> tuple[Any, dict[str, Array]]:
         table, summary = self.agent.weigh(support, self.layout.axis_name)
@@ -86,10 +93,10 @@ class Programs:
         draw = functools.partial(
             self.agent.draw_batch, phase, num_devices=num_devices, axis_name=axis_name
         )
-        noise = functools.partial(self.agent.draw_noise, phase, axis_name=axis_name)
+        noise = functools.partial(self.agent.draws, phase, axis_name=axis_name)
         step = self.agent.step(phase, axis_name, in_parts=on_cpu)
         ahead = 1 if on_cpu else steps_ahead(num_steps, self._drawn_numbers(phase))
-        run = make_chunk(step, draw, num_steps, draw_noise=noise, ahead=ahead, packed=not on_cpu)
+        run = make_chunk(step, draw, num_steps, draws=noise, ahead=ahead, packed=not on_cpu)
 
         def chunk(state: TrainState, key: Array, data: Batch | TiledData) -> tuple:
             return run(state, jax.random.fold_in(key, Purpose[phase.upper()]), data)
@@ -102,25 +109,20 @@ class Programs:
 
         def draw(key: Array, data: Batch) -> Any:
             batch = self.agent.draw_batch(phase, key, data)
-            return batch, self.agent.draw_noise(phase, key, batch)
+            return batch, self.agent.draws(phase, key, batch)
 
         drawn = jax.eval_shape(draw, key, data)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(drawn)) * self.layout.seeds_per_device
         return -(-numbers // self.layout.num_shards)
 
     def shapes(self, phase: str | None = None) -> tuple[State, Array, Batch]:
-        """State, keys and data of one seed on one device, with the tables that a phase reads.
-
-        A phase's data are its own even where the agent has no such phase.
-        """
+        """State, key and rows of one seed on one device, with the table that a phase reads."""
         agent, rows = self.agent, self.num_rows // self.layout.num_shards
         number = jax.ShapeDtypeStruct((rows,), jnp.float32)
         s, a = (number.update(shape=(rows, n)) for n in (agent.observation_size, agent.action_size))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        state, data = (
-            jax.eval_shape(agent.init, key),
-            Batch._make((s, a, number, s, number, None, None)),
-        )
+        state = jax.eval_shape(agent.init, key)
+        data = Batch._make((s, a, number, s, number, None, None))
         inputs = state.params(), key, 0, data, jax.ShapeDtypeStruct((rows,), jnp.int32)
         if phase == "critic" and agent.critic.uses_next_actions:
             data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
@@ -142,16 +144,13 @@ class Programs:
         """:meth:`shapes` as they lie on this host's devices."""
         devices, seeds = len(self.layout.local_devices), self.layout.seeds_per_device
 
-        def leading(tree: Any, *sizes: int) -> Any:
-            return jax.tree.map(lambda leaf: leaf.update(shape=(*sizes, *leaf.shape)), tree)
-
         state, key, rows = self.shapes(phase)
         data = with_tables(rows, None, None)
         if not self.layout.on_cpu:
             data = jax.eval_shape(TiledData.from_rows, data)
         tables = jax.eval_shape(self._table, (rows.next_actions, rows.support))
-        tables = leading(tables, devices, seeds)
-        return *leading((state, key), devices, seeds), with_tables(leading(data, devices), *tables)
+        state, key, tables = _leading((state, key, tables), devices, seeds)
+        return state, key, with_tables(_leading(data, devices), *tables)
 
     def all(
         self, chunks: dict[str, set[int]], num_episodes: int
@@ -162,7 +161,10 @@ class Programs:
           chunks: lengths of the chunks of each phase.
           num_episodes: that an evaluation plays at once.
         """
-        agent = self.agent
+        agent, tiled = self.agent, not self.layout.on_cpu
+        if tiled:
+            rows = _leading(self.shapes()[2], len(self.layout.local_devices))
+            yield "dataset in tiles", 0, Program(self._tile_data, (rows,))
         for phase in PHASES:
             lengths = chunks.get(phase, set())
             state, keys, data = self.on_devices(phase)
@@ -170,6 +172,9 @@ class Programs:
             if lengths and phase == "critic" and agent.critic.uses_next_actions:
                 for name, program in self.next_actions.programs(state.params(), keys, plain):
                     yield f"next actions, {name}", 0, Program(*program)
+                if tiled:
+                    rows = self.next_actions.shapes(state.params(), keys, plain)
+                    yield "next actions in tiles", 0, Program(self._tile_table, (rows,))
             if lengths and phase == "policy":
                 yield "begin policy", 0, Program(self.begin_policy, (state,))
                 yield "copy of the policy", 0, Program(self.copy, (state.policy.average,))
@@ -190,6 +195,11 @@ class Programs:
         inputs = acting_inputs(self.agent, state.params(), key, self.layout.num_seeds, num_episodes)
         inputs = jax.tree.map(lambda leaf: leaf.update(sharding=place), inputs)
         return Program(play, (self.agent, "policy", *inputs))
+
+
+def _leading(tree: Any, *sizes: int) -> Any:
+    """Shapes with leading axes."""
+    return jax.tree.map(lambda leaf: leaf.update(shape=(*sizes, *leaf.shape)), tree)
 
 
 def table_block(config: QIPOConfig, layout: Layout, num_rows: int) -> int:

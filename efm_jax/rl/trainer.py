@@ -16,7 +16,7 @@ from jax import Array
 
 from efm_jax.data.preprocess import n_step
 from efm_jax.rl.agents import Agent, AgentParams, State
-from efm_jax.rl.batch import Batch, with_tables
+from efm_jax.rl.batch import Batch, TiledData, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.training.loop import MetricsPipe, segments
@@ -162,9 +162,7 @@ class Trainer:
         self._device_keys = self.layout.put_seeds(self.keys)
         targets = n_step(data, config.n_step, config.discount)
         rows = Batch._make((data.observations, data.actions, *targets, None, None))
-        self.data = self.layout.put_rows(rows)
-        if not self.layout.on_cpu:
-            self.data = self.programs.store(self.data)
+        self.data = self.programs.store(self.layout.put_rows(rows))
         # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}
 
@@ -235,7 +233,7 @@ class Trainer:
         told = functools.partial(report, "next_actions") if report else None
         inputs = state.params(), self._device_keys, 0, self.data
         rows = self.programs.next_actions.fill(*inputs, told)
-        return rows if self.layout.on_cpu else self.programs.store_table(rows)
+        return self.programs.store_table(rows)
 
     def renew(
         self, state: State, start: int = 0, report: Report | None = None
@@ -249,7 +247,13 @@ class Trainer:
         return table, renewal * self.config.renew_every, summary
 
     def _train(
-        self, phase: str, start: int, stop: int, state: State, data: Batch, pipe: MetricsPipe
+        self,
+        phase: str,
+        start: int,
+        stop: int,
+        state: State,
+        data: Batch | TiledData,
+        pipe: MetricsPipe,
     ) -> TrainState:
         """The state of a phase after a chunk; in a method, because no local may keep a table."""
         steps, inputs = stop - start, (getattr(state, phase), self._device_keys, data)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from efm_jax import checks
 from efm_jax.losses import Draws, sample_keys
-from efm_jax.training.packing import Packing
+from efm_jax.training.packing import pack_like, pack_state, unpack_state, unpacked
 from efm_jax.training.state import TrainState
 from efm_jax.types import Params
 from efm_jax.weights import AxisName, psum_if
@@ -20,7 +20,7 @@ Batch = Any
 Metrics = dict[str, Array]
 # (params, average, key, batch) -> (this device's share of the loss, aux): see efm_jax.losses.
 LossFn = Callable[[Params, Params, Array, Batch], tuple[Array, Metrics]]
-StepFn = Callable[..., tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, Array, Batch], tuple[TrainState, Metrics]]
 
 # 1.5 MiB of float32: about the best of several sizes at widths 256 and 512 (docs/performance.md).
 _CACHED_NUMBERS = 3 << 17
@@ -71,14 +71,10 @@ def make_step(
         checks.check_integer("part_size", part_size, 1)
         grad_fn = _in_parts(grad_fn, part_size, axis_name)
 
-    def step(
-        state: TrainState, key: Array, batch: Batch, packing: Packing | None = None
-    ) -> tuple[TrainState, Metrics]:
-        params, average = state.params, state.average
-        if packing is not None:
-            params, average = packing.unpack(params), packing.unpack(average)
+    def step(state: TrainState, key: Array, batch: Batch) -> tuple[TrainState, Metrics]:
+        params, average = unpacked(state.params), unpacked(state.average)
         (loss, aux), grads = grad_fn(params, average, key, batch)
-        grads = grads if packing is None else packing.pack(grads)
+        grads = pack_like(grads, state.params)
         loss, grads = psum_if((loss, grads), axis_name)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -162,7 +158,7 @@ def make_chunk(
     draw_batch: Callable[[Array, Any], Batch],
     num_steps: int,
     *,
-    draw_noise: Callable[[Array, Batch], Any] | None = None,
+    draws: Callable[[Array, Batch], Any] | None = None,
     ahead: int = 1,
     packed: bool = False,
 ) -> Callable[[TrainState, Array, Any], tuple[TrainState, Metrics]]:
@@ -172,12 +168,13 @@ def make_chunk(
       step: from :func:`make_step`.
       draw_batch: ``(key, tables) -> batch``.
       num_steps: length of the scan.
-      draw_noise: ``(key, batch) -> key``: what the loss would draw from its key, so that it can be
+      draws: ``(key, batch) -> key``: what the loss would draw from its key, so that it can be
         drawn ahead, such as :func:`efm_jax.losses.draw`; None: the key itself.
       ahead: steps, a divisor of ``num_steps``, whose batches and noise are drawn together.  On an
         accelerator a step is a few dozen small programs, half of which draw.
-      packed: keep parameters, averages and optimizer in a few large buffers while the chunk runs
-        (:mod:`efm_jax.training.packing`), for an optimizer that treats every number alike.
+      packed: keep parameters, their average and each moment in one buffer while the chunk runs
+        (:mod:`efm_jax.training.packing`); for steps of :func:`make_step` and optimizers that treat
+        every number alike.
 
     Returns:
       ``(state, key, tables) -> (state, metrics)``.  Step i uses ``fold_in(key, i)`` with i counted
@@ -187,16 +184,15 @@ def make_chunk(
     """
 
     def chunk(state: TrainState, key: Array, tables: Any) -> tuple[TrainState, Metrics]:
-        packing = Packing.of(state.params) if packed else None
 
         @jax.named_scope("draw")
         def draw(number: Array) -> tuple[Any, Batch]:
             batch_key, loss_key = jax.random.split(jax.random.fold_in(key, number))
             batch = draw_batch(batch_key, tables)
-            return loss_key if draw_noise is None else draw_noise(loss_key, batch), batch
+            return loss_key if draws is None else draws(loss_key, batch), batch
 
         def take(state: TrainState, drawn: tuple[Any, Batch]) -> tuple[TrainState, Metrics]:
-            return step(state, *drawn, packing)
+            return step(state, *drawn)
 
         def several(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
             if ahead == 1:
@@ -206,9 +202,9 @@ def make_chunk(
             # conversions of whole tables before the loop.
             return lax.scan(take, state, lax.optimization_barrier(drawn))
 
-        state = state if packing is None else packing.pack_state(state)
+        state = pack_state(state) if packed else state
         state, history = lax.scan(several, state, length=num_steps // ahead)
-        state = state if packing is None else packing.unpack_state(state)
+        state = unpack_state(state)
         # A gradient that is not finite spoils the parameters one step before the loss shows it.
         bad = ~jnp.isfinite(history["loss"] + history["grad_norm"]).ravel()
         first = jnp.where(bad.any(), jnp.argmax(bad), -1)

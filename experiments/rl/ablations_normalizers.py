@@ -40,9 +40,11 @@ class PooledQIPO(Agent):
     renews = True
     support_set, sample = QIPO.support_set, Reweighting.sample
 
-    def step(self, phase: str, axis_name: w.AxisName = None, *, in_parts: bool = True) -> StepFn:
+    def step(
+        self, phase: str, axis_name: w.AxisName = None, *, in_parts: bool | None = None
+    ) -> StepFn:
         # At once, because the noise of an action is drawn by its place among the batch's actions.
-        return super().step(phase, axis_name, in_parts=in_parts and phase != "policy")
+        return super().step(phase, axis_name, in_parts=False if phase == "policy" else in_parts)
 
     def weigh(
         self, support: Support, axis_name: w.AxisName

@@ -132,11 +132,9 @@ def test_a_host_that_dies_stops_the_other(launcher, dataset, tmp_path, victim):
     hosts[victim].send(signal.SIGKILL)
     assert hosts[victim].wait(30).status == -signal.SIGKILL
     survivor = hosts[1 - victim].wait(60)
-    # Where the coordinator died, JAX may end the process, with a message of its own, before we can;
-    # on a busy machine its client was once seen to crash instead.
-    crashed = not victim and survivor.status == -signal.SIGSEGV
-    assert crashed or survivor.status in ((1,) if victim else (1, -signal.SIGABRT))
-    assert crashed or "another host stopped" in survivor.err or "another task died" in survivor.err
+    # Where the coordinator died, JAX may end the process, with a message of its own, before we can.
+    assert survivor.status in ((1,) if victim else (1, -signal.SIGABRT))
+    assert "another host stopped" in survivor.err or "another task died" in survivor.err
 
 
 def test_what_one_host_cannot_read_stops_both(launcher, dataset, tmp_path):

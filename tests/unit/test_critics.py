@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data.preprocess import n_step
 from efm_jax.networks import QEnsemble, Value, ValueEnsemble
+from efm_jax.rl import critics
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.critics import IQL, EnsembleLCB, SoftmaxQ, make_critic
@@ -195,6 +196,28 @@ def test_critic_solves_the_chain(options, share_of_best):
     q = critic.q_values(state.average, data.observations, data.actions)
     assert_allclose(np.reshape(q, (3, 2)), solve(share_of_best), atol=0.02)
     assert_allclose(solve(1.0).max(1), [0.62, 0.8, 1.0], atol=1e-12)
+
+
+def test_next_actions_a_few_at_a_time_give_the_same_loss(monkeypatch):
+    critic = make_critic(QIPOConfig(critic="softmax_q", critic_hidden_dims=(8, 6)).validate())
+    params, batch = critic.init(jax.random.key(0), 3, 1), as_batch(chain(), 1, DISCOUNT)
+    actions = np.random.default_rng(0).standard_normal((batch.size, 12, 1)).astype(np.float32)
+    batch = batch._replace(next_actions=actions)
+
+    def loss(params):
+        return critic.loss(params, params, jax.random.key(1), batch)[0]
+
+    whole = jax.value_and_grad(loss)(params)
+    sizes, q_values = [], critics.SoftmaxQ.q_values
+
+    def spy(self, params, observations, actions):
+        sizes.append(actions.shape[1])
+        return q_values(self, params, observations, actions)
+
+    monkeypatch.setattr(critics.SoftmaxQ, "q_values", spy)
+    monkeypatch.setattr(critics, "_LAYER_NUMBERS", 5 * batch.size * 8 * 2)  # at most 5: a divisor
+    chex.assert_trees_all_close(jax.value_and_grad(loss)(params), whole, rtol=1e-5)
+    assert set(sizes) == {4}
 
 
 def test_critics_are_made_from_a_configuration():

@@ -72,10 +72,16 @@ def test_joint_dense_is_initialised_for_the_joint_fan_in():
 
 
 @pytest.mark.parametrize("field", [MLPField((16, 8)), UNetField((16, 8)), MLPField((8,), "gelu")])
-def test_what_accelerators_compute_is_what_processors_do(monkeypatch, field):
+@pytest.mark.parametrize("condition", [(5, 1, S), (5, 3, S), (1, 1, S), (S,)])
+def test_what_accelerators_compute_is_what_processors_do(x64, monkeypatch, field, condition):
     """States shared by the actions of a state, time features and joint columns; with gradients."""
-    inputs = normal(0, 5, 3, A), np.linspace(0, 1, 15, dtype=np.float32).reshape(5, 3)
-    params, states = randomized(init(field, *inputs, normal(2, 5, 1, S))), normal(2, 5, 1, S)
+    random = np.random.default_rng(0)
+    inputs = random.standard_normal((5, 3, A)), random.uniform(size=(5, 3))
+    states = random.standard_normal(condition)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * random.standard_normal(leaf.shape),
+        field.init(jax.random.key(0), *inputs, states),
+    )
 
     def run():
         value = lambda params: jnp.sum(field.apply(params, *inputs, states) ** 2)  # noqa: E731
@@ -83,7 +89,10 @@ def test_what_accelerators_compute_is_what_processors_do(monkeypatch, field):
 
     here = run()
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
-    chex.assert_trees_all_close(run(), here, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(run(), here, rtol=1e-10, atol=1e-10)
+    full = np.broadcast_to(states, (5, 3, S))
+    value = jnp.sum(field.apply(params, *inputs, full) ** 2)
+    assert_allclose(value, here[0], rtol=1e-10)
 
 
 X, T, STATES = (

@@ -268,12 +268,13 @@ def test_reference_is_near_the_closed_form():
 def test_policy_reaches_the_tilted_behavior(monkeypatch, path, solver, estimator):
     """After l renewals the policy is `mu exp((l + 1) beta Q)`, separately in each of two states.
 
-    Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end.
+    Not with ten Euler steps: they narrow every support set, 0.10 instead of 0.20 in the end; nor
+    with ten of DPM-Solver++, which widen them, to 0.21 to 0.26 over six seeds (40: 0.19 to 0.22).
     """
     monkeypatch.setitem(CRITICS, "known", tiny.KnownCritic)
     options = QIPOConfig(
         path=path, solver=solver, estimator=estimator,
-        sample_steps=5 if solver == "midpoint" else 10,
+        sample_steps=5 if solver == "midpoint" else 40,
         hidden_dims=(32, 32), critic="known", critic_hidden_dims=(4,), beta=BETA, support_size=16,
         batch_size=64 if estimator == "full" else 128, learning_rate=3e-3, ema_decay=0.97,
         behavior_steps=800, critic_steps=1, policy_steps=1200, renew_every=400, log_every=400,
@@ -295,5 +296,4 @@ def test_policy_reaches_the_tilted_behavior(monkeypatch, path, solver, estimator
             found = sign * np.asarray(sample(params, observations, noise))
             # The means: behavior 0.10, one renewal 0.22, two 0.27, three 0.30.
             assert found.mean() == pytest.approx(mean, abs=0.04), name
-            # Of six seeds, 0.21 to 0.26 for 0.20: ten steps of DPM-Solver++ widen a little.
-            assert found.std() == pytest.approx(std, rel=0.3), name
+            assert found.std() == pytest.approx(std, rel=0.2), name

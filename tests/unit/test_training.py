@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from efm_jax import losses, paths
 from efm_jax.training import step as step_module
 from efm_jax.training.loop import MetricsPipe, NonFiniteLossError, segments
-from efm_jax.training.packing import Packing
+from efm_jax.training.packing import Packing, pack_state, unpack_state, unpacked
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, make_step, sample_rows, steps_ahead
 
@@ -139,7 +139,7 @@ def test_drawing_ahead_and_packing_change_nothing(packed):
         step = make_step(loss, optimizer, average_rate=0.1)
         return jax.jit(make_chunk(step, draw, 12, **options))(state, jax.random.key(1), table)
 
-    found = run(ahead=4, draw_noise=losses.draw, packed=packed)
+    found = run(ahead=4, draws=losses.draw, packed=packed)
     chex.assert_trees_all_close(found, run(), rtol=1e-5, atol=1e-6)
     assert found[0].step == 12
 
@@ -148,14 +148,24 @@ def test_packed_leaves_come_back():
     shapes = {"a": (5, 16, 8), "b": (8, 3), "c": (3,), "d": (), "e": (2, 11), "f": (7, 8)}
     tree = {k: np.random.default_rng(0).standard_normal(v) for k, v in shapes.items()}
     tree = jax.tree.map(jnp.asarray, tree)
-    packing = Packing.of(tree)
-    packed = packing.pack(tree)
-    chex.assert_trees_all_equal(packing.unpack(packed), tree)
+    packed = Packing.of(tree).pack(tree)
+    chex.assert_trees_all_equal(unpacked(packed), tree)
     # 80 rows of a, 7 of f, 3 of b (transposed), 1, 1 and 3 of the others: whole tiles
     assert packed.rows.shape == (96, 8)
     assert jnp.sum(packed.rows**2) == pytest.approx(float(optax.tree.norm(tree)) ** 2, rel=1e-5)
     assert Packing.of({"one": jnp.ones(3)}) is None
     assert Packing.of({"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}) is None
+
+
+def test_a_packed_state_comes_back():
+    """With the moments and the count of its optimizer, also behind clipping."""
+    params = {"w": jnp.arange(24.0).reshape(3, 8), "b": jnp.ones(3)}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    state = TrainState.create(params, optimizer)
+    packed = pack_state(state)
+    buffers = [leaf for leaf in jax.tree.leaves(packed) if leaf.shape == (8, 8)]
+    assert len(buffers) == 4  # parameters, average, both moments
+    chex.assert_trees_all_equal(unpack_state(packed), state)
 
 
 def test_steps_ahead_divide_the_chunk(monkeypatch):

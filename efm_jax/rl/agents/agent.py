@@ -134,7 +134,7 @@ class Agent(abc.ABC):
         """The rows of a batch."""
         return gather(table, index)
 
-    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Any:
+    def policy_draws(self, key: Array, batch: Batch, axis_name: AxisName) -> Any:
         """What :meth:`policy_loss` would draw from its key, to be drawn ahead; or the key."""
         return key
 
@@ -199,23 +199,24 @@ class Agent(abc.ABC):
         adam, clip = optax.adam(rate), config.max_grad_norm
         return optax.chain(optax.clip_by_global_norm(clip), adam) if clip > 0 else adam
 
-    def draw_noise(
-        self, phase: str, key: Array, batch: Batch, *, axis_name: AxisName = None
-    ) -> Any:
+    def draws(self, phase: str, key: Array, batch: Batch, *, axis_name: AxisName = None) -> Any:
         """What the loss of a phase draws, which it takes as its key; or the key itself."""
         if phase == "behavior":
             return losses.draw(key, batch.actions, axis_name=axis_name)
-        return self.policy_noise(key, batch, axis_name) if phase == "policy" else key
+        return self.policy_draws(key, batch, axis_name) if phase == "policy" else key
 
-    def step(self, phase: str, axis_name: AxisName = None, *, in_parts: bool = True) -> StepFn:
+    def step(
+        self, phase: str, axis_name: AxisName = None, *, in_parts: bool | None = None
+    ) -> StepFn:
         """The training step of a phase: ``(TrainState, key, Batch) -> (TrainState, metrics)``.
 
         Args:
           phase: of ``PHASES``.
           axis_name: mapped axis over which the batch is split.
-          in_parts: compute a large batch in parts (:func:`cached_samples`).
+          in_parts: compute a large batch in parts (:func:`cached_samples`); None: on a CPU.
         """
         config = self.config
+        in_parts = jax.default_backend() == "cpu" if in_parts is None else in_parts
 
         def behavior(params: Params, _: Params, key: Array, batch: Batch) -> tuple[Array, Aux]:
             return self.model.loss(

@@ -70,7 +70,7 @@ class QIPO(Agent):
         choice = jnp.sum(reached <= drawn[:, None], axis=-1)
         return WeightedSupport(table.actions[index, choice], jnp.ones_like(drawn))
 
-    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
+    def policy_draws(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
         actions = batch.support.actions
         return draw(key, actions, batch_ndim=actions.ndim - 1, axis_name=axis_name)
 

@@ -33,7 +33,7 @@ class Reweighting(Agent):
     def weigh(self, support: Array, axis_name: AxisName) -> tuple[Array, dict[str, Array]]:
         return weigh_advantages(support, self.config.beta, axis_name)
 
-    def policy_noise(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
+    def policy_draws(self, key: Array, batch: Batch, axis_name: AxisName) -> Draws:
         return draw(key, batch.actions, axis_name=axis_name)
 
     def policy_loss(

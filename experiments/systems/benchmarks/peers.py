@@ -63,7 +63,8 @@ class Ours:
         params = jax.jit(self.network.init)(jax.random.key(0), *inputs)
         self.params: Params = jax.tree.map(noisy, params)
         self.optimizer = optax.adam(LEARNING_RATE)
-        part_size = cached_samples(max(sizes.hidden_dims))
+        on_cpu = jax.default_backend() == "cpu"
+        part_size = cached_samples(max(sizes.hidden_dims)) if on_cpu else None
         self.step = make_step(self.loss, self.optimizer, part_size=part_size)
 
     def field(self, params: Params, observations: Array) -> Field:

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from efm_jax.training.parallel import Layout
 from efm_jax.training.step import make_chunk
 from experiments.configs import mujoco
 from experiments.systems.benchmarks.timing import Rows, in_turns
@@ -153,20 +154,24 @@ class Program(NamedTuple):
 
 def step_program(work: Workload, phase: str, steps: int | None = None) -> Program:
     """Compiled steps in one scan, as they are trained with; by default some tenths of a second."""
-    agent, inputs = work.agent, work.shapes(phase, work.rows)
+    inputs = work.shapes(phase, work.rows)
     formula = work.config.batch_size * work.dense_of_step(phase)
     steps = steps or max(2, min(200, round(2e10 / formula)))
     parts, whole = (functools.partial(work.one_step, phase, in_parts=p) for p in (True, False))
 
-    def run(*, in_parts: bool) -> Callable[[], Any]:
-        draw = functools.partial(agent.draw_batch, phase)
-        chunk = jax.jit(make_chunk(agent.step(phase, in_parts=in_parts), draw, steps))
-        state, data = filled(inputs)
-        return functools.partial(chunk, state, jax.random.key(0), data)
-
     split = products(parts, *inputs) != products(whole, *inputs)
-    at_once = run(in_parts=False) if split else None
-    return Program(run(in_parts=True), steps, whole, inputs, formula, at_once)
+    call = work.training(phase, Layout.create(devices=jax.devices()[:1]), steps)
+    return Program(
+        call, steps, whole, inputs, formula, _at_once(work, phase, steps) if split else None
+    )
+
+
+def _at_once(work: Workload, phase: str, steps: int) -> Callable[[], Any]:
+    """The same steps with whole batches, where the trainer splits them."""
+    agent, (state, data) = work.agent, filled(work.shapes(phase, work.rows))
+    draw = functools.partial(agent.draw_batch, phase)
+    chunk = jax.jit(make_chunk(agent.step(phase, in_parts=False), draw, steps))
+    return functools.partial(chunk, state, jax.random.key(0), data)
 
 
 def renewal_program(work: Workload) -> Program:

@@ -15,13 +15,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.training.parallel import Layout, compile_ahead
+from efm_jax.training.parallel import Layout
 from experiments.systems.benchmarks.timing import Rows, in_turns, measured_apart
 from experiments.systems.benchmarks.workload import Workload
 
@@ -65,19 +64,6 @@ def chunk_steps(work: Workload, phase: str, seeds: int) -> int:
     return max(1, min(100, 2_000_000_000 // products))
 
 
-def training(work: Workload, phase: str, layout: Layout, steps: int) -> Callable[[], Any]:
-    """A call that goes on training all the layout's seeds, as the trainer does it."""
-    mapped, (state, keys, data) = work.chunk(phase, layout, steps)
-    program = compile_ahead(mapped, state, keys, data)
-
-    def call() -> Any:
-        nonlocal state  # its buffers are reused for the next
-        state, metrics = program(state, keys, data)
-        return metrics
-
-    return call
-
-
 def measure_seeds(sizes: Sizes) -> Rows:
     """What a seed costs as a share of a lone one."""
     rows, device = [], jax.devices()[:1]
@@ -85,7 +71,7 @@ def measure_seeds(sizes: Sizes) -> Rows:
         work = workload(width, sizes.batch, sizes.rows)
         counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
         times = in_turns({
-            seeds: training(work, phase, Layout.create("data", seeds, device), count)
+            seeds: work.training( phase, Layout.create("data", seeds, device), count)
             for seeds, count in counts.items()
         }, sizes.seconds)  # fmt: skip
         step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
@@ -106,8 +92,8 @@ def measure_devices(sizes: Sizes) -> Rows:
         steps = min(_MOST_STEPS, chunk_steps(together, phase, seeds))
         one_device = Layout.create("data", seeds, jax.devices()[:1])
         times = in_turns({
-            "together": training(together, phase, Layout.create(mode, seeds), steps),
-            "alone": training(alone, phase, one_device, steps),
+            "together": together.training( phase, Layout.create(mode, seeds), steps),
+            "alone": alone.training( phase, one_device, steps),
         }, sizes.seconds)  # fmt: skip
         same_work = shares * times["alone"].best
         rows.append({

@@ -15,7 +15,7 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import Trainer
 from efm_jax.solvers import SOLVERS
-from efm_jax.training.parallel import Layout
+from efm_jax.training.parallel import Layout, compile_ahead
 from efm_jax.training.state import TrainState
 from efm_jax.types import Params, Transitions
 
@@ -63,13 +63,24 @@ class Workload:
 
     def chunk(self, phase: str, layout: Layout, steps: int) -> tuple[Callable, tuple]:
         """What the trainer maps over devices for many steps, and arguments of their sizes."""
-        programs, seeds = self.programs(layout), layout.seeds_per_device
-        state, _, data = programs.shapes(phase)
-        tables = filled((data.next_actions, data.support), seeds)
-        data = filled(data)._replace(next_actions=tables[0], support=tables[1])
-        keys = jax.random.split(jax.random.key(0), seeds)
-        inputs = layout.replicate((filled(getattr(state, phase), seeds), keys, data))
-        return programs.chunk(phase, steps), inputs
+        programs = self.programs(layout)
+        state, _, data = programs.on_devices(phase)
+        place = layout.map_devices(lambda tree: tree)
+        state, data = place(filled((getattr(state, phase), data)))
+        keys = layout.put_seeds(jax.random.split(jax.random.key(0), layout.num_seeds))
+        return programs.chunk(phase, steps), (state, keys, data)
+
+    def training(self, phase: str, layout: Layout, steps: int) -> Callable[[], Any]:
+        """A call that goes on training all the layout's seeds, as the trainer does it."""
+        mapped, (state, keys, data) = self.chunk(phase, layout, steps)
+        program = compile_ahead(mapped, state, keys, data)
+
+        def call() -> Any:
+            nonlocal state  # its buffers are reused for the next
+            state, metrics = program(state, keys, data)
+            return metrics
+
+        return call
 
     def dense_flops(self, params: Params, actions: int = 1, *, train: bool = True) -> float:
         """Arithmetic of the dense layers for one state, ``2 n in out`` for n rows and a kernel.
