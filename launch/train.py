@@ -281,6 +281,8 @@ class _Run(Hooks):
             self._say(f"failed: {error}; {none if step is None else kept}")
             return cli.EXIT_FAILED
         except StoppedError:
+            # JAX ends every host when one leaves, and others may still compile what comes before.
+            hosts.hosts_where(False)
             if self._failed and _STOP.value:
                 return self._give_up()
             name = signal.Signals(self._stop.number).name

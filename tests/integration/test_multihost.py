@@ -114,6 +114,23 @@ def test_two_hosts_equal_one_and_go_on_after_a_preemption(launcher, dataset, tmp
     check_preemption(launcher, dataset, tmp_path / "again", workdir)
 
 
+def test_a_stop_while_a_table_is_computed_again_ends_both(launcher, dataset, tmp_path):
+    """There is nothing new to save, and one host may be done while the other still compiles."""
+    steps = {"policy_steps": 100_000, "renew_every": 100_000, "eval_every": 0}
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", **steps)
+    wait_for_phase(tmp_path / "run", "policy", hosts)
+    hosts[1].send(signal.SIGTERM)
+    assert [host.wait(60).status for host in hosts] == [143, 143]
+    saved = saved_steps(tmp_path / "run")
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", **steps)
+    time.sleep(2)  # the table's programs take longer to compile than hosts to find each other
+    for host in hosts:
+        host.send(signal.SIGTERM)
+    results = [host.wait(60) for host in hosts]
+    assert [result.status for result in results] == [143, 143], results[1].err
+    assert saved_steps(tmp_path / "run")[-1] >= saved[-1]
+
+
 def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
     flags = ("--num_seeds=4", "--seed=5")
     hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags)
