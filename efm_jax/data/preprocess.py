@@ -146,10 +146,7 @@ def n_step(data: Transitions, n: int, discount: float) -> tuple[np.ndarray, np.n
     """
     checks.check_integer("n_step", n, 1)
     rewards = np.asarray(data.rewards, np.float64)
-    ended = np.asarray(data.terminated) == 1
-    goes_on = np.zeros(len(rewards), bool)
-    followed = (data.next_observations[:-1] == data.observations[1:]).all(axis=1)
-    goes_on[:-1] = followed & ~ended[:-1]
+    ended, goes_on = np.asarray(data.terminated) == 1, _goes_on(data)
     last = np.arange(len(rewards))  # the last step that a row's target covers
     total, factor = rewards.copy(), np.full(len(rewards), float(discount))
     for _ in range(n - 1):
@@ -162,6 +159,22 @@ def n_step(data: Transitions, n: int, discount: float) -> tuple[np.ndarray, np.n
     dtype = np.asarray(data.rewards).dtype
     next_observations = np.asarray(data.next_observations)[last]
     return total.astype(dtype), next_observations, np.where(ended[last], 0.0, factor).astype(dtype)
+
+
+def episode_folds(data: Transitions, folds: int) -> np.ndarray:
+    """The fold of every row's episode, ``[N]`` int32: episodes take turns, as :func:`n_step` finds
+    them.
+    """
+    begins = np.concatenate([[False], ~_goes_on(data)[:-1]])
+    return (np.cumsum(begins) % folds).astype(np.int32)
+
+
+def _goes_on(data: Transitions) -> np.ndarray:
+    """Whether the next row is the next step of the same episode, ``[N]``."""
+    goes_on = np.zeros(data.size, bool)
+    followed = (data.next_observations[:-1] == data.observations[1:]).all(axis=1)
+    goes_on[:-1] = followed & (np.asarray(data.terminated)[:-1] != 1)
+    return goes_on
 
 
 def _float32(array) -> np.ndarray:

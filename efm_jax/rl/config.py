@@ -60,6 +60,9 @@ class QIPOConfig:
     # where errors of sampling cannot compound over renewals.
     data_copies: float = 1.0
     renew_every: int = 2500
+    # qipo: what came of a table stands only if critics of other episodes find it better by so many
+    # standard errors, else training goes back to the policy before it; 0: it stands.
+    guard: float = 0.0
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
     # Critic.
     critic: str = "softmax_q"
@@ -75,6 +78,7 @@ class QIPOConfig:
     polyak: float = 0.02
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql, ensemble
+    critic_folds: int = 1  # ensemble: parts of the episodes, each with members of its own
     # Acting.
     action_selection: str = "sample"  # best, mean: of num_candidates sampled actions
     num_candidates: int = 16
@@ -117,7 +121,7 @@ class QIPOConfig:
             checks.check_choice(name, getattr(self, name), choices)
         for minimum, names in (
             (1, "batch_size sample_steps support_size renew_every behavior_steps critic_steps"),
-            (1, "policy_steps log_every checkpoint_every eval_episodes num_critics n_step"),
+            (1, "policy_steps log_every checkpoint_every eval_episodes num_critics n_step critic_folds"),
             (1, "num_candidates"),
             (0, "behavior_batch_size critic_batch_size policy_batch_size max_transitions"),
             (0, "eval_every eval_sample_steps"),
@@ -133,7 +137,7 @@ class QIPOConfig:
             for width in getattr(self, name):
                 checks.check_integer(name, width, 1)
         rates = "behavior_learning_rate critic_learning_rate policy_learning_rate"
-        for name in f"beta beta_q max_grad_norm pessimism {rates}".split():
+        for name in f"beta beta_q guard max_grad_norm pessimism {rates}".split():
             checks.check_number(name, getattr(self, name), minimum=0.0)
         for name in ("learning_rate", "data_copies"):
             checks.check_number(name, getattr(self, name), minimum=0.0, open_minimum=True)
@@ -145,6 +149,11 @@ class QIPOConfig:
             checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=open_minimum)
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
+        if self.critic_folds > self.num_critics:
+            raise ValueError(
+                f"critic_folds: expected at most the {self.num_critics} of num_critics; got "
+                f"{self.critic_folds}"
+            )
         for name, options in self.options.items():
             _check_types(options, f"{name}.")
             if hasattr(options, "validate"):

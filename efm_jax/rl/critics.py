@@ -88,8 +88,8 @@ class SoftmaxQ(Critic):
             raise ValueError("batch.next_actions: expected behavior actions [B, M, A]; got None")
         next_q = self._next_q(target, batch.next_observations, batch.next_actions)
         next_value = jnp.sum(jax.nn.softmax(self.beta_q * next_q, axis=-1) * next_q, axis=-1)
-        errors, q = _temporal_difference(self.q_network, params, batch, next_value)
-        return share_of_mean(errors, axis_name), {"q_mean": global_mean(q, axis_name)}
+        errors, q = _temporal_differences(self.q_network, params, batch, next_value)
+        return share_of_mean(errors.sum(0), axis_name), {"q_mean": global_mean(q, axis_name)}
 
     def _next_q(self, target: Params, observations: Array, actions: Array) -> Array:
         """Q-values ``[B, M]``, for some of the M actions at a time: layers of all would be huge."""
@@ -137,7 +137,8 @@ class IQL(Critic):
         value = self.values(params, batch.observations)
         advantage = self.q_values(target, batch.observations, batch.actions) - value
         next_value = self.values(params, batch.next_observations)
-        errors, q = _temporal_difference(self.q_network, params, batch, next_value)
+        errors, q = _temporal_differences(self.q_network, params, batch, next_value)
+        errors = errors.sum(0)
         aux = {"q_mean": global_mean(q, axis_name), "v_mean": global_mean(value, axis_name)}
         return share_of_mean(errors + _expectile_loss(advantage, self.expectile), axis_name), aux
 
@@ -153,27 +154,46 @@ class EnsembleLCB(Critic):
     ``mean_k A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``:
     the spread of Q itself would also count the members' disagreement about the state, whatever the
     action.
+
+    With folds, member k learns from the episodes of fold ``k mod folds`` alone, so that members of
+    other folds can judge what it chose.
     """
 
     q_network: QEnsemble
     v_network: ValueEnsemble
     expectile: float
     pessimism: float
+    folds: int = 1
 
     @classmethod
     def from_config(cls, config: QIPOConfig) -> "EnsembleLCB":
         dims, layer_norm = config.critic_hidden_dims, config.critic_layer_norm
         v_network = ValueEnsemble(dims, config.num_critics, layer_norm=layer_norm)
-        return cls(_q_network(config), v_network, config.expectile, config.pessimism)
+        numbers = config.expectile, config.pessimism, config.critic_folds
+        return cls(_q_network(config), v_network, *numbers)
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
         return _init_q_and_v(self, key, observation_size, action_size)
 
-    def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
-        """The lower confidence bound of ``Q(s, a)``."""
+    def q_values(
+        self, params: Params, observations: Array, actions: Array, unseen: Array | None = None
+    ) -> Array:
+        """The lower confidence bound of ``Q(s, a)``; of members to which a fold is unseen."""
         values = apply(self.v_network, params["v"], observations)
         advantages = apply(self.q_network, params["q"], observations, actions) - values
-        return values.mean(0) + advantages.mean(0) - self.pessimism * advantages.std(0)
+        members = None
+        if unseen is not None:
+            members = ~self.learns(unseen.reshape(unseen.shape + (1,) * (values.ndim - 2)))
+        spread = self.pessimism * advantages.std(0, where=members)
+        return values.mean(0, where=members) + advantages.mean(0, where=members) - spread
+
+    def learns(self, fold: Array) -> Array:
+        """Whether each member learns from a fold, ``[...] -> [num, ...]``."""
+        return jax.vmap(lambda member: member % self.folds == fold)(jnp.arange(self.q_network.num))
+
+    def members(self, params: Params, observations: Array, actions: Array) -> Array:
+        """``Q(s, a)`` by each member, ``[num, ...]``."""
+        return apply(self.q_network, params["q"], observations, actions)
 
     def values(self, params: Params, observations: Array) -> Array:
         return apply(self.v_network, params["v"], observations).mean(0)
@@ -184,14 +204,16 @@ class EnsembleLCB(Critic):
         value = apply(self.v_network, params["v"], batch.observations)
         target_q = apply(self.q_network, target["q"], batch.observations, batch.actions)
         next_value = apply(self.v_network, params["v"], batch.next_observations)
-        errors, q = _temporal_difference(self.q_network, params, batch, next_value)
-        v_errors = _expectile_loss(target_q - value, self.expectile).sum(0)
+        errors, q = _temporal_differences(self.q_network, params, batch, next_value)
+        errors += _expectile_loss(target_q - value, self.expectile)
+        if self.folds > 1:
+            errors *= self.folds * self.learns(batch.folds)
         aux = {
             "q_mean": global_mean(q, axis_name),
             "v_mean": global_mean(value, axis_name),
             "advantage_std": global_mean((q - value).std(0), axis_name),
         }
-        return share_of_mean(errors + v_errors, axis_name), aux
+        return share_of_mean(errors.sum(0), axis_name), aux
 
 
 # The names of the configuration field `critic`.
@@ -234,16 +256,16 @@ def _init_q_and_v(
     }
 
 
-def _temporal_difference(
+def _temporal_differences(
     network: QEnsemble, params: Params, batch: Batch, next_value: Array
 ) -> tuple[Array, Array]:
-    """Squared errors ``[B]``, summed over the ensemble, and Q-values ``[num, B]``.
+    """Squared errors ``[num, B]`` of an ensemble and its Q-values ``[num, B]``.
 
     ``next_value`` is ``[B]``, or ``[num, B]`` where every member has a target of its own.
     """
     target = batch.rewards + batch.discounts * next_value
     q = apply(network, params["q"], batch.observations, batch.actions)
-    return jnp.sum((q - lax.stop_gradient(target)) ** 2, axis=0), q
+    return (q - lax.stop_gradient(target)) ** 2, q
 
 
 def _expectile_loss(difference: Array, expectile: float) -> Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from efm_jax.data.preprocess import n_step
+from efm_jax.data.preprocess import episode_folds, n_step
 from efm_jax.rl.agents import Agent, AgentParams, State
 from efm_jax.rl.batch import Batch, TiledData, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
@@ -39,6 +39,9 @@ class Hooks:
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
         """The agent's table of this renewal was computed (after a resume: again); ``[K]`` each."""
+
+    def on_guard(self, step: int, summary: dict[str, np.ndarray]) -> None:
+        """The guard kept the policy or went back to that of the last table, ``[K]`` each."""
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         """Means over the chunk that ended at ``step``, ``[K]`` each."""
@@ -72,7 +75,7 @@ def events(agent: Agent, done: Mapping[str, int]) -> Iterator[Event]:
 
     Kinds: ``phase`` begins or continues, ``next_actions`` are computed, ``evaluate`` the policy,
     ``renew`` the table by today's policy or ``restore`` it by that of the last renewal, train a
-    ``chunk``, ``save``.
+    ``chunk``, ``guard`` the policy that came of a table, ``save``.
 
     Args:
       agent: with its configuration.
@@ -97,6 +100,8 @@ def events(agent: Agent, done: Mapping[str, int]) -> Iterator[Event]:
             elif policy and start == first:
                 yield Event("restore", phase, start, start)
             yield Event("chunk", phase, start, stop)
+            if policy and agent.guarded and (stop % renew_every == 0 or stop == total):
+                yield Event("guard", phase, stop, stop)
             if stop % config.checkpoint_every == 0 or stop == total:
                 yield Event("save", phase, stop, stop)
 
@@ -150,18 +155,21 @@ class Trainer:
                 f"data: expected the {part.stop - part.start} of {num_rows} transitions "
                 f"that are this host's; got {data.size}"
             )
-        if config.n_step > 1 and data.size != num_rows:
-            raise ValueError(
-                "n_step: expected 1 where each host holds a part of the data; "
-                f"got {config.n_step}; with parallel=seeds every host holds all of it"
-            )
+        for name in ("n_step", "critic_folds"):
+            if getattr(config, name) > 1 and data.size != num_rows:
+                raise ValueError(
+                    f"{name}: expected 1 where each host holds a part of the data; "
+                    f"got {getattr(config, name)}; with parallel=seeds every host holds all of it"
+                )
         sizes = data.observations.shape[1], data.actions.shape[1]
         self.programs = Programs(config, self.layout, num_rows, *sizes)
         self.agent = self.programs.agent
         self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self.keys)
         targets = n_step(data, config.n_step, config.discount)
-        rows = Batch._make((data.observations, data.actions, *targets, None, None))
+        rows = Batch(data.observations, data.actions, *targets)
+        if config.critic_folds > 1:
+            rows = rows._replace(folds=episode_folds(data, config.critic_folds))
         self.data = self.programs.store(self.layout.put_rows(rows))
         # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}
@@ -215,6 +223,10 @@ class Trainer:
                     support, step, summary = self.renew(state, start, report)
                     data, support = with_tables(data, None, support), None
                     hooks.on_renewal(step, jax.tree.map(np.asarray, get(summary)))
+                elif kind == "guard":
+                    inputs = state, self._device_keys, with_tables(data, None, None)
+                    state, summary = self.programs.guard(*inputs)
+                    hooks.on_guard(start, jax.tree.map(np.asarray, get(summary)))
                 elif kind == "chunk":
                     trained = self._train(phase, start, stop, state, data, pipe)
                     state = state.replace(**{phase: trained})

@@ -47,6 +47,7 @@ class Purpose(enum.IntEnum):
     SUPPORT = 5
     EVALUATION = 6
     POLICY_INIT = 7
+    GUARD = 8
 
 
 class AgentParams(NamedTuple):
@@ -98,6 +99,16 @@ class Agent(abc.ABC):
         self.model = GenerativeModel.from_config(config)
         self.acting_model = GenerativeModel.from_config(config, acting=True)
         self.critic = make_critic(config)
+        if self.guarded and not (config.critic_folds > 1 and hasattr(self.critic, "learns")):
+            raise ValueError(
+                "guard: expected a critic with folds, critic=ensemble and critic_folds at least 2; "
+                f"got critic={config.critic}, critic_folds={config.critic_folds}"
+            )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether critics of other episodes judge what came of every table."""
+        return self.renews and self.config.guard > 0
 
     # An agent's own.
 

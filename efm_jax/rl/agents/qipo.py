@@ -98,7 +98,8 @@ def draw_support(
     noise = draw_noise(key, index, (agent.config.support_size, agent.action_size))
     drawn = agent.model.sample(policy, states, noise)
     actions = jnp.concatenate([batch.actions[:, None], drawn], axis=1)
-    return Support(actions, agent.critic.q_values(critic, states, actions))
+    unseen = {} if batch.folds is None else {"unseen": batch.folds}
+    return Support(actions, agent.critic.q_values(critic, states, actions, **unseen))
 
 
 def weigh_support(
