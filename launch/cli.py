@@ -46,8 +46,8 @@ class Flags:
         """Set the values of all the flags, and absl's; returns what is left of ``argv``."""
         parts = [*(part.values for part in self._shared), flags.FLAGS]
         for part in parts:
-            for name in set(part) - set(self.values):
-                self.values[name] = part[name]
+            if not set(part) <= set(self.values):  # they are there the second time
+                self.values.append_flag_values(part)
         rest = self.values(argv)
         for part in parts:
             part.mark_as_parsed()
@@ -57,7 +57,7 @@ class Flags:
         """List the flags by name, without absl's."""
         every = flags.FlagValues()  # without their modules, by which they would be sorted
         for part in (self, *self._shared):
-            for name in part.values:
+            for name in set(part.values) - set(every) - set(flags.FLAGS):
                 every[name] = part.values[name]
         return every.get_help("  ", include_special_flags=False)
 
