@@ -11,4 +11,4 @@ RUN pip install --no-cache-dir --constraint=requirements.lock ".[mujoco]" && use
 
 USER 1000
 WORKDIR /home/qipo
-ENTRYPOINT ["python", "-m", "launch.train"]
+ENTRYPOINT ["efm-train"]

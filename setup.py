@@ -1,8 +1,9 @@
 """Package definition; requirements.txt is the one place that names versions of run-time needs."""
 
+import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -50,23 +51,60 @@ TEST = [
     "pyright[nodejs]>=1.1.400,<2",  # lint: types; with node in a wheel
     "pandas-stubs>=2.2,<4",  # types of pandas, for pyright
     "pyyaml>=6,<7",  # reads the job files of clusters
+    "build>=1.2,<2",  # make wheel: sdist and wheel
+    "setuptools>=77,<90",  # make wheel, without a download; what setup.py says, in a test
     *ROBOTICS,
     *VIDEO,
     *EXPORT,
     *STUDY,
 ]
 
+# The checkout's launch/ and experiments/configs/ are installed inside efm_jax, because packages of
+# other people are called launch and experiments too.
+PLACES = {"efm_jax.launch": "launch", "efm_jax.experiments": "experiments"}
+PACKAGES = [
+    *find_packages(include=["efm_jax", "efm_jax.*"]),
+    *(f"efm_jax.{name}" for name in find_packages(include=["launch", "launch.*"])),
+    *(f"efm_jax.{name}" for name in find_namespace_packages(include=["experiments.configs*"])),
+]
+COMMANDS = ("train", "evaluate", "inspect", "collect", "export", "sweep", "reproduce")
+
 setup(
     name="efm-jax",
-    version="0.1.0",
+    version=re.findall('__version__ = "(.*)"', (HERE / "efm_jax/__init__.py").read_text())[0],
     description="Energy-weighted flow matching and diffusion, and QIPO offline RL, in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    # No address of the source: it has no public one yet.
+    project_urls={"Paper": "https://arxiv.org/abs/2503.04975"},
+    keywords=["flow matching", "diffusion", "offline reinforcement learning", "jax"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["efm_jax", "efm_jax.*", "launch", "launch.*", "experiments", "experiments.*"]
-    ),
-    package_data={"efm_jax": ["py.typed"], "launch.report": ["report.html.j2", "style.css"]},
+    packages=PACKAGES,
+    package_dir=PLACES,
+    package_data={
+        "efm_jax": ["py.typed"],
+        "efm_jax.launch": ["cluster/*"],
+        "efm_jax.launch.report": ["report.html.j2", "style.css"],
+    },
+    entry_points={
+        "console_scripts": [
+            *(f"efm-{name} = efm_jax.launch.{name}:command" for name in COMMANDS),
+            "efm-report = efm_jax.launch.report.__main__:command",
+        ]
+    },
     install_requires=requirements(),
     extras_require={
         "mujoco": MUJOCO,

@@ -27,5 +27,6 @@ def leave(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-if sys.argv[0] == "-m":  # Python has not found the entry point yet: its imports take seconds
+# Python has not found the entry point yet, or a console script loads it: its imports take seconds.
+if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]).startswith("efm-"):
     stop_at(leave)

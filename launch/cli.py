@@ -1,6 +1,7 @@
 """What the entry points share: flags, exit statuses and one-line errors."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -12,18 +13,58 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-import launch
 from efm_jax.errors import reason
 from efm_jax.runs.plugins import load_plugins
 
+from . import leave, stop_at
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-# Where the presets are: the repository, or the folder that this package is installed in.
+# Where experiments/configs is: the repository, or efm_jax where that is installed.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+class Flags:
+    """Flags in a set of their own, because two commands may give one name two meanings.
+
+    Args:
+      *shared: sets of other modules that belong to the command too.
+    """
+
+    def __init__(self, *shared: "Flags"):
+        self._shared, self.values = shared, flags.FlagValues()
+        own = {"flag_values": self.values}
+        self.string = functools.partial(flags.DEFINE_string, **own)
+        self.integer = functools.partial(flags.DEFINE_integer, **own)
+        self.float = functools.partial(flags.DEFINE_float, **own)
+        self.bool = functools.partial(flags.DEFINE_bool, **own)
+        self.enum = functools.partial(flags.DEFINE_enum, **own)
+        self.list = functools.partial(flags.DEFINE_list, **own)
+        self.multi_string = functools.partial(flags.DEFINE_multi_string, **own)
+
+    def parse(self, argv: Sequence[str]) -> list[str]:
+        """Set the values of all the flags, and absl's; returns what is left of ``argv``."""
+        parts = [*(part.values for part in self._shared), flags.FLAGS]
+        for part in parts:
+            if not set(part) <= set(self.values):  # they are there the second time
+                self.values.append_flag_values(part)
+        rest = self.values(argv)
+        for part in parts:
+            part.mark_as_parsed()
+        return rest
+
+    def help(self) -> str:
+        """List the flags by name, without absl's."""
+        every = flags.FlagValues()  # without their modules, by which they would be sorted
+        for part in (self, *self._shared):
+            for name in set(part.values) - set(every) - set(flags.FLAGS):
+                every[name] = part.values[name]
+        return every.get_help("  ", include_special_flags=False)
+
+
+FLAGS = Flags()
 _FIRST = "Modules to import first: they register paths, losses, critics, agents."
-PLUGINS = flags.DEFINE_list("plugins", [], _FIRST)
+PLUGINS = FLAGS.list("plugins", [], _FIRST)
 
 
 class UsageError(Exception):
@@ -42,23 +83,33 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def run(main: Callable[[list[str]], int], defaults: Mapping[str, str] | None = None) -> None:
-    """Parse flags, call ``main`` and exit with its status.
+def command(
+    main: Callable[[list[str]], int], own: Flags, defaults: Mapping[str, str] | None = None
+) -> Callable[[], None]:
+    """Make the command that parses flags, calls ``main`` and exits with its status.
 
     Args:
       main: takes what is left of the command line, returns the exit status.
+      own: the command's flags.
       defaults: values of flags that are parsed as if they had been given.  ml_collections reads a
         default of its own while the flag is being defined, where a bad override could not be
         caught.
     """
-    launch.stop_at(launch.leave)
-    # Orbax logs the traceback of what it raises, from several threads.
-    logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = _ignore_closed_loops
-    # Libraries' deprecation notices are for us, not for a user of the launcher.
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    app.run(_guard(main), flags_parser=lambda argv: _parse(argv, defaults or {}))
+
+    def run() -> None:
+        stop_at(leave)
+        # Orbax logs the traceback of what it raises, from several threads.
+        logging.set_verbosity(logging.FATAL)
+        sys.unraisablehook = _ignore_closed_loops
+        # Libraries' deprecation notices are for us, not for a user of the launcher.
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        documentation = sys.modules[main.__module__].__doc__ or ""
+        app.run(
+            _guard(main), flags_parser=lambda argv: _parse(argv, own, documentation, defaults or {})
+        )
+
+    return run
 
 
 def _ignore_closed_loops(unraisable: Any) -> None:
@@ -67,16 +118,20 @@ def _ignore_closed_loops(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
-    if any(arg in ("-h", "--h", "-help", "--help") for arg in argv[1:]):
-        sys.stdout.write(_help())
+def _parse(
+    argv: list[str], own: Flags, documentation: str, defaults: Mapping[str, str]
+) -> list[str]:
+    if any(re.fullmatch("--?h(elp(full|short)?)?", arg) for arg in argv[1:]):
+        if program().startswith("efm-"):
+            documentation = documentation.replace("python -m launch.", "efm-")
+        print(f"{documentation.strip()}\n\nFlags:\n{own.help()}")
         sys.exit(0)
     missing = [
         f"--{name}={value}"
         for name, value in defaults.items()
         if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
     ]
-    argv = _find_preset([argv[0], *missing, *argv[1:]])
+    argv = _find_presets([argv[0], *missing, *argv[1:]])
     try:
         # First, because a preset or a field of the configuration may be a plugin's.
         load_plugins(plugins_of(argv))
@@ -84,7 +139,7 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         _complain(error)
         sys.exit(EXIT_USAGE)
     try:
-        rest = flags.FLAGS(argv)
+        rest = own.parse(argv)
     except flags.Error as error:
         _complain(error)
         sys.exit(EXIT_USAGE)
@@ -111,18 +166,28 @@ def plugins_of(argv: Sequence[str]) -> list[str]:
     return []
 
 
-def _find_preset(argv: list[str]) -> list[str]:
-    """The command line with the full path of a preset that is not here, but under ``ROOT``."""
-    argv = list(argv)
+def find_preset(name: str) -> str:
+    """Find a preset's file: ``name`` itself, else under ``ROOT``, else that of a bare name there.
+
+    Args:
+      name: a path, or the name of a preset of ours such as ``qipo_diff`` or ``d4rl/antmaze``.
+
+    Returns:
+      The path, or ``name`` where there is no such file.
+    """
+    places = (pathlib.Path(name), ROOT / name, ROOT / "experiments" / "configs" / f"{name}.py")
+    return next((str(place) for place in places if place.is_file()), name)
+
+
+def _find_presets(argv: list[str]) -> list[str]:
+    """The command line with every preset's path."""
     for i in range(1, len(argv)):
         name, equals, value = argv[i].partition("=")
         if name.lstrip("-") != "config":
             continue
         place, start = (i, f"{name}=") if equals else (i + 1, "")
-        value = value if equals else "".join(argv[place : place + 1])
-        installed = os.path.join(ROOT, value)  # the path itself if it is absolute
-        if not os.path.exists(value) and os.path.isfile(installed):
-            argv[place] = start + installed
+        for given in [value] if equals else argv[place : place + 1]:
+            argv[place] = start + find_preset(given)
     return argv
 
 
@@ -163,15 +228,6 @@ def _reason(error: Exception, argv: list[str]) -> str:
     return text if " " in text else f"{type(error).__name__}: {text!r}"
 
 
-def _help() -> str:
-    """The entry point's own documentation and flags; --helpfull lists the libraries' too."""
-    documentation = (sys.modules["__main__"].__doc__ or "").strip()
-    own_flags = (
-        flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]
-    )  # without the module's path
-    return f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
-
-
 def check_backend() -> None:
     """Start JAX's devices; a ``ValueError`` where what ``JAX_PLATFORMS`` asks for is not here."""
     try:
@@ -197,11 +253,16 @@ def _guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
     return guarded
 
 
-def say(text: str) -> None:
-    """Print one line to the standard error, with the command's name before it."""
+def program() -> str:
+    """The command's name, as it was started: ``launch.train``, or the console script efm-train."""
     path = pathlib.Path(sys.argv[0])  # of a package, its __main__.py
     name = path.parent.name if path.stem == "__main__" else path.stem
-    print(f"launch.{name}: {text}", file=sys.stderr, flush=True)
+    return name if name.startswith("efm-") else f"launch.{name}"
+
+
+def say(text: str) -> None:
+    """Print one line to the standard error, with the command's name before it."""
+    print(f"{program()}: {text}", file=sys.stderr, flush=True)
 
 
 def _complain(error: object) -> None:

@@ -17,7 +17,6 @@ import time
 
 import gymnasium
 import numpy as np
-from absl import flags
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks, load_policy
@@ -32,19 +31,18 @@ from efm_jax.envs import (
     specs,
 )
 from efm_jax.runs.workdir import RunInfo, resolve
-from launch import cli, datasets
 
-_POLICY = flags.DEFINE_string("policy", None, "random, waypoints, or a run's work directory.")
-_DATASET = flags.DEFINE_string("dataset", None, "Minari id; by default efm/ENV/POLICY-v0.")
-_EPISODES = flags.DEFINE_integer("episodes", None, "How many episodes to record.", 1)
-_STEPS = flags.DEFINE_integer("steps", None, "Least steps, not --episodes; default: 100,000.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 - 1)
+from . import cli, datasets
+
+FLAGS = cli.Flags(cli.FLAGS, datasets.FLAGS)
+_POLICY = FLAGS.string("policy", None, "random, waypoints, or a run's work directory.")
+_DATASET = FLAGS.string("dataset", None, "Minari id; by default efm/ENV/POLICY-v0.")
+_EPISODES = FLAGS.integer("episodes", None, "How many episodes to record.", 1)
+_STEPS = FLAGS.integer("steps", None, "Least steps, not --episodes; default: 100,000.", 1)
+_SEED = FLAGS.integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 - 1)
 _NOISE_HELP = """Standard deviation of Gaussian noise on actions, in units of half their range;
 waypoints: its mean over episodes, by default 0.5; a work directory: by default 0."""
-_NOISE = flags.DEFINE_float("noise", None, _NOISE_HELP)
-
-flags.adopt_module_key_flags(cli)
-flags.adopt_module_key_flags(datasets)
+_NOISE = FLAGS.float("noise", None, _NOISE_HELP)
 
 _DEFAULT_STEPS = 100_000
 _DEFAULT_NOISE = 0.5  # of waypoints; D4RL's
@@ -186,5 +184,7 @@ def _expert(env: gymnasium.Env) -> play.Act | None:
     return pendulum.expert if spec.id == pendulum.ENVIRONMENT else None
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -4,17 +4,18 @@ import os
 import sys
 import time
 
-from absl import flags
-
 from efm_jax.rl.memory import Memory
 from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import chunk_lengths
 from efm_jax.training import compiled, machines
 
-COMPILE_ONLY = flags.DEFINE_bool(
+from .cli import Flags
+
+FLAGS = Flags()
+COMPILE_ONLY = FLAGS.bool(
     "compile_only", False, "Compile everything that the run will need, say what it takes, and stop."
 )
-TOPOLOGY = flags.DEFINE_string(
+TOPOLOGY = FLAGS.string(
     "topology",
     None,
     "With --compile_only: a machine that need not be here, such as v6e:4x4 or h100 "

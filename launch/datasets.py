@@ -2,24 +2,25 @@
 
 import os
 
-from absl import flags
-
 from efm_jax.data import Folders
 from efm_jax.envs import specs
 
-ENV = flags.DEFINE_string(
+from .cli import Flags
+
+FLAGS = Flags()
+ENV = FLAGS.string(
     "env",
     None,
     "Gymnasium id to evaluate in, as for gymnasium.make (module:Name-v0 imports the module), "
     "instead of the one that the dataset or the run names.",
 )
-MAX_EPISODE_STEPS = flags.DEFINE_integer(
+MAX_EPISODE_STEPS = FLAGS.integer(
     "max_episode_steps",
     None,
     "Steps of an evaluated episode, instead of the dataset's or the environment's.",
     1,
 )
-_ALLOW_ENV = flags.DEFINE_list(
+_ALLOW_ENV = FLAGS.list(
     "allow_env",
     [],
     "Packages whose environments a dataset or a run may name, beside Gymnasium's, Gymnasium "

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 from etils import epath
 
 from efm_jax.envs import EvaluationError, Rollouts, dataset_references, specs
@@ -40,21 +39,21 @@ from efm_jax.runs.lock import Lock, LockedError
 from efm_jax.runs.metrics import write_evaluation
 from efm_jax.runs.reader import Run, read_evaluations
 from efm_jax.runs.workdir import RunInfo, resolve
-from launch import cli, datasets
-from launch.evaluation import print_report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
+from . import cli, datasets
+from .evaluation import print_report
+
+FLAGS = cli.Flags(cli.FLAGS, datasets.FLAGS)
+_WORKDIR = FLAGS.string("workdir", None, "The work directory of launch.train.")
 _SAME = "by default as in training."
-_EPISODES = flags.DEFINE_integer("episodes", None, f"Episodes per seed; {_SAME}", 1)
-_SOLVER = flags.DEFINE_enum("solver", None, SOLVERS, f"Solver of the sampler; {_SAME}")
-_SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", None, f"Its steps; {_SAME}", 1)
+_EPISODES = FLAGS.integer("episodes", None, f"Episodes per seed; {_SAME}", 1)
+_SOLVER = FLAGS.enum("solver", None, SOLVERS, f"Solver of the sampler; {_SAME}")
+_SAMPLE_STEPS = FLAGS.integer("sample_steps", None, f"Its steps; {_SAME}", 1)
 _SELECTION_HELP = f"Which sampled action is played; {_SAME}"
-_SELECTION = flags.DEFINE_enum("action_selection", None, ACTION_SELECTIONS, _SELECTION_HELP)
+_SELECTION = FLAGS.enum("action_selection", None, ACTION_SELECTIONS, _SELECTION_HELP)
 _CANDIDATES_HELP = f"Actions that best and mean sample; {_SAME}"
-_CANDIDATES = flags.DEFINE_integer("num_candidates", None, _CANDIDATES_HELP, 1)
-_VIDEO = flags.DEFINE_string("video", None, "An .mp4 or .gif to record (needs the extra video).")
-flags.adopt_module_key_flags(cli)
-flags.adopt_module_key_flags(datasets)
+_CANDIDATES = FLAGS.integer("num_candidates", None, _CANDIDATES_HELP, 1)
+_VIDEO = FLAGS.string("video", None, "An .mp4 or .gif to record (needs the extra video).")
 
 
 def main(_: list[str]) -> int:
@@ -164,5 +163,7 @@ def _write(
         lock.close()
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

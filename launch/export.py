@@ -13,19 +13,20 @@ or run.
 
 import json
 
-from absl import flags
 from etils import epath
 
 from efm_jax.files import write_whole
 from efm_jax.runs.export import export_policy
 from efm_jax.runs.workdir import resolve
-from launch import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of launch.train.")
-_OUT = flags.DEFINE_string("out", None, "The file; default: WORKDIR/policy.jax_export.")
-_NAME = flags.DEFINE_enum("name", "policy", ("policy", "behavior"), "What acts.")
-_SEED_INDEX = flags.DEFINE_integer("seed_index", 0, "Which of the run's training seeds, from 0.", 0)
-_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")
+from . import cli
+
+FLAGS = cli.Flags(cli.FLAGS)
+_WORKDIR = FLAGS.string("workdir", None, "The work directory of launch.train.")
+_OUT = FLAGS.string("out", None, "The file; default: WORKDIR/policy.jax_export.")
+_NAME = FLAGS.enum("name", "policy", ("policy", "behavior"), "What acts.")
+_SEED_INDEX = FLAGS.integer("seed_index", 0, "Which of the run's training seeds, from 0.", 0)
+_PLATFORMS = FLAGS.list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")
 
 
 def main(_: list[str]) -> int:
@@ -48,5 +49,7 @@ def main(_: list[str]) -> int:
     return 0
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -9,18 +9,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
 from etils import epath
 
 from efm_jax.data import BUILTIN_DATASET, DATASET_SOURCES, load_dataset, summarize
 from efm_jax.data.summary_plot import draw_summary
 from efm_jax.envs import dataset_references, normalized_score
 from efm_jax.files import write_whole
-from launch import cli, datasets
 
-_DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_PLOT = flags.DEFINE_string("plot", None, "A .png file for the picture, local or gs://.")
-flags.adopt_module_key_flags(datasets)
+from . import cli, datasets
+
+FLAGS = cli.Flags(datasets.FLAGS)
+_DATASET = FLAGS.string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
+_PLOT = FLAGS.string("plot", None, "A .png file for the picture, local or gs://.")
 
 _STATS = ("min", "q25", "median", "mean", "q75", "max")
 _MOST_DIMENSIONS = 12  # rows of a table on the screen; the JSON has all
@@ -104,5 +104,7 @@ def _short(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

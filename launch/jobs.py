@@ -19,21 +19,23 @@ from concurrent import futures
 from typing import Any
 
 import pandas as pd
-from absl import flags
 from etils import epath
 from tqdm import tqdm
 
 from efm_jax.files import write_whole
 from efm_jax.runs.reader import read_result
 from efm_jax.runs.workdir import RESULT_FILE, check_name
-from launch import cli
 
-ROOT = flags.DEFINE_string("root", "runs/sweep", "Folder of the work directories, logs and tables.")
-_TRAIN_FLAGS = flags.DEFINE_string("train_flags", "", "More flags of launch.train, as in a shell.")
+from . import cli
+
+FLAGS = cli.Flags()
+_ROOT_HELP = "Folder of the work directories, logs and tables; default: runs/COMMAND."
+_ROOT = FLAGS.string("root", None, _ROOT_HELP)
+_TRAIN_FLAGS = FLAGS.string("train_flags", "", "More flags of launch.train, as in a shell.")
 _ROOM = "Jobs at a time. A TPU host has room for one; jobs share a GPU's memory as JAX is told."
-_WORKERS = flags.DEFINE_integer("workers", 1, _ROOM, 1)
-_JOBS = flags.DEFINE_string("jobs", None, "Only write the commands that are left to this file.")
-_COLLECT = flags.DEFINE_bool("collect", False, "Only write the tables of the jobs that are done.")
+_WORKERS = FLAGS.integer("workers", 1, _ROOM, 1)
+_JOBS = FLAGS.string("jobs", None, "Only write the commands that are left to this file.")
+_COLLECT = FLAGS.bool("collect", False, "Only write the tables of the jobs that are done.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class Job:
 
     def command(self) -> list[str]:
         """Build the command line that runs the job, or continues it."""
-        return ["python", "-m", "launch.train", *self.flags, f"--workdir={self.workdir}"]
+        return ["python", "-m", f"{__package__}.train", *self.flags, f"--workdir={self.workdir}"]
 
 
 def join_name(*parts: str, unlike: Sequence[str]) -> str:
@@ -90,13 +92,14 @@ def join_name(*parts: str, unlike: Sequence[str]) -> str:
     return "-".join(words)
 
 
-def read_root() -> epath.Path:
+def read_root(default: str) -> epath.Path:
     """Read --root; a ``ValueError`` if that folder does not allow what --jobs, --collect ask."""
+    name = _ROOT.value or default
     if _JOBS.value is not None and _COLLECT.value:
         raise ValueError("--jobs, --collect: give one of them")
-    root = epath.Path(ROOT.value).expanduser()
+    root = epath.Path(name).expanduser()
     check_name(root)
-    if "://" in ROOT.value and _JOBS.value is None and not _COLLECT.value:
+    if "://" in name and _JOBS.value is None and not _COLLECT.value:
         raise ValueError(
             f"--root={root}: expected a local or shared folder to run in; see --jobs, --collect"
         )
@@ -122,7 +125,6 @@ def read_train_flags(own: Collection[str]) -> list[str]:
 
 
 def run_and_collect(
-    program: str,
     read_jobs: Callable[[], Sequence[Job]],
     columns: Sequence[str],
     read_row: Callable[[Job], Mapping[str, Any]],
@@ -131,7 +133,6 @@ def run_and_collect(
     """Do what the flags ask of many jobs: run or list what is left of them, write their tables.
 
     Args:
-      program: the entry point's name.
       read_jobs: reads the jobs, at least one, from the flags.
       columns: of results.csv, the integers ``seeds`` and ``steps`` among them.
       read_row: reads a job's cells; those that are missing stay empty.
@@ -166,13 +167,13 @@ def run_and_collect(
     for job, status in failed.items():
         log = job.log.read_bytes().decode(errors="replace").strip()
         last = log.splitlines()[-1] if log else "no output"
-        print(f"{program}: failed with exit status {status}: {job.log}: {last}", file=sys.stderr)
+        cli.say(f"failed with exit status {status}: {job.log}: {last}")
     done = sum(job.done for job in jobs)
     line |= {"done": done, "failed": len(failed), "results": str(root / "results.csv")}
     print(f"\n{text}\n{json.dumps(line)}")
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        print(f"{program}: stopped by {name}; the same command continues", file=sys.stderr)
+        cli.say(f"stopped by {name}; the same command continues")
         return 128 + stopped_by
     return cli.EXIT_FAILED if failed else 0
 

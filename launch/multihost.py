@@ -3,28 +3,27 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import flags
 from jax.experimental import multihost_utils
 
-import launch
 from efm_jax.training import hosts
-from launch import cli
+
+from . import cli, stop_at
 
 # A host that says nothing for so long is taken for dead, and the others stop.
 _HEARTBEAT_SECONDS = 30
-_EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 
+FLAGS = cli.Flags()
 _HOSTS = "One of several hosts that run this command; found by themselves on TPU, GKE, Slurm."
 _ELSE = "where hosts are not found."
-_MULTIHOST = flags.DEFINE_bool("multihost", False, _HOSTS)
-flags.DEFINE_string("coordinator_address", None, f"HOST:PORT of process 0, {_ELSE}")
-flags.DEFINE_integer("num_processes", None, f"Number of hosts, {_ELSE}", 1)
-flags.DEFINE_integer("process_id", None, f"Number of this host, from 0, {_ELSE}", 0)
+_MULTIHOST = FLAGS.bool("multihost", False, _HOSTS)
+_ADDRESS = FLAGS.string("coordinator_address", None, f"HOST:PORT of process 0, {_ELSE}")
+_COUNT = FLAGS.integer("num_processes", None, f"Number of hosts, {_ELSE}", 1)
+_INDEX = FLAGS.integer("process_id", None, f"Number of this host, from 0, {_ELSE}", 0)
+_EXPLICIT = (_ADDRESS, _COUNT, _INDEX)
 
 
 @contextlib.contextmanager
@@ -42,18 +41,17 @@ def joined() -> Iterator[None]:
             cli.check_backend()
         yield
     except RuntimeError as error:
-        if not _MULTIHOST.value and flags.FLAGS["coordinator_address"].value is None:
+        if not _MULTIHOST.value and _ADDRESS.value is None:
             raise
         reason = " ".join(str(error).split())[:300]
         cause = "another host stopped or cannot be reached, or this one cannot go on"
-        print(f"launch.train: failed: {cause}: {reason}", file=sys.stderr)
-        sys.stderr.flush()
+        cli.say(f"failed: {cause}: {reason}")
         # A normal exit would wait for the lost host.
         os._exit(cli.EXIT_FAILED)
 
 
 def _join() -> None:
-    explicit: dict[str, Any] = {name: flags.FLAGS[name].value for name in _EXPLICIT}
+    explicit: dict[str, Any] = {flag.name: flag.value for flag in _EXPLICIT}
     missing = [name for name, value in explicit.items() if value is None]
     if len(missing) == len(explicit):
         if not _MULTIHOST.value:
@@ -61,7 +59,7 @@ def _join() -> None:
         explicit = {}
     elif missing:
         raise ValueError(
-            f"--{missing[0]}: needed with the others of {', '.join(f'--{n}' for n in _EXPLICIT)}"
+            f"--{missing[0]}: needed with the others of {', '.join(f'--{n}' for n in explicit)}"
         )
     elif explicit["process_id"] >= explicit["num_processes"]:
         raise ValueError(
@@ -104,10 +102,10 @@ class StopSignal:
         self._received, self._asked = False, 0
         self.number: int = signal.SIGTERM  # what was received
         if hosts.count() == 1:
-            launch.stop_at(self._on_signal)
+            stop_at(self._on_signal)
         else:
             others = (signal.SIGINT, signal.SIGHUP)
-            launch.stop_at(lambda *_: os.kill(os.getpid(), signal.SIGTERM), others)
+            stop_at(lambda *_: os.kill(os.getpid(), signal.SIGTERM), others)
 
     def _on_signal(self, number: int, _: Any) -> None:
         # The first counts: schedulers and terminals send several.

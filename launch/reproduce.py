@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from absl import flags
 
 from efm_jax.data.d4rl_files import D4RL_FILES
 from efm_jax.envs import dataset_references, mean_and_interval, normalized_score
 from efm_jax.runs.reader import RETURN_COLUMNS, Run
-from launch import cli, jobs
+
+from . import cli, jobs
 
 LOCOMOTION = tuple(
     f"{body}-{data}-v2"
@@ -73,19 +73,18 @@ Normalized scores: 0 random, 100 expert; mean over training seeds (95% interval 
   scores are of D4RL's own.  A score is the share of episodes that reach the goal.
 """
 
-_TASKS = flags.DEFINE_list("tasks", list(_GROUPS), "Names of D4RL's tasks, or locomotion, antmaze.")
-_NAMES = flags.DEFINE_list("algorithms", list(_ALGORITHMS), "Of qipo_ot and qipo_diff.")
-_SEEDS = flags.DEFINE_integer("seeds", 8, "Training runs of each job, seeds 0, 1, ...", 1)
-_FILES = flags.DEFINE_string(
+FLAGS = cli.Flags(jobs.FLAGS)
+_TASKS = FLAGS.list("tasks", list(_GROUPS), "Names of D4RL's tasks, or locomotion, antmaze.")
+_NAMES = FLAGS.list("algorithms", list(_ALGORITHMS), "Of qipo_ot and qipo_diff.")
+_SEEDS = FLAGS.integer("seeds", 8, "Training runs of each job, seeds 0, 1, ...", 1)
+_FILES = FLAGS.string(
     "files", None, "Folder of locomotion files, with the names that D4RL gave them or TASK.hdf5."
 )
-flags.adopt_module_key_flags(jobs)
-flags.set_default(jobs.ROOT, "runs/reproduce")
 
 
 def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
-    return jobs.run_and_collect("launch.reproduce", _read_jobs, _COLUMNS, _read_row, _markdown)
+    return jobs.run_and_collect(_read_jobs, _COLUMNS, _read_row, _markdown)
 
 
 def _read_jobs() -> list[jobs.Job]:
@@ -93,7 +92,7 @@ def _read_jobs() -> list[jobs.Job]:
     tasks = [task for name in _TASKS.value for task in _GROUPS.get(name, (name,))]
     _check_names("tasks", tasks, (*LOCOMOTION, *ANTMAZE), _GROUPS)
     _check_names("algorithms", _NAMES.value, _ALGORITHMS)
-    root, train_flags = jobs.read_root(), jobs.read_train_flags(_OWN_FLAGS)
+    root, train_flags = jobs.read_root("runs/reproduce"), jobs.read_train_flags(_OWN_FLAGS)
     seeds, listed = _SEEDS.value, []
     for task, algorithm in itertools.product(tasks, _NAMES.value):
         preset = "antmaze" if task in ANTMAZE else "locomotion"
@@ -191,5 +190,7 @@ def _markdown(table: pd.DataFrame) -> str:
     return f"{jobs.to_markdown(shown)}\n\n{''.join(lines)}\n{_NOTES}"
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

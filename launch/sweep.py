@@ -24,13 +24,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from absl import flags
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.envs import mean_and_interval
 from efm_jax.runs.reader import read_result
-from launch import cli, jobs
-from launch.jobs import Job
+
+from . import cli, jobs
+from .jobs import Job
 
 _PRESET = "experiments/configs/qipo_ot.py"
 _PRESETS = cli.ROOT / "experiments" / "configs"
@@ -50,15 +50,15 @@ _NOTE = """\
 Mean (95% interval over jobs, or over the seeds of a single job). Score: 0 random, 100 expert.
 """
 
-_DATASETS = flags.DEFINE_list("datasets", [BUILTIN_DATASET], "Values of launch.train's --dataset.")
-_CONFIGS = flags.DEFINE_list("configs", [_PRESET], "Values of launch.train's --config.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Values of launch.train's --seed.")
-flags.adopt_module_key_flags(jobs)
+FLAGS = cli.Flags(jobs.FLAGS)
+_DATASETS = FLAGS.list("datasets", [BUILTIN_DATASET], "Values of launch.train's --dataset.")
+_CONFIGS = FLAGS.list("configs", [_PRESET], "Values of launch.train's --config.")
+_SEEDS = FLAGS.list("seeds", ["0"], "Values of launch.train's --seed.")
 
 
 def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
-    return jobs.run_and_collect("launch.sweep", _read_jobs, _COLUMNS, _read_row, _markdown)
+    return jobs.run_and_collect(_read_jobs, _COLUMNS, _read_row, _markdown)
 
 
 def _read_jobs() -> list[Job]:
@@ -68,9 +68,9 @@ def _read_jobs() -> list[Job]:
             raise ValueError(
                 f"--{flag.name}: expected values with commas between; got {flag.value}"
             )
-    root = jobs.read_root()
+    root = jobs.read_root("runs/sweep")
     for config in _CONFIGS.value:
-        problem = cli.preset_problem(config) and cli.preset_problem(str(cli.ROOT / config))
+        problem = cli.preset_problem(cli.find_preset(config))
         if problem is not None:
             raise ValueError(f"--configs={config}: {problem}")
     train_flags = jobs.read_train_flags(_OWN_FLAGS)
@@ -78,15 +78,14 @@ def _read_jobs() -> list[Job]:
     for dataset, config, seed in itertools.product(
         _DATASETS.value, _CONFIGS.value, _read_seeds(train_flags)
     ):
-        file, preset = pathlib.Path(dataset), pathlib.Path(config)
+        file, preset = pathlib.Path(dataset), pathlib.Path(cli.find_preset(config)).resolve()
         parts, unlike = [dataset, preset.stem, f"seed{seed}"], list(train_flags)
         # Datasets of one file name are told apart by the folder, and so are presets.
         if file.suffix in (".hdf5", ".h5", ".npz"):
             parts[0] = file.stem
             unlike.append(dataset if "://" in dataset else os.path.abspath(file.expanduser()))
-        place = preset if preset.exists() else cli.ROOT / preset  # as launch.train finds it
-        if place.resolve().parent != _PRESETS.resolve():
-            unlike.append(str(place.resolve()))
+        if preset.parent != _PRESETS.resolve():
+            unlike.append(str(preset))
         labels = {"dataset": dataset, "config": config, "seed": seed}
         own = [f"--{name}={value}" for name, value in labels.items()]
         name = jobs.join_name(*parts, unlike=unlike)
@@ -156,5 +155,7 @@ def _mean(done: pd.DataFrame, name: str) -> str:
     return jobs.estimate(mean, *interval)
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -66,31 +65,27 @@ from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import MODES, SHARDINGS, Layout
 from efm_jax.types import Dataset, Normalizer, Transitions, one_host
-from launch import cli, compilation, datasets, multihost
-from launch.evaluation import print_report
+
+from . import cli, compilation, datasets, multihost
+from .evaluation import print_report
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 # A random key keeps 32 bits of its seed: a larger one would repeat the run of a smaller one.
 _MAX_SEED = 2**32 - 1
 
-_DATASET = flags.DEFINE_string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
-_CONFIG_HELP = f"Preset, a .py file here or in the installation; default: {_DEFAULT_PRESET.name}."
-_CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "For results; default: runs/ALGORITHM-DATASET-SEED."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
+FLAGS = cli.Flags(cli.FLAGS, compilation.FLAGS, datasets.FLAGS, multihost.FLAGS)
+_DATASET = FLAGS.string("dataset", BUILTIN_DATASET, f"One of\n{DATASET_SOURCES}")
+_CONFIG_HELP = "Preset: a .py file, or the name of one in experiments/configs; default: qipo_ot."
+_CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, FLAGS.values)
+_WORKDIR = FLAGS.string("workdir", None, "For results; default: runs/ALGORITHM-DATASET-SEED.")
+_SEED = FLAGS.integer("seed", 0, "Root seed of the first training run.", 0, _MAX_SEED)
 _PARALLEL_HELP = "Over devices: data splits batches and dataset, seeds spreads whole seeds."
-_PARALLEL = flags.DEFINE_enum("parallel", "data", MODES, _PARALLEL_HELP)
+_PARALLEL = FLAGS.enum("parallel", "data", MODES, _PARALLEL_HELP)
 _SHARDING_HELP = "How programs are put on devices: pmap, or jit with a mesh; the same numbers."
-_SHARDING = flags.DEFINE_enum("sharding", "pmap", SHARDINGS, _SHARDING_HELP)
-flags.adopt_module_key_flags(cli)
-flags.adopt_module_key_flags(compilation)
-flags.adopt_module_key_flags(datasets)
-flags.adopt_module_key_flags(multihost)
+_SHARDING = FLAGS.enum("sharding", "pmap", SHARDINGS, _SHARDING_HELP)
 _STOP_HELP = "Save and stop where an evaluation fails, instead of recording it and going on."
-_STOP = flags.DEFINE_bool("stop_on_failed_evaluation", False, _STOP_HELP)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
+_STOP = FLAGS.bool("stop_on_failed_evaluation", False, _STOP_HELP)
+_NUM_SEEDS = FLAGS.integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
 
 
 def main(_: list[str]) -> int:
@@ -108,7 +103,7 @@ def main(_: list[str]) -> int:
 @multihost.agreed_errors()
 def _read_config() -> QIPOConfig:
     datasets.allow_environments()
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = config_flags.get_config_filename(FLAGS.values["config"])
     problem = cli.preset_problem(path)
     if problem is not None:
         raise ValueError(f"--config={path}: {problem}")
@@ -319,7 +314,7 @@ class _Run(Hooks):
 
     def _say(self, text: str) -> None:
         if self._is_first:
-            tqdm.write(f"launch.train: {text}", file=sys.stderr)
+            tqdm.write(f"{cli.program()}: {text}", file=sys.stderr)
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         self._close_bars()
@@ -394,5 +389,7 @@ class _Run(Hooks):
         return self._stop.requested()
 
 
+command = cli.command(main, FLAGS, {"config": str(_DEFAULT_PRESET)})
+
 if __name__ == "__main__":
-    cli.run(main, {"config": str(_DEFAULT_PRESET)})
+    command()

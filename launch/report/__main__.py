@@ -10,16 +10,17 @@ JSON. Exit status: 0 done, 2 bad flags, or a work directory that cannot be read.
 import datetime
 import json
 
-from absl import flags
 from etils import epath
 
 from efm_jax.files import write_whole
-from launch import cli
-from launch.report.page import build_page
-from launch.report.runs import load_runs
 
-_WORKDIRS = flags.DEFINE_multi_string("workdir", [], "Of launch.train; may be repeated.")
-_OUT = flags.DEFINE_string("out", None, "The page; default: report.html in the first workdir.")
+from .. import cli
+from .page import build_page
+from .runs import load_runs
+
+FLAGS = cli.Flags()
+_WORKDIRS = FLAGS.multi_string("workdir", [], "Of launch.train; may be repeated.")
+_OUT = FLAGS.string("out", None, "The page; default: report.html in the first workdir.")
 
 
 def main(_: list[str]) -> int:
@@ -39,5 +40,7 @@ def main(_: list[str]) -> int:
     return 0
 
 
+command = cli.command(main, FLAGS)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

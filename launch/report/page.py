@@ -7,8 +7,9 @@ from typing import Any
 import jinja2
 
 from efm_jax import __version__
-from launch.report import plots
-from launch.report.runs import ReportRun
+
+from . import plots
+from .runs import ReportRun
 
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -22,7 +23,7 @@ def build_page(runs: Sequence[ReportRun], date: str) -> str:
     """
     environment = jinja2.Environment(
         # Template and style sheet are files of this package, also where it is installed.
-        loader=jinja2.PackageLoader("launch.report", ""),
+        loader=jinja2.PackageLoader(__package__, ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from launch.report.runs import Curve, Evaluation, ReportRun
+from .runs import Curve, Evaluation, ReportRun
 
 WEIGHTS = ("ess", "ess_low", "top_weight")
 _COLORS = 8  # the style sheet defines --run-0 to --run-7

@@ -1,6 +1,6 @@
 """The job files of `launch/cluster`: they parse, name flags that exist, and start what they say."""
 
-import ast
+import importlib
 import json
 import os
 import re
@@ -51,16 +51,9 @@ def run(tmp_path):
 
 
 def defined_flags(module):
-    """Name the flags that an entry point and the modules of `launch` it imports define."""
-    names = set()
-    for node in ast.walk(ast.parse((REPOSITORY / "launch" / f"{module}.py").read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith("DEFINE_"):
-            names.add(node.args[0].value)
-        elif isinstance(node, ast.ImportFrom) and node.module == "launch":
-            names.update(*(defined_flags(alias.name) for alias in node.names))
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("launch."):
-            names |= defined_flags(node.module.removeprefix("launch."))
-    return names
+    """Name the flags of an entry point."""
+    shown = importlib.import_module(f"launch.{module}").FLAGS.help()
+    return set(re.findall(r"^ *--(?:\[no\])?(\w+):", shown, re.M))
 
 
 def test_defined_flags():

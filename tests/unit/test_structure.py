@@ -34,7 +34,9 @@ def imports(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            above = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names = [source, *(f"{source}.{alias.name}" for alias in node.names)]
         else:
             continue
         found |= {name for name in names if name in NAMES and name != "efm_jax"}

@@ -12,11 +12,14 @@ a policy that reaches the goal collects 0 there after -1 for every step before.
 """
 
 import dataclasses
+import pathlib
+import runpy
 
 from efm_jax.rl.config import QIPOConfig
-from experiments.configs.d4rl import locomotion
 
 
 def get_config() -> QIPOConfig:
+    # By its file, because a preset is run by its own and belongs to no package then.
+    locomotion = runpy.run_path(str(pathlib.Path(__file__).with_name("locomotion.py")))
     changed = {"reward_transform": "antmaze", "eval_episodes": 50}
-    return dataclasses.replace(locomotion.get_config(), **changed)
+    return dataclasses.replace(locomotion["get_config"](), **changed)
