@@ -8,7 +8,6 @@ transitions, ``M`` support actions of a state, ``S`` observation size, ``A`` act
 ``K`` training seeds, ``E`` evaluation episodes.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,58 +60,6 @@ class Transitions(NamedTuple):
     def size(self) -> int:
         """Count the transitions (``len`` of a named tuple is its number of fields)."""
         return self.rewards.shape[0]
-
-
-class Dataset(NamedTuple):
-    """Offline data as read from its source, in the environment's own units, on the host.
-
-    A host may have read only some of the rows: ``transitions`` are then those from ``first_row``
-    on, and the episodes those that begin in them.
-    """
-
-    name: str
-    transitions: Transitions
-    episode_returns: np.ndarray  # [number of episodes] float64, undiscounted
-    episode_lengths: np.ndarray  # [number of episodes] int64
-    action_low: np.ndarray  # [A] float32
-    action_high: np.ndarray  # [A] float32
-    env_spec: str | None  # gymnasium EnvSpec as JSON; None where the source names no environment
-    reference_scores: tuple[float, float] | None  # mean returns at the scores 0 and 100
-    first_row: int = 0
-    notes: tuple[str, ...] = ()  # what a user should know of how it was read, a line each
-
-    @property
-    def observation_size(self) -> int:
-        return self.transitions.observations.shape[1]
-
-    @property
-    def action_size(self) -> int:
-        return self.transitions.actions.shape[1]
-
-    def fingerprint(self, gather: Gather = one_host) -> str:
-        """Return 64 hex digits of every transition and its place: the same ones, the same policy.
-
-        The digits do not depend on how the rows are split over hosts, being made of a 64-bit sum of
-        a hash of every row.  They tell datasets apart that differ by accident, not by intent.
-        """
-        columns = np.concatenate(
-            [np.asarray(a, np.float32).reshape(len(a), -1) for a in self.transitions], axis=1
-        )
-        rows = _mix(np.arange(self.first_row, self.first_row + len(columns), dtype=np.uint64))
-        for column in np.ascontiguousarray(columns.T).view(np.uint32):
-            rows = _mix(rows ^ column)
-        total = sum(int(part) for part in gather(rows.sum(dtype=np.uint64)))
-        sizes = [int(part) for part in gather(np.asarray(len(columns)))]
-        widths = (columns.shape[1], self.observation_size, self.action_size)
-        return hashlib.sha256(repr((sum(sizes), *widths, total % 2**64)).encode()).hexdigest()
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Spread every bit of a uint64 over all: SplitMix64's finalizer (Steele, Lea, Flood 2014)."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class Normalizer(NamedTuple):

@@ -119,7 +119,7 @@ def _named_spec() -> EnvSpec:
         info = RunInfo.load(resolve(_POLICY.value))
         if info is None:
             raise ValueError(f"{flag}: holds no run (no config.json)")
-        return specs.stated(flag, info.env_spec)
+        return specs.stated(flag, info.environment())
     spec = specs.named("--env", datasets.ENV.value)
     return pointmaze.task(spec) if pointmaze.is_point_maze(spec) else spec
 

@@ -83,8 +83,9 @@ def main(_: list[str]) -> int:
         )
         info, params = _in_environment(restored.info), restored.state.params()
         low, high = (np.asarray(bound) for bound in restored.normalizer[2:])
-        check_environment(info.env_spec, info.observation_size, info.action_size, (low, high))
-        print(f"note: {horizon(info.env_spec)}")
+        env = info.environment()
+        check_environment(env, info.observation_size, info.action_size, (low, high))
+        print(f"note: {horizon(env)}")
         episodes = episode_seeds(_EPISODES.value or info.config.eval_episodes)
         evaluator = Evaluator(info, restored.agent, restored.normalizer)
         for name in POLICIES:
@@ -126,7 +127,7 @@ def _in_environment(info: RunInfo) -> RunInfo:
     env, limit = datasets.ENV.value, datasets.MAX_EPISODE_STEPS.value
     if env is None and limit is None:
         return info
-    spec = specs.named("--env", env) if env else specs.stated("config.json", info.env_spec)
+    spec = specs.named("--env", env) if env else specs.stated("config.json", info.environment())
     spec.max_episode_steps = limit or spec.max_episode_steps
     env_spec = specs.to_json("--env", spec)
     if env_spec == info.env_spec:

@@ -16,8 +16,10 @@ def print_report(info: RunInfo, line: dict[str, Any]) -> None:
     rows = [("dataset", info.dataset_return, None, dataset_score)]
     for name in POLICIES:
         rows.append((name, *(line[f"{name}_{part}"] for part in ("return", "interval", "score"))))
+    one = max(info.num_seeds, line.get("episodes", info.config.eval_episodes)) == 1
     for name, value, interval, score in rows:
-        between = "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
+        # A single episode tells nothing of how far the mean may be from it.
+        between = "" if one or interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
         shown = "" if score is None else f"{score:.1f}"
         print(f"{name:<10} {value:>10.1f}  {between:>30}  {shown:>7}")
     print("\n" + to_json(line))

@@ -34,11 +34,12 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import d4rl_files, validation
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.hdf5 import StoredArray, open_hdf5
-from efm_jax.data.rows import Columns, episodes
+from efm_jax.data.rows import Columns, read_steps
 from efm_jax.envs import dataset_references, environments, specs
 from efm_jax.errors import DataError
-from efm_jax.types import Dataset, Rows, Transitions, all_rows
+from efm_jax.types import Rows, all_rows
 
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 _OPTIONAL = ("timeouts", "next_observations")
@@ -86,72 +87,24 @@ def load_d4rl(
         ends = timeouts if family.terminals_pass else terminals | timeouts
         if spec is not None:
             _set_horizon(spec, task, family, timeouts & ~terminals, ends, notes)
-        rewards = columns.numbers("rewards")
-        kept = _kept_rows(path, terminals, timeouts, "next_observations" in columns)
-        selected = rows(len(kept))
-        # The rows of the file from the first selected one up to the first one after them.
-        start = 0 if selected.start == 0 else int(kept[selected.start])
-        stop = len(terminals) if selected.stop == len(kept) else int(kept[selected.stop])
-        kept = kept[selected]
-        actions = columns.numbers("actions", start, stop)
-        actions = validation.clip_actions(path, actions, low, high, first_row=start)
-        observations, next_observations = _observations(columns, ends, start, stop)
-        reach = float(np.abs(actions).max(initial=0.0))
+        steps = read_steps(path, columns, low, high, terminals, timeouts, ends, rows)
+        reach = float(np.abs(steps.transitions.actions).max(initial=0.0))
         if spec is not None and 0.99 < reach <= 1.0 and np.abs([low, high]).min() > 1.0:
             notes.append(
                 f"actions reach {reach:g}, as those do that were normalized to [-1, 1], and "
                 f"{spec.id} has bounds up to {high.max():g}: they are taken as they are"
             )
 
-    firsts, returns, lengths = episodes(rewards, ends, terminals)
-    begun = (firsts >= start) & (firsts < stop)
     env_spec = None if spec is None else specs.to_json(path, spec)
     return Dataset(
         name=name or path,
-        transitions=Transitions(
-            observations=observations[kept - start],
-            actions=actions[kept - start],
-            rewards=rewards[kept],
-            next_observations=next_observations[kept - start],
-            terminated=terminals[kept].astype(np.float32),
-        ),
-        episode_returns=returns[begun],
-        episode_lengths=lengths[begun],
+        **steps._asdict(),
         action_low=low,
         action_high=high,
         env_spec=env_spec,
         reference_scores=dataset_references(None, task, env_spec),
-        first_row=selected.start,
         notes=tuple(notes),
     )
-
-
-def _observations(
-    columns: Columns, ends: np.ndarray, start: int, stop: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Observations and next observations of the rows ``start .. stop``."""
-    if "next_observations" in columns:
-        following = columns.numbers("next_observations", start, stop)
-        return columns.numbers("observations", start, stop), following
-    following = columns.numbers("observations", start, min(stop + 1, len(ends)))
-    observations = following[: stop - start]
-    following = np.concatenate([following[1:], following[-1:]])[: stop - start]
-    return observations, np.where(ends[start:stop, None], observations, following)
-
-
-def _kept_rows(
-    path: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool
-) -> np.ndarray:
-    """The rows that become transitions."""
-    keep = np.ones(len(terminals), bool)
-    if not has_next:
-        keep = terminals | ~timeouts
-        keep[-1] = terminals[-1]
-    if not keep.any():
-        raise DataError(
-            f"{path}: the dataset is empty: no row of {len(keep)} has a next observation"
-        )
-    return np.flatnonzero(keep)
 
 
 def _text(path: str, name: str, value: object) -> str | None:

@@ -15,12 +15,13 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import d4rl_files, validation
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.hdf5 import Group, open_hdf5
 from efm_jax.data.rows import problems_of
 from efm_jax.envs import environments, scores, specs
 from efm_jax.envs.flatten import flat_size, flatten_observation
 from efm_jax.errors import DataError, reason
-from efm_jax.types import Dataset, Rows, Transitions, all_rows
+from efm_jax.types import Rows, Transitions, all_rows
 
 _FILE = "main_data.hdf5"
 # Arrays of an episode -> their axes; observations, which may nest, aside.

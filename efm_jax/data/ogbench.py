@@ -41,11 +41,12 @@ from typing import NamedTuple
 import numpy as np
 
 from efm_jax.data import validation
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
 from efm_jax.data.rows import Columns, episodes, open_file
 from efm_jax.envs import environments, specs
 from efm_jax.errors import DataError, reason
-from efm_jax.types import Dataset, Rows, Transitions, all_rows
+from efm_jax.types import Rows, Transitions, all_rows
 
 PREFIX = "ogbench:"
 DEFAULT_FOLDER = "~/.ogbench/data"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from efm_jax import checks
-from efm_jax.data import validation
+from efm_jax.data.dataset import Dataset, check_dataset
 from efm_jax.errors import DataError
-from efm_jax.types import Dataset, Gather, Normalizer, Transitions, one_host
+from efm_jax.types import Gather, Normalizer, Transitions, one_host
 
 # An observation dimension that varies less than this, relative to max(1, |its mean|), is a constant
 # up to float32 rounding: it is centered only (std 1), for dividing by its std would amplify nothing
@@ -35,9 +35,9 @@ def fit_normalizer(
     dimensions that are scaled by their farthest value or that float32 is too coarse for.
 
     Raises:
-      DataError: what :func:`.validation.check_dataset` refuses.
+      DataError: what :func:`.dataset.check_dataset` refuses.
     """
-    validation.check_dataset(dataset)
+    check_dataset(dataset)
     # A column at a time, because that keeps the float64 copies small.
     columns = dataset.transitions.observations.T
     count = np.sum(gather(np.asarray(float(columns.shape[1]))))
@@ -106,9 +106,9 @@ def preprocess(
     Raises:
       ValueError: unknown ``reward_transform``, or a normalizer of other sizes.
       DataError: the transform cannot be applied to this dataset, or its arrays are refused by
-        :func:`.validation.check_dataset`.
+        :func:`.dataset.check_dataset`.
     """
-    validation.check_dataset(dataset)
+    check_dataset(dataset)
     checks.check_choice("reward_transform", reward_transform, REWARD_TRANSFORMS)
     checks.check_shape(
         "normalizer.observation_mean", normalizer.observation_mean, (dataset.observation_size,)

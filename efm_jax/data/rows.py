@@ -1,14 +1,15 @@
-"""Files whose rows are steps, episode after episode: what D4RL's and OGBench's have in common."""
+"""Rows that are steps, episode after episode: what files of D4RL and OGBench and arrays share."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from efm_jax.data import validation
 from efm_jax.errors import DataError, reason
+from efm_jax.types import Rows, Transitions, all_rows
 
 # Name of an array -> its axes. One of a single axis may be stored with a second of size 1.
 _RANKS = {
@@ -16,6 +17,8 @@ _RANKS = {
     "actions": 2,
     "rewards": 1,
     "terminals": 1,
+    "terminated": 1,
+    "truncated": 1,
     "timeouts": 1,
     "masks": 1,
     "valids": 1,
@@ -129,3 +132,85 @@ def episodes(
         [rewards[i : j + 1].sum(dtype=np.float64) for i, j in zip(starts, last, strict=True)]
     )
     return starts, returns, (last - starts + 1).astype(np.int64)
+
+
+class Steps(NamedTuple):
+    """Rows that became transitions, and the episodes that begin in them."""
+
+    transitions: Transitions
+    episode_returns: np.ndarray
+    episode_lengths: np.ndarray
+    first_row: int
+
+
+def read_steps(
+    source: str,
+    columns: Columns,
+    low: np.ndarray,
+    high: np.ndarray,
+    terminals: np.ndarray,
+    timeouts: np.ndarray,
+    ends: np.ndarray,
+    rows: Rows = all_rows,
+) -> Steps:
+    """Read the transitions that ``rows`` selects, given their number.
+
+    Without next observations those are the next row's; a row that has none and is not terminal is
+    no transition.
+
+    Args:
+      source: what messages begin with.
+      columns: observations, actions, rewards, and perhaps next observations.
+      low, high: bounds of the actions ``[A]``.
+      terminals, timeouts: ``[N]`` bool; a row with both is terminal.
+      ends: ``[N]`` bool, the last rows of episodes.
+      rows: of the transitions.
+    """
+    rewards = columns.numbers("rewards")
+    kept = _kept_rows(source, terminals, timeouts, "next_observations" in columns)
+    selected = rows(len(kept))
+    # The rows of the source from the first selected one up to the first one after them.
+    start = 0 if selected.start == 0 else int(kept[selected.start])
+    stop = len(terminals) if selected.stop == len(kept) else int(kept[selected.stop])
+    kept = kept[selected]
+    actions = columns.numbers("actions", start, stop)
+    actions = validation.clip_actions(source, actions, low, high, first_row=start)
+    observations, next_observations = _observations(columns, ends, start, stop)
+    firsts, returns, lengths = episodes(rewards, ends, terminals)
+    begun = (firsts >= start) & (firsts < stop)
+    transitions = Transitions(
+        observations=observations[kept - start],
+        actions=actions[kept - start],
+        rewards=rewards[kept],
+        next_observations=next_observations[kept - start],
+        terminated=terminals[kept].astype(np.float32),
+    )
+    return Steps(transitions, returns[begun], lengths[begun], selected.start)
+
+
+def _observations(
+    columns: Columns, ends: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Observations and next observations of the rows ``start .. stop``."""
+    if "next_observations" in columns:
+        following = columns.numbers("next_observations", start, stop)
+        return columns.numbers("observations", start, stop), following
+    following = columns.numbers("observations", start, min(stop + 1, len(ends)))
+    observations = following[: stop - start]
+    following = np.concatenate([following[1:], following[-1:]])[: stop - start]
+    return observations, np.where(ends[start:stop, None], observations, following)
+
+
+def _kept_rows(
+    source: str, terminals: np.ndarray, timeouts: np.ndarray, has_next: bool
+) -> np.ndarray:
+    """The rows that become transitions."""
+    keep = np.ones(len(terminals), bool)
+    if not has_next:
+        keep = terminals | ~timeouts
+        keep[-1] = terminals[-1]
+    if not keep.any():
+        raise DataError(
+            f"{source}: the dataset is empty: no row of {len(keep)} has a next observation"
+        )
+    return np.flatnonzero(keep)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from efm_jax import checks
 from efm_jax.data import builtin, d4rl_files, ogbench
 from efm_jax.data.d4rl import load_d4rl
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.minari import load_minari, local_path
 from efm_jax.errors import DataError
-from efm_jax.types import Dataset, Rows, all_rows
+from efm_jax.types import Rows, all_rows
 
 DATASET_SOURCES = f"""\
 {builtin.BUILTIN_DATASET}: built in, scripted controllers on Pendulum-v1, recorded at first use;

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.preprocess import CONSTANT_TOLERANCE, fit_normalizer, named
-from efm_jax.types import Dataset, Transitions
+from efm_jax.types import Transitions
 
 # Numbers beyond these limits are unusual, not wrong; recordings of MuJoCo's locomotion tasks stay
 # within.

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from efm_jax.types import Dataset
+from efm_jax.data.dataset import Dataset
 
 _COLOR, _LIGHT, _MARK = "#4477aa", "#9ebbd6", "#aa3377"
 _SAMPLE = 50_000  # rows drawn of a large dataset

@@ -15,7 +15,6 @@ from gymnasium import spaces
 
 from efm_jax.envs.flatten import box_leaves
 from efm_jax.errors import DataError
-from efm_jax.types import Dataset
 
 # An action this far outside its bounds, relative to their distance, is rounding and is clipped.
 ACTION_TOLERANCE = 1e-5
@@ -198,33 +197,6 @@ def clip_actions(
             f"actions use {used[i]:.3g}: too wide to scale by"
         )
     return np.clip(actions, low, high)
-
-
-def check_dataset(dataset: Dataset) -> None:
-    """Refuse arrays given in Python that no file may have; the loaders have refused them before."""
-    name, data = dataset.name, dataset.transitions
-    ranks = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2, "terminated": 1}
-    arrays = {key: np.asarray(array) for key, array in zip(ranks, data, strict=True)}
-    check_action_dtype(name, arrays["actions"])
-    check_lengths(name, arrays, ranks)
-    for key, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise DataError(f"{name}: {key}: expected real numbers; got type {array.dtype}")
-        check_finite(name, key, array)
-    as_flags(name, "terminated", arrays["terminated"])
-    shapes = arrays["observations"].shape, arrays["next_observations"].shape
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"{name}: observations have shape {shapes[0]}, next_observations {shapes[1]}"
-        )
-    low, high = np.asarray(dataset.action_low), np.asarray(dataset.action_high)
-    if low.shape != high.shape or low.shape != arrays["actions"].shape[1:]:
-        raise DataError(
-            f"{name}: actions have shape {arrays['actions'].shape}, their bounds {low.shape} and "
-            f"{high.shape}"
-        )
-    check_bounds(name, low, high)
-    clip_actions(name, arrays["actions"], low, high)
 
 
 def as_float32(source: str, name: str, array: Any) -> np.ndarray:

@@ -35,7 +35,7 @@ def make_quietly(spec: EnvSpec) -> gymnasium.Env:
 
 def evaluate(
     act: Callable[[np.ndarray, int], Array],
-    env_spec: str | EnvSpec | Callable[[], gymnasium.Env],
+    env_spec: EnvSpec | specs.Environment,
     *,
     num_policies: int = 1,
     episode_seeds: Sequence[int],
@@ -53,7 +53,7 @@ def evaluate(
     Args:
       act: ``(observations [K, E, S] float32, step) -> actions [K, E, A]`` in environment units;
         ``step`` counts from 0. Actions are clipped to the bounds of the action space.
-      env_spec: a Gymnasium ``EnvSpec`` as JSON, or the id of a registered environment.
+      env_spec: a Gymnasium ``EnvSpec``, also as JSON, or what :func:`.specs.named` takes.
       num_policies: ``K``, for example the training seeds.
       episode_seeds: ``[E]`` seeds of the environment's initial state and noise.
       max_steps: cuts episodes after this many steps. Needed where ``env_spec`` has no limit of its
@@ -116,15 +116,12 @@ def evaluate(
 
 
 def bounded_spec(
-    env: str | EnvSpec | Callable[[], gymnasium.Env], max_steps: int | None = None
+    env: EnvSpec | specs.Environment, max_steps: int | None = None
 ) -> tuple[EnvSpec, int]:
     """What is played, and its limit: the smaller of its spec's limit of steps and ``max_steps``."""
     if isinstance(env, EnvSpec):
         spec = copy.deepcopy(env)
-    elif callable(env):
-        name = getattr(env, "__name__", type(env).__name__).strip("<>")
-        spec = EnvSpec(f"{name}-v0", lambda **arguments: env(**arguments))
-    elif env.lstrip().startswith("{"):
+    elif isinstance(env, str) and env.lstrip().startswith("{"):
         spec = specs.stated("env_spec", env)
     else:
         spec = specs.named("env_spec", env)

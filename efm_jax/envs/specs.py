@@ -1,7 +1,7 @@
 """Which environment a user, or a file, may ask for.
 
-A user's own id (:func:`named`) is any that ``gymnasium.make`` takes, ``module:Name-v0`` too, which
-imports the module.
+A user's own (:func:`named`) is any id that ``gymnasium.make`` takes, ``module:Name-v0`` too, which
+imports the module; or a function that makes one.
 
 What a file says (:func:`stated`: a dataset's metadata or attribute, ``config.json``) is data, and
 chooses no code.  It may name a registered id whose code is in one of ``PACKAGES``, in a package
@@ -16,7 +16,8 @@ import copy
 import importlib
 import io
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium
@@ -35,6 +36,9 @@ WRAPPERS = (
     *("FlattenObservation", "FilterObservation", "DtypeObservation", "TimeAwareObservation"),
     *("DelayObservation", "MaxAndSkipObservation"),
 )
+
+# A user's own: an id, ``module:Id``, or a function that returns a new environment.
+Environment = str | Callable[[], gymnasium.Env]
 
 _NOT_A_SPEC = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 # Fields that older Gymnasium versions wrote into a spec and newer ones refuse.
@@ -60,12 +64,14 @@ def allow(packages: Iterable[str]) -> None:
         _allowed.add(name)
 
 
-def named(source: str, env: str) -> EnvSpec:
-    """A spec of its own for an id that the user gave; files may name its package from then on.
+def named(source: str, env: Environment) -> EnvSpec:
+    """A spec of its own for what the user gave; files may name an id's package from then on.
 
     Raises:
       DataError: no such environment; the message begins with ``source``.
     """
+    if not isinstance(env, str):
+        return _made_by(source, env)
     module, _, env_id = env.rpartition(":")
     try:
         if module:
@@ -78,6 +84,21 @@ def named(source: str, env: str) -> EnvSpec:
         ) from error
     _allowed.add(_module(spec.entry_point))
     return spec
+
+
+def _made_by(source: str, make: Callable[[], gymnasium.Env]) -> EnvSpec:
+    """A spec that calls ``make``, with the limit of steps that what it makes has."""
+    if not callable(make):
+        raise TypeError(f"env: expected an id or a function without arguments; got {make!r}")
+    name = re.sub(r"[^\w.]+", "-", getattr(make, "__qualname__", type(make).__name__)).strip("-.")
+    try:
+        with contextlib.closing(make()) as env:
+            limit = env.spec.max_episode_steps if env.spec is not None else None
+    except Exception as error:  # a user's function may raise anything
+        raise DataError(f"{source}: environment {name} cannot be made ({reason(error)})") from error
+    # In a function that copies of the spec share.
+    entry_point = lambda **arguments: make(**arguments)  # noqa: E731
+    return EnvSpec(f"python/{name}-v0", entry_point, max_episode_steps=limit)
 
 
 def stated(source: str, text: str) -> EnvSpec:

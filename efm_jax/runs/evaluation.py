@@ -36,7 +36,7 @@ def episode_seeds(count: int) -> list[int]:
 
 
 def check_environment(
-    env_spec: str,
+    env: EnvSpec | str,
     observation_size: int,
     action_size: int,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
@@ -44,7 +44,7 @@ def check_environment(
     """Play one step, so that what is missing shows before hours of training.
 
     Args:
-      env_spec: a Gymnasium ``EnvSpec`` as JSON.
+      env: a Gymnasium ``EnvSpec``, also as JSON.
       observation_size, action_size: of the data.
       bounds: the lowest and highest actions ``[A]`` of the data; None: not compared.
 
@@ -52,7 +52,7 @@ def check_environment(
       ValueError: if the environment cannot be made, has no limit of steps, or does not fit the
         data.
     """
-    bounded_spec(env_spec)
+    played, _ = bounded_spec(env)
 
     def make(spec: EnvSpec) -> gymnasium.Env:
         env = make_quietly(spec)
@@ -63,17 +63,17 @@ def check_environment(
     def act(observations: np.ndarray, _: int) -> np.ndarray:
         if observations.shape[-1] != observation_size:
             raise ValueError(
-                f"environment {EnvSpec.from_json(env_spec).id}: expected observations of size "
+                f"environment {played.id}: expected observations of size "
                 f"{observation_size}, as in the dataset; got {observations.shape[-1]}"
             )
         return np.zeros((1, 1, action_size), np.float32)
 
-    evaluate(act, env_spec, episode_seeds=[0], max_steps=1, make=make)
+    evaluate(act, played, episode_seeds=[0], max_steps=1, make=make)
 
 
-def horizon(env_spec: str) -> str:
+def horizon(env: EnvSpec | str) -> str:
     """Say in one line where episodes are played, and how long."""
-    spec, limit = bounded_spec(env_spec)
+    spec, limit = bounded_spec(env)
     return f"episodes are evaluated in {spec.id}, of at most {limit} steps"
 
 
@@ -84,10 +84,14 @@ class Evaluator:
       info: what the run is.
       agent: whose behavior model and policy act.
       normalizer: statistics of the training data.
+      env: where it plays, instead of what ``info`` says; see ``Dataset.own_env``.
     """
 
-    def __init__(self, info: RunInfo, agent: Agent, normalizer: Normalizer):
+    def __init__(
+        self, info: RunInfo, agent: Agent, normalizer: Normalizer, env: EnvSpec | None = None
+    ):
         self._info, self._agent, self._normalizer = info, agent, normalizer
+        self._env = env or info.environment()
         self._keys = jnp.stack([jax.random.key(seed) for seed in info.seeds])
 
     def act(
@@ -129,7 +133,7 @@ class Evaluator:
             if share:
                 rollouts = evaluate(
                     self.act(name, params, share),
-                    self._info.env_spec,
+                    self._env,
                     num_policies=count,
                     episode_seeds=share,
                     progress=progress,
@@ -164,7 +168,7 @@ class Evaluator:
         # As Agent.act has it: the behavior model plays one sample.
         rule = config.action_selection if name == "policy" else "sample"
         candidates = 1 if rule == "sample" else config.num_candidates
-        spec, limit = bounded_spec(self._info.env_spec)
+        spec, limit = bounded_spec(self._env)
         how = spec.id, limit, model.solver, model.sample_steps, rule, candidates
         what = evaluation, started_by, name, total_step, *how, len(episodes), episodes[0]
         status = ("done", "") if problem is None else ("failed", str(problem))
@@ -193,13 +197,14 @@ def result_line(
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
 
     Each policy has the mean over seeds of the mean return, its interval (over training seeds where
-    there are several, otherwise over episodes) and its score.
+    there are several, otherwise over episodes; of a single episode, which has none, the mean twice)
+    and its score; all are None of a policy that did not play.
 
     Args:
       info: what the run is.
       workdir: where it is.
       step: gradient steps of all phases.
-      rollouts: of each of ``POLICIES``.
+      rollouts: of each of ``POLICIES``; none where the run names no environment.
       evaluations: their names in the work directory; none where they are not written.
       seconds: how long it took, with all starts of the run.
     """
@@ -211,12 +216,13 @@ def result_line(
         "dataset_return": info.dataset_return,
     }
     for name in POLICIES:
-        returns = rollouts[name].returns
-        samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
-        mean, low, high = mean_and_interval(samples)
-        line[f"{name}_return"] = mean
-        line[f"{name}_interval"] = [low, high]
-        line[f"{name}_score"] = normalized_score(mean, info.reference_scores)
+        mean = low = high = score = None
+        if name in rollouts:
+            returns = rollouts[name].returns
+            samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
+            mean, low, high = mean_and_interval(samples)
+            score = normalized_score(mean, info.reference_scores)
+        line |= {f"{name}_return": mean, f"{name}_interval": [low, high], f"{name}_score": score}
     return {
         **line,
         "evaluations": dict(evaluations),

@@ -1,4 +1,4 @@
-"""A trained policy as a function, for code that is not ours."""
+"""Trained policies as functions, for code that is not ours."""
 
 import dataclasses
 import warnings
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
 
 from efm_jax import checks
 from efm_jax.rl.agents import Agent, State, make_agent
@@ -79,6 +80,51 @@ def restore(workdir: epath.Path, report: Callable[[str], None], **options: Any) 
     return Restored(info, agent, step, tree["state"], Normalizer(*tree["normalizer"]))
 
 
+class Policy:
+    """A trained policy as a function of observations, compiled once for each number of them.
+
+    ``policy(observations, key=None)`` maps one observation ``[S]``, or many ``[..., S]``, to
+    actions ``[A]`` or ``[..., A]`` float32, both in the environment's units; dict observations
+    flattened as :mod:`efm_jax.envs.flatten` says.  A policy is stochastic: the key draws the noise
+    of its actions, without one it is always the same, so that the same observations give the same
+    actions.  It works under ``jit`` and ``vmap``.
+
+    Args:
+      restored: what acts.
+      name: of ``POLICIES``.
+      seed_index: which of the run's training seeds, from 0.
+
+    Raises:
+      ValueError: an unknown name, or a seed that the run has not; when called, observations of
+        another size.
+    """
+
+    def __init__(self, restored: Restored, name: str = "policy", seed_index: int = 0):
+        checks.check_choice("name", name, POLICIES)
+        checks.check_integer("seed_index", seed_index, 0)
+        if seed_index >= restored.info.num_seeds:
+            raise ValueError(
+                f"seed_index: expected less than the run's {restored.info.num_seeds} seeds; "
+                f"got {seed_index}"
+            )
+        self.name, self.observation_size = name, restored.info.observation_size
+        params = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.params())
+        act, normalizer = restored.agent.act, restored.normalizer
+        self._act = jax.jit(lambda states, key: act(params, normalizer, key, states, name))
+
+    def __call__(self, observations: ArrayLike, key: Key | None = None) -> jax.Array:
+        """Return actions for observations; see the class."""
+        states = jnp.asarray(observations, jnp.float32)
+        if states.shape[-1:] != (self.observation_size,):
+            size = self.observation_size
+            raise ValueError(
+                f"observations: expected shape ({size},) or (..., {size}); got {states.shape}"
+            )
+        key = jax.random.key(0) if key is None else key
+        actions = self._act(states.reshape(-1, self.observation_size), key)
+        return actions.reshape(*states.shape[:-1], -1)
+
+
 def load_policy(
     workdir: str,
     *,
@@ -86,8 +132,8 @@ def load_policy(
     seed_index: int = 0,
     report: Callable[[str], None] | None = None,
     **options: Any,
-) -> Callable:
-    """Load the policy of a work directory of ``launch.train``.
+) -> Policy:
+    """Load the policy of a work directory of ``launch.train`` or :func:`efm_jax.train`.
 
     Args:
       workdir: local or ``gs://``.
@@ -97,10 +143,6 @@ def load_policy(
         warning.
       **options: ``ACTING_FIELDS``, instead of the run's.
 
-    Returns:
-      A jitted ``policy(observations [B, S], key) -> actions [B, A]``, both in the environment's
-      units; dict observations flattened as :mod:`efm_jax.envs.flatten` says.
-
     Raises:
       ValueError: no run or no checkpoint of a trained policy there, or an argument out of range.
 
@@ -108,22 +150,5 @@ def load_policy(
       >>> policy = load_policy("runs/qipo_ot-efm-pendulum-scripted-v0-seed0")  # doctest: +SKIP
       >>> policy(observations, jax.random.key(0))  # doctest: +SKIP
     """
-    checks.check_choice("name", name, POLICIES)
-    checks.check_integer("seed_index", seed_index, 0)
     report = report or (lambda text: warnings.warn(text, stacklevel=5))
-    restored = restore(resolve(workdir), report, **options)
-    info, agent = restored.info, restored.agent
-    if seed_index >= info.num_seeds:
-        raise ValueError(
-            f"seed_index: expected less than the run's {info.num_seeds} seeds; got {seed_index}"
-        )
-    params = jax.tree.map(lambda leaf: leaf[seed_index], restored.state.params())
-
-    @jax.jit
-    def policy(observations: jax.Array, key: Key) -> jax.Array:
-        checks.check_shape(
-            "observations", observations, (observations.shape[0], info.observation_size)
-        )
-        return agent.act(params, restored.normalizer, key, observations, name)
-
-    return policy
+    return Policy(restore(resolve(workdir), report, **options), name, seed_index)

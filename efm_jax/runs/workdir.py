@@ -26,7 +26,8 @@ CURVE_FILE = "learning_curve.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 
-
+# What may differ where a run is extended: nothing that a step of training depends on.
+EXTENDABLE = ("policy_steps", "eval_every", "eval_episodes", "log_every", "checkpoint_every")
 # Of the longest path of a local folder, because checkpoints need about 200 bytes under it.
 _MAX_PATH = 3500
 _MOST = 10**6  # training seeds, and numbers of an observation or an action
@@ -109,13 +110,19 @@ class RunInfo:
     dataset_return: float
     observation_size: int
     action_size: int
-    env_spec: str
+    env_spec: str | None  # None: nothing is evaluated
     reference_scores: tuple[float, float] | None
 
     @property
     def seeds(self) -> list[int]:
         """The root seed of every training run."""
         return list(range(self.seed, self.seed + self.num_seeds))
+
+    def environment(self) -> str:
+        """Return the environment to evaluate in; a ``ValueError`` where the run names none."""
+        if self.env_spec is None:
+            raise ValueError("the run names no environment to play in; give --env=ID")
+        return self.env_spec
 
     def save(self, workdir: epath.Path) -> None:
         """Write ``config.json``, whole or not at all."""
@@ -189,10 +196,19 @@ class RunInfo:
             raise ValueError(f"workdir {workdir}: {missing}holds no run (no {CONFIG_FILE})")
         return info
 
-    def check_same(self, other: "RunInfo", workdir: epath.Path) -> None:
-        """Refuse to continue a run of another configuration, dataset or seed."""
+    def check_same(self, other: "RunInfo", workdir: epath.Path, extend: bool = False) -> None:
+        """Refuse to continue a run of another configuration, dataset or seed.
+
+        Args:
+          other: what the folder holds.
+          workdir: the folder, for messages.
+          extend: let ``EXTENDABLE`` fields differ, where more steps are those that a longer run
+            would have taken: not under a schedule of the learning rate that ends with the run.
+        """
         mine, theirs = self.config.to_dict(), other.config.to_dict()
-        pairs = [(f"config.{name}", theirs.get(name), mine[name]) for name in mine]
+        free = EXTENDABLE if extend else ()
+        names = [name for name in mine if name not in free]
+        pairs = [(f"config.{name}", theirs.get(name), mine[name]) for name in names]
         # One file has several paths: the fingerprint tells datasets apart, the name only says it
         # better.
         data = (
@@ -204,10 +220,24 @@ class RunInfo:
             pairs.append((name, getattr(other, name), getattr(self, name)))
         for name, before, now in pairs:
             if before != now:
+                extendable = name.partition(".")[2] in EXTENDABLE
+                hint = "--extend (in Python: extend=True) or " if extendable else ""
                 raise ValueError(
                     f"workdir {workdir}: holds a run with {name} = {before!r}, asked for {now!r}; "
-                    "give another --workdir"
+                    f"give {hint}another --workdir"
                 )
+        before, now = other.phase_steps["policy"], self.phase_steps["policy"]
+        schedule = self.config.learning_rate_schedule
+        if before != now and schedule != "constant":
+            raise ValueError(
+                f"workdir {workdir}: a run of {before} policy steps cannot be extended to {now}: "
+                f"its learning_rate_schedule is {schedule}, over all of them"
+            )
+        if now < before:
+            raise ValueError(
+                f"workdir {workdir}: holds a run of {before} policy steps; expected at least as "
+                f"many to extend it, asked for {now}"
+            )
 
 
 def _check_field(name: str, kind: Any, value: Any) -> None:
@@ -219,7 +249,7 @@ def _check_field(name: str, kind: Any, value: Any) -> None:
         )
         fits = numbers and (value is None or (len(value) == 2 and value[0] < value[1]))
     elif name == "env_spec":
-        fits = isinstance(value, str) and specs.id_of(value) is not None
+        fits = value is None or (isinstance(value, str) and specs.id_of(value) is not None)
     else:
         fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:

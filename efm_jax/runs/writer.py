@@ -17,7 +17,7 @@ from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.lock import Lock
 from efm_jax.runs.metrics import MetricsWriter, write_evaluation
-from efm_jax.runs.reader import Run, read_seconds
+from efm_jax.runs.reader import METRIC_INDEX, Run, read_seconds
 from efm_jax.runs.workdir import (
     CHECKPOINTS_FOLDER,
     CURVE_FILE,
@@ -43,6 +43,7 @@ class RunWriter:
       normalizer: statistics of its data, saved in every checkpoint.
       report: called with one line about whatever the user should know.
       began: when this process began, of ``time.perf_counter``.
+      extend: whether ``EXTENDABLE`` fields may differ from those of the run that is there.
 
     Raises:
       ValueError: the folder holds another run, or one that cannot be read, or another process
@@ -57,9 +58,11 @@ class RunWriter:
         normalizer: Normalizer,
         report: Callable[[str], None],
         began: float,
+        extend: bool = False,
     ):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
         self._report, self._began, self._earlier_seconds = report, began, 0.0
+        self._extend = extend
         self._open = contextlib.ExitStack()
         self._checkpointer: Checkpointer | None = None  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
@@ -84,7 +87,7 @@ class RunWriter:
     def _check_same(self) -> None:
         earlier = RunInfo.load(self._workdir)
         if earlier is not None:
-            self._info.check_same(earlier, self._workdir)
+            self._info.check_same(earlier, self._workdir, self._extend)
 
     @property
     def seconds(self) -> float:
@@ -120,8 +123,9 @@ class RunWriter:
         found = self._checkpointer.restore(self._tree(state), discard=True)
         step = None if found is None else found[0]
         if hosts.index() == 0:
-            if found is not None:
-                Run.read(self._workdir)  # because what cannot be read could not be continued
+            # Read, because what cannot be read could not be continued.
+            if found is not None and Run.read(self._workdir).info.config != self._info.config:
+                (self._workdir / RESULT_FILE).unlink(missing_ok=True)  # it is not done any more
             self._info.save(self._workdir)
             self._save_seconds()
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
@@ -152,11 +156,23 @@ class RunWriter:
         """Keep what a renewal tells, ``[K]`` each; it goes beside the metrics that follow."""
         self._renewal = summary
 
-    def metrics(self, phase: str, step: int, values: Mapping[str, np.ndarray]) -> None:
-        """Log the means over a chunk that ended at ``step`` of its phase, ``[K]`` each."""
+    def metrics(
+        self, phase: str, step: int, values: Mapping[str, np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """Log the means over a chunk that ended at ``step`` of its phase, ``[K]`` each.
+
+        Returns:
+          A row for each training seed, as ``metrics.csv`` has them.
+        """
+        total = self.total_step(phase, step)
+        values = {**(self._renewal if phase == "policy" else {}), **values}
         if self._metrics is not None:
-            renewal = self._renewal if phase == "policy" else {}
-            self._metrics.write(self.total_step(phase, step), phase, step, {**renewal, **values})
+            self._metrics.write(total, phase, step, values)
+        return [
+            dict(zip(METRIC_INDEX, (total, step, phase, seed), strict=True))
+            | {name: float(value[index]) for name, value in values.items()}
+            for index, seed in enumerate(self._info.seeds)
+        ]
 
     def evaluation(
         self, record: Mapping[str, Any], rollouts: Rollouts | None, episode_seeds: Sequence[int]

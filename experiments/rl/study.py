@@ -18,12 +18,13 @@ import pandas as pd
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, fit_normalizer, load_dataset, preprocess
+from efm_jax.data.dataset import Dataset
 from efm_jax.envs import dataset_references, evaluate, normalized_score
 from efm_jax.rl.agents import AgentParams, State, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.trainer import Hooks, Trainer
 from efm_jax.runs.evaluation import episode_seeds
-from efm_jax.types import Dataset, Normalizer, Transitions
+from efm_jax.types import Normalizer, Transitions
 from experiments import results
 
 # Beginning of an environment's id -> preset.

@@ -3,7 +3,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import REWARD_TRANSFORMS, DataError, fit_normalizer, preprocess
-from efm_jax.types import Dataset, Transitions
+from efm_jax.data.dataset import Dataset
+from efm_jax.types import Transitions
 
 
 def make_dataset(n=500, returns=(10.0, 30.0), **changes):

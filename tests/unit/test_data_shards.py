@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data import DataError, fit_normalizer, gather_episodes, load_dataset
-from efm_jax.types import Dataset
+from efm_jax.data.dataset import Dataset
 from tests.unit.data_fixtures import d4rl_arrays, episode, write_d4rl, write_minari
 
 # An unfinished last episode, terminal and timed out ones.

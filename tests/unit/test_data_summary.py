@@ -7,8 +7,9 @@ from matplotlib import image
 from numpy.testing import assert_allclose
 
 from efm_jax.data import load_dataset, summarize
+from efm_jax.data.dataset import Dataset
 from efm_jax.data.summary_plot import draw_summary
-from efm_jax.types import Dataset, Transitions
+from efm_jax.types import Transitions
 from tests.unit.data_fixtures import d4rl_arrays, episode, write_d4rl, write_minari
 
 SPEC = '{"id": "Pendulum-v1"}'
