@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ import jax
 from absl import app, flags, logging
 
 import launch
+from efm_jax import checks
 from efm_jax.errors import reason
+from efm_jax.rl.config import describe
 from efm_jax.runs.plugins import load_plugins
 
 EXIT_FAILED = 1
@@ -68,6 +71,12 @@ def _ignore_closed_loops(unraisable: Any) -> None:
 
 
 def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
+    try:
+        # First, because a preset or a field of the configuration may be a plugin's.
+        load_plugins(plugins_of(argv))
+    except ValueError as error:
+        _complain(error)
+        sys.exit(EXIT_USAGE)
     if any(arg in ("-h", "--h", "-help", "--help") for arg in argv[1:]):
         sys.stdout.write(_help())
         sys.exit(0)
@@ -77,12 +86,6 @@ def _parse(argv: list[str], defaults: Mapping[str, str]) -> list[str]:
         if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
     ]
     argv = _find_preset([argv[0], *missing, *argv[1:]])
-    try:
-        # First, because a preset or a field of the configuration may be a plugin's.
-        load_plugins(plugins_of(argv))
-    except ValueError as error:
-        _complain(error)
-        sys.exit(EXIT_USAGE)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -156,20 +159,43 @@ def _reason(error: Exception, argv: list[str]) -> str:
         ]
         word = re.findall(r"\w+|$", text)[0]
         if word in {part for name in names for part in name.split(".")[1:]}:
-            return f"unknown field {word!r}"
-    nested = re.search(r"Attempting to lookup: (\w+)", text)
-    if nested:  # NAME.FIELD where the configuration has no NAME
-        return f"unknown field {nested[1]!r}"
+            return unknown_field(word)
+    # The first of NAME.FIELD where the configuration has no NAME.
+    missing = re.search(r"Attempting to lookup: (\w+)|^Field (\w+) not found", text)
+    if missing:
+        return unknown_field(missing[1] or missing[2])
     return text if " " in text else f"{type(error).__name__}: {text!r}"
 
 
+def unknown_field(name: str) -> str:
+    """What to say of a field that a configuration lacks."""
+    known = [part for field, *_ in describe() for part in field.split(".")]
+    return f"unknown field {name!r}{checks.did_you_mean(name, known)}"
+
+
 def _help() -> str:
-    """The entry point's own documentation and flags; --helpfull lists the libraries' too."""
+    """The entry point's own documentation, flags and hyper-parameters.
+
+    ``--helpfull`` lists the libraries' flags too.
+    """
     documentation = (sys.modules["__main__"].__doc__ or "").strip()
     own_flags = (
         flags.FLAGS.main_module_help().strip().split("\n", 1)[-1]
     )  # without the module's path
-    return f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
+    text = f"{documentation}\n\nFlags:\n{own_flags.rstrip()}\n"
+    if "config" not in flags.FLAGS:
+        return text
+    fields = [
+        textwrap.fill(
+            f"--config.{name} ({kind}, {default}): {meaning}",
+            width=100,
+            initial_indent="  ",
+            subsequent_indent="    ",
+        )
+        for name, kind, default, meaning in describe()
+    ]
+    title = "Hyper-parameters (type, default, which a preset may replace):"
+    return "\n".join([text, title, *fields, ""])
 
 
 def check_backend() -> None:
