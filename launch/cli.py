@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 import launch
 from efm_jax import checks
-from efm_jax.errors import reason
+from efm_jax.errors import install, reason
 from efm_jax.rl.config import describe
 from efm_jax.runs.plugins import load_plugins
 
@@ -24,6 +24,8 @@ EXIT_USAGE = 2
 # Where the presets are: the repository, or the folder that this package is installed in.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Packages that are asked for by their own names -> the extra that brings them.
+_EXTRAS = {"gcsfs": "gcs", "flatbuffers": "export"}
 
 _FIRST = "Modules to import first: they register paths, losses, critics, agents."
 PLUGINS = flags.DEFINE_list("plugins", [], _FIRST)
@@ -41,7 +43,11 @@ def usage_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except ImportError as error:
+        extras = [extra for package, extra in _EXTRAS.items() if package in str(error)]
+        hint = f": {install(extras[0])}" if extras else ""
+        raise UsageError(f"{error}{hint}") from error
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
 
 

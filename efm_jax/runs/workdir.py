@@ -25,6 +25,7 @@ RESULT_FILE = "result.json"  # there when the run is done
 CURVE_FILE = "learning_curve.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
+LOGGERS_FILE = "loggers.json"  # how far each logger's curves have come
 
 
 # Of the longest path of a local folder, because checkpoints need about 200 bytes under it.

@@ -335,7 +335,7 @@ def test_preset_that_is_no_file(launcher, tmp_path, more):
 
 def test_without_a_client_of_the_bucket(launcher, dataset):
     """etils asks fsspec for the client of gs://, which the extra gcs brings."""
-    refused(launcher.run("train", *train_flags(dataset, "gs://bucket/run")), "gcsfs")
+    refused(launcher.run("train", *train_flags(dataset, "gs://bucket/run")), "efm-jax[gcs]")
 
 
 def test_installed_preset_from_another_folder(launcher, tmp_path):
