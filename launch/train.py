@@ -60,6 +60,7 @@ from efm_jax.runs.evaluation import (
 )
 from efm_jax.runs.learning_curve import LOW_ESS
 from efm_jax.runs.lock import LockedError
+from efm_jax.runs.loggers import check_loggers
 from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training import hosts
@@ -68,6 +69,7 @@ from efm_jax.training.parallel import MODES, SHARDINGS, Layout
 from efm_jax.types import Dataset, Normalizer, Transitions, one_host
 from launch import cli, compilation, datasets, multihost
 from launch.evaluation import print_report
+from launch.heartbeat import Heartbeat
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 # A random key keeps 32 bits of its seed: a larger one would repeat the run of a smaller one.
@@ -90,6 +92,8 @@ flags.adopt_module_key_flags(datasets)
 flags.adopt_module_key_flags(multihost)
 _STOP_HELP = "Save and stop where an evaluation fails, instead of recording it and going on."
 _STOP = flags.DEFINE_bool("stop_on_failed_evaluation", False, _STOP_HELP)
+_LOGGERS_HELP = "Curves beside CSV tables: tensorboard, wandb, mlflow, or a name of --plugins."
+_LOGGERS = flags.DEFINE_list("loggers", ["tensorboard"], _LOGGERS_HELP)
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
 
 
@@ -124,6 +128,7 @@ def _read_config() -> QIPOConfig:
         raise ValueError(
             f"--seed, --num_seeds: the last seed may be at most {_MAX_SEED}; got {last}"
         )
+    check_loggers(_LOGGERS.value)
     make_agent(config, 1, 1)  # every name is known, before the dataset is read
     checks.check_choice("reward_transform", config.reward_transform, REWARD_TRANSFORMS)
     return config
@@ -241,7 +246,9 @@ class _Run(Hooks):
         self._info, self._memory, self._trainer = data.info, data.memory, trainer
         self._is_first = hosts.index() == 0
         self._workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
-        self._writer = RunWriter(self._workdir, data.info, data.normalizer, self._say, began)
+        self._writer = RunWriter(
+            self._workdir, data.info, data.normalizer, self._say, began, _LOGGERS.value
+        )
         self._evaluator = Evaluator(data.info, trainer.agent, data.normalizer)
         # Of each policy, the last evaluation: what it gave and its name, or why it failed.
         self._rollouts: dict[str, Rollouts] = {}
@@ -250,6 +257,7 @@ class _Run(Hooks):
         self._bar = tqdm(disable=True)  # until a phase begins
         self._table: tqdm | None = None
         self._stop = multihost.StopSignal()
+        self._heartbeat = Heartbeat(self._say)
 
     def to_the_end(self) -> int:
         """Train, evaluate and report; returns the exit status."""
@@ -264,6 +272,7 @@ class _Run(Hooks):
     def close(self) -> None:
         """Take the bars off, and wait for what is being saved."""
         self._close_bars()
+        self._heartbeat.close()
         self._writer.close()
 
     def _train(self) -> int:
@@ -298,8 +307,11 @@ class _Run(Hooks):
             step, state = found
             self._say(f"continuing {self._workdir} from step {step}")
         if self._is_first:
-            devices = f"{len(self._trainer.layout.devices)} devices, {hosts.count()} hosts"
-            print(f"memory of each device: {self._memory}; {devices}", flush=True)
+            info, devices = self._info, self._trainer.layout.devices
+            what = f"{info.algorithm} on {info.dataset}, {info.transitions} transitions"
+            kind = f"{len(devices)} devices ({devices[0].device_kind}), {hosts.count()} hosts"
+            memory = f"memory of each device: {self._memory}"
+            print(f"{self._workdir}: {what}; {memory}; {kind}", flush=True)
         return state
 
     def _report(self) -> None:
@@ -323,6 +335,7 @@ class _Run(Hooks):
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         self._close_bars()
+        self._heartbeat.status = f"{phase}: step {done} of {total}"
         self._bar = self._new_bar(
             total=total, initial=done, desc=f"{phase:<8}", unit="step", leave=True
         )
@@ -334,6 +347,7 @@ class _Run(Hooks):
         if self._table is None:
             self._table = self._new_bar(total=total, desc=f"  {name}", unit="state", leave=False)
         self._table.update(done - self._table.n)
+        self._heartbeat.status = f"{name}: {done} of {total} states"
         if done == total:
             self._table.close()
             self._table = None
@@ -357,7 +371,10 @@ class _Run(Hooks):
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         self._writer.metrics(phase, step, values)
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
+        loss, speed = values["loss"].mean(), values["steps_per_second"].mean()
+        self._bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+        of = f"step {step} of {self._info.phase_steps[phase]}"
+        self._heartbeat.status = f"{phase}: {of}, loss {loss:.3g}, {speed:.1f} steps a second"
 
     def on_evaluate(self, step: int, params: AgentParams) -> None:
         self._evaluate("policy", step, params)
@@ -369,6 +386,7 @@ class _Run(Hooks):
         total_step = self._writer.total_step(name, step)
         evaluation, rollouts, problem = f"train-{name}-{total_step}", None, None
         self._failed.pop(name, None)
+        self._heartbeat.status = f"evaluating {name} at step {total_step}"
         try:
             rollouts = self._evaluator.play(name, params, episodes, self._check_stop)
             self._rollouts[name], self._evaluations[name] = rollouts, evaluation

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from efm_jax.envs import Rollouts
+from efm_jax.envs import Rollouts, normalized_score
 from efm_jax.errors import reason
 from efm_jax.files import write_whole
 from efm_jax.rl.agents import State
@@ -16,6 +16,7 @@ from efm_jax.rl.config import PHASES
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.lock import Lock
+from efm_jax.runs.loggers import Logger, Loggers
 from efm_jax.runs.metrics import MetricsWriter, write_evaluation
 from efm_jax.runs.reader import Run, read_seconds
 from efm_jax.runs.workdir import (
@@ -43,6 +44,7 @@ class RunWriter:
       normalizer: statistics of its data, saved in every checkpoint.
       report: called with one line about whatever the user should know.
       began: when this process began, of ``time.perf_counter``.
+      loggers: where curves go beside the CSV tables; see :mod:`efm_jax.runs.loggers`.
 
     Raises:
       ValueError: the folder holds another run, or one that cannot be read, or another process
@@ -57,12 +59,14 @@ class RunWriter:
         normalizer: Normalizer,
         report: Callable[[str], None],
         began: float,
+        loggers: Sequence[str | Logger] = (),
     ):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
         self._report, self._began, self._earlier_seconds = report, began, 0.0
         self._open = contextlib.ExitStack()
         self._checkpointer: Checkpointer | None = None  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
+        self._given, self._loggers = loggers, None  # likewise
         self._lock: Lock | None = None  # likewise
         self._renewal: Mapping[str, np.ndarray] = {}
         check_name(workdir)
@@ -125,7 +129,8 @@ class RunWriter:
             self._info.save(self._workdir)
             self._save_seconds()
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
-            self._open.callback(self._metrics.close)
+            self._loggers = Loggers(self._given, self._workdir, self._info, self._report)
+            self._open.callback(self._loggers.close)
         # Also a barrier: the others read config.json after the first host has written it.
         steps = hosts.gather(np.asarray(-1 if step is None else step))
         if len(set(map(int, steps))) > 1 or RunInfo.load(self._workdir) != self._info:
@@ -154,9 +159,13 @@ class RunWriter:
 
     def metrics(self, phase: str, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Log the means over a chunk that ended at ``step`` of its phase, ``[K]`` each."""
-        if self._metrics is not None:
-            renewal = self._renewal if phase == "policy" else {}
-            self._metrics.write(self.total_step(phase, step), phase, step, {**renewal, **values})
+        if self._metrics is not None and self._loggers is not None:
+            values = {**(self._renewal if phase == "policy" else {}), **values}
+            total_step = self.total_step(phase, step)
+            self._metrics.write(total_step, phase, step, values)
+            self._loggers.write(
+                total_step, {f"{phase}/{name}": value for name, value in values.items()}
+            )
 
     def evaluation(
         self, record: Mapping[str, Any], rollouts: Rollouts | None, episode_seeds: Sequence[int]
@@ -164,6 +173,12 @@ class RunWriter:
         """Log an evaluation and every episode of it, instead of an earlier one of its name."""
         if hosts.index() == 0:
             write_evaluation(self._workdir, record, rollouts, self._info.seeds, episode_seeds)
+        if self._loggers is not None and rollouts is not None:
+            means = {"return": rollouts.returns.mean(1), "length": rollouts.lengths.mean(1)}
+            scores = normalized_score(means["return"], self._info.reference_scores)
+            means |= {} if scores is None else {"score": scores}
+            curves = {f"{record['policy']}/{name}": mean for name, mean in means.items()}
+            self._loggers.write(record["total_step"], curves)
 
     def checkpoint(self, state: State) -> None:
         """Start saving the state."""
