@@ -28,6 +28,14 @@ VIDEO = [
     "imageio[ffmpeg]>=2.28,<3",  # H.264 and GIF for launch.evaluate --video
     "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
 ]
+OGBENCH = ["ogbench>=1.1,<2"]  # its environments, and the rewards of its single tasks
+# Loggers of launch.train beside CSV and TensorBoard.
+WANDB = ["wandb>=0.19.10,<1"]  # since then several runs in one process
+MLFLOW = [
+    "mlflow-skinny>=2.15,<4",  # the client, without MLflow's server and its libraries
+    "sqlalchemy>=2,<3",  # the store that MLflow 3 makes where none is named, mlflow.db
+    "alembic>=1.13,<2",  # likewise
+]
 EXPORT = ["flatbuffers>=24.3,<26"]  # the file format of jax.export
 STUDY = [
     "rliable>=1.2,<2",  # aggregates of experiments.rl.offline_rl: IQM, stratified bootstrap
@@ -110,6 +118,9 @@ setup(
         "mujoco": MUJOCO,
         "robotics": ROBOTICS,
         "video": VIDEO,
+        "ogbench": OGBENCH,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "export": EXPORT,
         "study": STUDY,
         "gcs": GCS,

@@ -1,6 +1,7 @@
 """Argument checks: each raises with the argument's name, what was expected and what came."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +13,14 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Require ``value`` to be one of ``choices``."""
     if value not in choices:
         expected = ", ".join(str(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {expected}; got {value!r}")
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{name}: expected one of {expected}; got {value!r}{hint}")
+
+
+def did_you_mean(value: Any, choices: Iterable[Any]) -> str:
+    """Make the end of an error about ``value``: the choices that are spelled nearly so, if any."""
+    close = difflib.get_close_matches(str(value), sorted(set(map(str, choices)) - {str(value)}))
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:

@@ -1,4 +1,4 @@
-"""The one exception of this package: data that cannot be used, said in one line."""
+"""Errors in one line: data that cannot be used, another library's, a package that is missing."""
 
 
 class DataError(ValueError):
@@ -17,3 +17,8 @@ def reason(error: BaseException, limit: int = 300) -> str:
     if len(text) > limit:
         text = text[:limit] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def install(extra: str) -> str:
+    """Write the command that installs the packages of one of this package's extras."""
+    return f"pip install 'efm-jax[{extra}]'"

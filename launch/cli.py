@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from efm_jax.errors import reason
+from efm_jax import checks
+from efm_jax.errors import install, reason
+from efm_jax.rl.config import describe
 from efm_jax.runs.plugins import load_plugins
 
 from . import leave, stop_at
@@ -23,6 +26,8 @@ EXIT_USAGE = 2
 # Where experiments/configs is: the repository, or efm_jax where that is installed.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Packages that are asked for by their own names -> the extra that brings them.
+_EXTRAS = {"gcsfs": "gcs", "flatbuffers": "export"}
 
 class Flags:
     """Flags in a set of their own, because two commands may give one name two meanings.
@@ -79,7 +84,11 @@ def usage_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except ImportError as error:
+        extras = [extra for package, extra in _EXTRAS.items() if package in str(error)]
+        hint = f": {install(extras[0])}" if extras else ""
+        raise UsageError(f"{error}{hint}") from error
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -121,10 +130,16 @@ def _ignore_closed_loops(unraisable: Any) -> None:
 def _parse(
     argv: list[str], own: Flags, documentation: str, defaults: Mapping[str, str]
 ) -> list[str]:
+    try:
+        # First, because a preset or a field of the configuration may be a plugin's.
+        load_plugins(plugins_of(argv))
+    except ValueError as error:
+        _complain(error)
+        sys.exit(EXIT_USAGE)
     if any(re.fullmatch("--?h(elp(full|short)?)?", arg) for arg in argv[1:]):
         if program().startswith("efm-"):
             documentation = documentation.replace("python -m launch.", "efm-")
-        print(f"{documentation.strip()}\n\nFlags:\n{own.help()}")
+        print(f"{documentation.strip()}\n\nFlags:\n{own.help()}{_fields_help(own)}")
         sys.exit(0)
     missing = [
         f"--{name}={value}"
@@ -132,12 +147,6 @@ def _parse(
         if not any(arg.lstrip("-").split("=")[0] == name for arg in argv[1:])
     ]
     argv = _find_presets([argv[0], *missing, *argv[1:]])
-    try:
-        # First, because a preset or a field of the configuration may be a plugin's.
-        load_plugins(plugins_of(argv))
-    except ValueError as error:
-        _complain(error)
-        sys.exit(EXIT_USAGE)
     try:
         rest = own.parse(argv)
     except flags.Error as error:
@@ -221,11 +230,35 @@ def _reason(error: Exception, argv: list[str]) -> str:
         ]
         word = re.findall(r"\w+|$", text)[0]
         if word in {part for name in names for part in name.split(".")[1:]}:
-            return f"unknown field {word!r}"
-    nested = re.search(r"Attempting to lookup: (\w+)", text)
-    if nested:  # NAME.FIELD where the configuration has no NAME
-        return f"unknown field {nested[1]!r}"
+            return unknown_field(word)
+    # The first of NAME.FIELD where the configuration has no NAME.
+    missing = re.search(r"Attempting to lookup: (\w+)|^Field (\w+) not found", text)
+    if missing:
+        return unknown_field(missing[1] or missing[2])
     return text if " " in text else f"{type(error).__name__}: {text!r}"
+
+
+def unknown_field(name: str) -> str:
+    """What to say of a field that a configuration lacks."""
+    known = [part for field, *_ in describe() for part in field.split(".")]
+    return f"unknown field {name!r}{checks.did_you_mean(name, known)}"
+
+
+def _fields_help(own: Flags) -> str:
+    """The hyper-parameters, where a command has them."""
+    if "config" not in own.values:
+        return ""
+    fields = [
+        textwrap.fill(
+            f"--config.{name} ({kind}, {default}): {meaning}",
+            width=100,
+            initial_indent="  ",
+            subsequent_indent="    ",
+        )
+        for name, kind, default, meaning in describe()
+    ]
+    title = "Hyper-parameters (type, default, which a preset may replace):"
+    return "\n".join(["\n", title, *fields])
 
 
 def check_backend() -> None:

@@ -1,17 +1,19 @@
-"""Train on every dataset with every preset and seed: python -m launch.sweep [--flags]
+"""Train on every dataset with every preset, seed and value of a field: python -m launch.sweep
 
 A job is one process of launch.train with the work directory ROOT/NAME; it is done once result.json
 is there.  The same command again runs what is left, and a job that was interrupted continues where
 it stopped.
 
   --datasets=A,B --configs=X.py,Y.py --seeds=0,1,2   the jobs: every combination
+  --grid config.beta=1,3,10                          times these values; it may be given again
   --train_flags="--num_seeds=2 --config.beta=5"      flags of launch.train for all of them
   --workers=4                                        how many jobs run at a time
   --jobs=FILE                                        only write the commands left, one a line
   --collect                                          only write the tables of what is done
 
-The output of a job goes to ROOT/logs/NAME.log.  ROOT/results.csv has a row per job, ROOT/results.md
-also one per dataset and preset, over the seeds.  The last line printed is JSON.
+The output of a job goes to ROOT/logs/NAME.log.  ROOT/results.csv has a row per job and a column per
+field of the grid, ROOT/results.md also a row per dataset, preset and values, over the seeds.  The
+last line printed is JSON.
 Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs
 saved.
 """
@@ -27,6 +29,7 @@ import pandas as pd
 
 from efm_jax.data import BUILTIN_DATASET
 from efm_jax.envs import mean_and_interval
+from efm_jax.rl.config import describe
 from efm_jax.runs.reader import read_result
 
 from . import cli, jobs
@@ -54,11 +57,36 @@ FLAGS = cli.Flags(jobs.FLAGS)
 _DATASETS = FLAGS.list("datasets", [BUILTIN_DATASET], "Values of launch.train's --dataset.")
 _CONFIGS = FLAGS.list("configs", [_PRESET], "Values of launch.train's --config.")
 _SEEDS = FLAGS.list("seeds", ["0"], "Values of launch.train's --seed.")
+_GRID_HELP = "Values of a field, as config.beta=1,3,10 or config.hidden_dims=(64,64),(32,)."
+_GRID = FLAGS.multi_string("grid", [], _GRID_HELP)
 
 
 def main(_: list[str]) -> int:
     """List the jobs; write the commands, or run them and write the tables."""
-    return jobs.run_and_collect(_read_jobs, _COLUMNS, _read_row, _markdown)
+    columns = (*_COLUMNS[:4], *_fields(), *_COLUMNS[4:])
+    return jobs.run_and_collect(_read_jobs, columns, _read_row, _markdown)
+
+
+def _fields() -> list[str]:
+    """Name the fields of the grid."""
+    return [text.partition("=")[0] for text in _GRID.value]
+
+
+def _read_grid() -> dict[str, list[str]]:
+    """Read the values of each field of the grid; what they are is for the jobs to check."""
+    grid: dict[str, list[str]] = {}
+    for text in _GRID.value:
+        name, _, values = text.partition("=")
+        field = name.removeprefix("config.")
+        known = field in {known for known, *_ in describe()}
+        if field == name or not (known or "." in field):  # NAME.FIELD may be a plugin's
+            raise ValueError(f"--grid={text}: {cli.unknown_field(field)}")
+        if name in grid:
+            raise ValueError(f"--grid={text}: {name} is given twice")
+        grid[name] = re.findall(r"(?:\([^)]*\)|[^,(])+", values)  # a tuple's commas are its own
+        if not grid[name]:
+            raise ValueError(f"--grid={text}: expected values with commas between; got none")
+    return grid
 
 
 def _read_jobs() -> list[Job]:
@@ -73,20 +101,23 @@ def _read_jobs() -> list[Job]:
         problem = cli.preset_problem(cli.find_preset(config))
         if problem is not None:
             raise ValueError(f"--configs={config}: {problem}")
-    train_flags = jobs.read_train_flags(_OWN_FLAGS)
+    grid = _read_grid()
+    train_flags = jobs.read_train_flags((*_OWN_FLAGS, *grid))
     listed = []
-    for dataset, config, seed in itertools.product(
-        _DATASETS.value, _CONFIGS.value, _read_seeds(train_flags)
+    for dataset, config, *point, seed in itertools.product(
+        _DATASETS.value, _CONFIGS.value, *grid.values(), _read_seeds(train_flags)
     ):
         file, preset = pathlib.Path(dataset), pathlib.Path(cli.find_preset(config)).resolve()
-        parts, unlike = [dataset, preset.stem, f"seed{seed}"], list(train_flags)
+        fields = dict(zip(grid, point, strict=True))
+        words = [f"{name.removeprefix('config.')}{value}" for name, value in fields.items()]
+        parts, unlike = [dataset, preset.stem, *words, f"seed{seed}"], list(train_flags)
         # Datasets of one file name are told apart by the folder, and so are presets.
         if file.suffix in (".hdf5", ".h5", ".npz"):
             parts[0] = file.stem
             unlike.append(dataset if "://" in dataset else os.path.abspath(file.expanduser()))
         if preset.parent != _PRESETS.resolve():
             unlike.append(str(preset))
-        labels = {"dataset": dataset, "config": config, "seed": seed}
+        labels = {"dataset": dataset, "config": config, "seed": seed, **fields}
         own = [f"--{name}={value}" for name, value in labels.items()]
         name = jobs.join_name(*parts, unlike=unlike)
         listed.append(Job(name, root, labels, [*own, *train_flags]))
@@ -124,10 +155,10 @@ def _read_row(job: Job) -> dict[str, Any]:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """Show means over the seeds of each dataset and preset, then the jobs."""
+    """Show means over the seeds of each dataset, preset and values, then the jobs."""
     by_job = _means(table, "job").drop(columns=["jobs", "seeds"])
-    parts = (jobs.to_markdown(_means(table, "dataset", "config")), _NOTE, jobs.to_markdown(by_job))
-    return "{}\n\n{}\n{}\n".format(*parts)
+    means = _means(table, "dataset", "config", *_fields())
+    return f"{jobs.to_markdown(means)}\n\n{_NOTE}\n{jobs.to_markdown(by_job)}\n"
 
 
 def _means(table: pd.DataFrame, *keys: str) -> pd.DataFrame:

@@ -41,6 +41,7 @@ from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import StoppedError, Trainer
 from efm_jax.runs.lock import LockedError
+from efm_jax.runs.loggers import check_loggers
 from efm_jax.runs.session import MAX_SEED, Data, Session, check_run, prepare, used_rows
 from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.training import hosts
@@ -49,6 +50,7 @@ from efm_jax.training.parallel import MODES, SHARDINGS, Layout
 
 from . import cli, compilation, datasets, multihost
 from .evaluation import print_report
+from .heartbeat import Heartbeat
 
 _DEFAULT_PRESET = cli.ROOT / "experiments" / "configs" / "qipo_ot.py"
 
@@ -64,6 +66,8 @@ _SHARDING_HELP = "How programs are put on devices: pmap, or jit with a mesh; the
 _SHARDING = FLAGS.enum("sharding", "pmap", SHARDINGS, _SHARDING_HELP)
 _STOP_HELP = "Save and stop where an evaluation fails, instead of recording it and going on."
 _STOP = FLAGS.bool("stop_on_failed_evaluation", False, _STOP_HELP)
+_LOGGERS_HELP = "Curves beside CSV tables: tensorboard, wandb, mlflow, or a name of --plugins."
+_LOGGERS = FLAGS.list("loggers", ["tensorboard"], _LOGGERS_HELP)
 _EXTEND_HELP = "Continue a run of fewer policy steps; refused where it would be another run's."
 _EXTEND = FLAGS.bool("extend", False, _EXTEND_HELP)
 _NUM_SEEDS = FLAGS.integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
@@ -95,6 +99,7 @@ def _read_config() -> QIPOConfig:
         raise ValueError(
             f"--config={path}: get_config() must return a QIPOConfig; got {type(config).__name__}"
         )
+    check_loggers(_LOGGERS.value)
     check_run(config, _SEED.value, _NUM_SEEDS.value)  # before the dataset is read
     return config
 
@@ -173,11 +178,12 @@ class _Run(Session):
         self._memory, self._is_first = data.memory, hosts.index() == 0
         with multihost.agreed_errors():
             workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
-        of = data, trainer, workdir, self._say, began
-        super().__init__(*of, extend=_EXTEND.value, agreed=multihost.agreed_errors)
+        of, more = (data, trainer, workdir, self._say, began), {"loggers": _LOGGERS.value}
+        super().__init__(*of, **more, extend=_EXTEND.value, agreed=multihost.agreed_errors)
         self._bar = tqdm(disable=True)  # until a phase begins
         self._table: tqdm | None = None
         self._stop = multihost.StopSignal()
+        self._heartbeat = Heartbeat(self._say)
 
     def to_the_end(self) -> int:
         """Train, evaluate and report; returns the exit status."""
@@ -191,6 +197,7 @@ class _Run(Session):
 
     def close(self) -> None:
         self._close_bars()
+        self._heartbeat.close()
         super().close()
 
     def _train(self) -> int:
@@ -219,8 +226,11 @@ class _Run(Session):
     def start(self) -> State:
         state = super().start()
         if self._is_first:
-            devices = f"{len(self.trainer.layout.devices)} devices, {hosts.count()} hosts"
-            print(f"memory of each device: {self._memory}; {devices}", flush=True)
+            info, devices = self.info, self.trainer.layout.devices
+            what = f"{info.algorithm} on {info.dataset}, {info.transitions} transitions"
+            kind = f"{len(devices)} devices ({devices[0].device_kind}), {hosts.count()} hosts"
+            memory = f"memory of each device: {self._memory}"
+            print(f"{self.workdir}: {what}; {memory}; {kind}", flush=True)
         return state
 
     def _give_up(self, why: Exception) -> int:
@@ -234,6 +244,7 @@ class _Run(Session):
 
     def on_phase(self, phase: str, done: int, total: int) -> None:
         self._close_bars()
+        self._heartbeat.status = f"{phase}: step {done} of {total}"
         self._bar = self._new_bar(
             total=total, initial=done, desc=f"{phase:<8}", unit="step", leave=True
         )
@@ -245,6 +256,7 @@ class _Run(Session):
         if self._table is None:
             self._table = self._new_bar(total=total, desc=f"  {name}", unit="state", leave=False)
         self._table.update(done - self._table.n)
+        self._heartbeat.status = f"{name}: {done} of {total} states"
         if done == total:
             self._table.close()
             self._table = None
@@ -258,9 +270,13 @@ class _Run(Session):
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         super().on_metrics(phase, step, values)
         self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{float(values['loss'].mean()):.3g}", refresh=False)
+        loss, speed = values["loss"].mean(), values["steps_per_second"].mean()
+        self._bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+        of = f"step {step} of {self.info.phase_steps[phase]}"
+        self._heartbeat.status = f"{phase}: {of}, loss {loss:.3g}, {speed:.1f} steps a second"
 
     def on_play(self, steps: int, ended: int) -> None:
+        self._heartbeat.status = f"evaluating: {steps} steps played, {ended} episodes ended"
         if self._stop.received_alone():
             raise StoppedError
 

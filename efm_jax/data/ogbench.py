@@ -25,7 +25,7 @@ which here are the share of episodes with a terminated row, not a function of th
 task), with or without ``ogbench:`` before it, is the file ``cube-single-play-v0.npz`` in OGBench's
 own folder, downloaded if need be, with the rewards and the environment
 ``cube-single-singletask-task2-v0``.  For a path, ``env`` names the task, as that id does.  Both
-need ``pip install ogbench``; a path with rewards and no ``env`` does not.
+need ``pip install 'efm-jax[ogbench]'``; a path with rewards and no ``env`` does not.
 
 Actions are in [-1, 1], as in all of OGBench's environments that have continuous ones.
 """
@@ -45,7 +45,7 @@ from efm_jax.data.dataset import Dataset
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
 from efm_jax.data.rows import Columns, episodes, open_file
 from efm_jax.envs import environments, specs
-from efm_jax.errors import DataError, reason
+from efm_jax.errors import DataError, install, reason
 from efm_jax.types import Rows, Transitions, all_rows
 
 PREFIX = "ogbench:"
@@ -236,7 +236,7 @@ def _relabel(path: str, env: str | None, arrays: dict[str, np.ndarray]) -> dict[
         raise DataError(
             f"{path}: the file has no 'rewards': give the environment of a single task, such as "
             f"cube-single-singletask-task2-v0{given}, or load the dataset by its name, such as "
-            "cube-single-play-singletask-task2-v0; both need pip install ogbench"
+            f"cube-single-play-singletask-task2-v0; both need {install('ogbench')}"
         )
     if "qpos" not in arrays:
         raise DataError(
@@ -264,6 +264,6 @@ def _import_ogbench(source: str) -> None:
         importlib.import_module("ogbench")
     except ImportError as error:
         raise DataError(
-            f"{source}: OGBench's environments and rewards need pip install ogbench "
+            f"{source}: OGBench's environments and rewards need {install('ogbench')} "
             f"({reason(error)})"
         ) from error

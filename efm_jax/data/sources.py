@@ -1,13 +1,14 @@
 """From a dataset's name to the dataset."""
 
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from efm_jax import checks
 from efm_jax.data import builtin, d4rl_files, ogbench
 from efm_jax.data.d4rl import load_d4rl
 from efm_jax.data.dataset import Dataset
-from efm_jax.data.minari import load_minari, local_path
+from efm_jax.data.minari import is_id, load_minari, local_path
 from efm_jax.errors import DataError
 from efm_jax.types import Rows, all_rows
 
@@ -18,6 +19,18 @@ a classic name of D4RL such as hopper-medium-v2: read from D4RL's local folder, 
 an OGBench task such as cube-single-play-singletask-v0: read from OGBench's folder, else downloaded;
 a path ending in .hdf5 or .h5: a file in D4RL's layout, local or gs://;
 a path ending in .npz: a file in OGBench's layout, local or gs://."""
+
+# Ids on Minari's server: tasks, and the data that each of them has.
+_MINARI = {
+    "mujoco/ant mujoco/halfcheetah mujoco/hopper mujoco/walker2d mujoco/humanoid mujoco/swimmer "
+    "mujoco/reacher mujoco/pusher": "simple-v0 medium-v0 expert-v0",
+    "D4RL/pen D4RL/door D4RL/hammer D4RL/relocate": "human-v2 cloned-v2 expert-v2",
+    "D4RL/kitchen": "complete-v2 partial-v2 mixed-v2",
+    "D4RL/pointmaze": "open-v2 umaze-v2 medium-v2 large-v2 open-dense-v2 umaze-dense-v2 "
+    "medium-dense-v2 large-dense-v2",
+    "D4RL/antmaze": "umaze-v1 umaze-diverse-v1 medium-play-v1 medium-diverse-v1 large-play-v1 "
+    "large-diverse-v1",
+}
 
 
 class Folders(NamedTuple):
@@ -83,4 +96,21 @@ def _load(name: str, env: str | None, rows: Rows, folders: Folders) -> Dataset:
     problem = d4rl_files.misspelled(name)
     if problem is not None and not local_path(name).exists():
         raise DataError(problem)
-    return load_minari(name, env=env, rows=rows)
+    try:
+        return load_minari(name, env=env, rows=rows)
+    except DataError as error:
+        if is_id(name) and local_path(name).exists():
+            raise
+        raise DataError(f"{error}{checks.did_you_mean(name, _names())}") from error
+
+
+def _names() -> Iterator[str]:
+    """Names that a misspelled one may have meant; Minari's server has more."""
+    yield builtin.BUILTIN_DATASET
+    yield from d4rl_files.D4RL_FILES
+    root = local_path("")
+    yield from (
+        str(file.parents[1].relative_to(root)) for file in root.glob("**/data/metadata.json")
+    )
+    for tasks, kinds in _MINARI.items():
+        yield from (f"{task}/{kind}" for task in tasks.split() for kind in kinds.split())

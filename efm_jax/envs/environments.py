@@ -10,7 +10,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.envs.flatten import flat_size
 from efm_jax.envs.specs import ROBOTICS
-from efm_jax.errors import DataError, reason
+from efm_jax.errors import DataError, install, reason
 
 
 def make(spec: EnvSpec, **arguments: Any) -> gymnasium.Env:
@@ -35,13 +35,11 @@ def make(spec: EnvSpec, **arguments: Any) -> gymnasium.Env:
 def _install_hint(spec: EnvSpec) -> str:
     module = str(spec.entry_point).split(":")[0]
     if module.startswith("gymnasium.envs.mujoco"):
-        return "install its simulator: pip install -e .[mujoco]"
+        return f"install its simulator: {install('mujoco')}"
     package = module.split(".")[0].replace("_", "-")
     if package == ROBOTICS.replace("_", "-"):
-        return "install it and its simulator: pip install -e .[robotics]"
-    return (
-        f"install the package that provides it, {package}, and for MuJoCo pip install -e .[mujoco]"
-    )
+        return f"install it and its simulator: {install('robotics')}"
+    return f"install the package that provides it, {package}, and for MuJoCo {install('mujoco')}"
 
 
 def spec_of(env: gymnasium.Env) -> EnvSpec:

@@ -24,7 +24,7 @@ import gymnasium
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
-from efm_jax.errors import DataError, reason
+from efm_jax.errors import DataError, install, reason
 
 ROBOTICS = "gymnasium_robotics"
 PACKAGES = ("gymnasium", ROBOTICS, "ogbench")
@@ -43,7 +43,7 @@ Environment = str | Callable[[], gymnasium.Env]
 _NOT_A_SPEC = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
 # Fields that older Gymnasium versions wrote into a spec and newer ones refuse.
 _REMOVED_FIELDS = ("apply_api_compatibility", "autoreset")
-_INSTALL = {ROBOTICS: "Gymnasium Robotics need pip install -e .[robotics]"}
+_INSTALL = {ROBOTICS: f"Gymnasium Robotics need {install('robotics')}"}
 # Packages that files may use for the rest of this process; no file adds to them.
 _allowed: set[str] = set()
 

@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from efm_jax import checks
 from efm_jax.envs.environments import spec_of
 from efm_jax.envs.rollout import Rollouts, evaluate, make_quietly
-from efm_jax.errors import reason
+from efm_jax.errors import install, reason
 from efm_jax.files import write_whole
 from efm_jax.types import Array
 
@@ -62,7 +62,7 @@ def record_video(
         if path.suffix == ".mp4":
             import imageio_ffmpeg  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"video {path}: needs imageio: pip install -e .[video]") from error
+        raise ValueError(f"video {path}: needs imageio: {install('video')}") from error
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"video{path.suffix}"
@@ -153,4 +153,4 @@ def _make(spec: EnvSpec) -> gymnasium.Env:
 def _hint(spec: EnvSpec) -> str:
     if "mujoco" in str(spec.entry_point) or "robotics" in str(spec.entry_point):
         return "without a display MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa, and that library"
-    return "install what it draws with: pip install -e .[video]"
+    return f"install what it draws with: {install('video')}"

@@ -1,10 +1,12 @@
 """Hyper-parameters of offline RL: each named, typed and bounded here, once.
 
 Names of registered things (``path``, ``policy``, ``critic``, ...) are checked where the registries
-are, when an agent is made: this module imports :mod:`efm_jax.checks` alone.
+are, when an agent is made: this module imports :mod:`efm_jax.checks` alone.  The comment above a
+field and the one beside it are its meaning, which :func:`describe` reads for ``--help``.
 """
 
 import dataclasses
+import inspect
 import typing
 
 from efm_jax import checks
@@ -24,34 +26,37 @@ class QIPOConfig:
     """Hyper-parameters of the three phases; the defaults fit the built-in data."""
 
     policy: str = "qipo"  # an agent, trained after behavior model and critic; bc: nothing more
+
     # The generative model: of the behavior, then of the improved policy.
+
     path: str = "ot"  # ot and vp_cosine learn a velocity (QIPO-OT), vp the noise (QIPO-Diff)
     prediction: str = "auto"  # velocity, noise, score or data on any path; auto: the path's own
     loss: str = "auto"  # auto: squared error of the prediction
-    network: str = "mlp"
-    hidden_dims: tuple[int, ...] = (64, 64, 64)
-    activation: str = "silu"
-    layer_norm: bool = False
-    time_features: int = 12
-    # The model's layers compute in it; parameters, losses and critics stay float32.
-    dtype: str = "float32"
-    learning_rate: float = 1e-3
+    network: str = "mlp"  # registered name of the model's network
+    hidden_dims: tuple[int, ...] = (64, 64, 64)  # widths of the model's hidden layers
+    activation: str = "silu"  # after each hidden layer of the model
+    layer_norm: bool = False  # normalize before each activation of the model
+    time_features: int = 12  # sines and cosines of the time, which the model reads; even
+    dtype: str = "float32"  # the model's layers compute in it; parameters and critics: float32
+    learning_rate: float = 1e-3  # of Adam, in all phases that have none of their own
     behavior_learning_rate: float = 0.0  # of one phase; 0: learning_rate
-    policy_learning_rate: float = 0.0
-    # cosine: from the learning rate to 0 over each of the behavior and policy phases.
+    policy_learning_rate: float = 0.0  # of one phase; 0: learning_rate
+    # constant, or cosine: from the learning rate to 0 over each of the behavior and policy phases.
     learning_rate_schedule: str = "constant"
     batch_size: int = 256  # states per step, over all devices
     behavior_batch_size: int = 0  # of one phase; 0: batch_size
-    critic_batch_size: int = 0
-    policy_batch_size: int = 0
+    critic_batch_size: int = 0  # of one phase; 0: batch_size
+    policy_batch_size: int = 0  # of one phase; 0: batch_size
     max_grad_norm: float = 1.0  # of the behavior and policy gradients; 0 does not clip
     ema_decay: float = 0.0  # of the parameters that act; 0 acts with the last parameters
     # auto: midpoint, or DPM-Solver++ where the noise is predicted.  Euler's few steps narrow every
     # support set, and renewals compound it.
     solver: str = "auto"
-    sample_steps: int = 10
-    # Energy weighting; in qgpo of the guidance, in reweight and gaussian of the advantages.
-    beta: float = 10.0
+    sample_steps: int = 10  # of the solver, from noise to action
+
+    # Energy weighting.
+
+    beta: float = 10.0  # of Q; in qgpo of the guidance, in reweight and gaussian of the advantages
     # qipo, qgpo: at every renewal, the beta at which support sets have this mean effective sample
     # size, as a fraction of their size; 0 keeps beta fixed.
     target_ess: float = 0.0
@@ -59,41 +64,48 @@ class QIPOConfig:
     # As many support actions the data action counts for: more of it keeps the policy near the data,
     # where errors of sampling cannot compound over renewals.
     data_copies: float = 1.0
-    renew_every: int = 2500
+    renew_every: int = 2500  # policy steps between renewals of the support sets
     # qipo: what came of a table stands only if critics of other episodes find it better by so many
     # standard errors, else training goes back to the policy before it; 0: it stands.
     guard: float = 0.0
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
+
     # Critic.
-    critic: str = "softmax_q"
-    critic_hidden_dims: tuple[int, ...] = (64, 64, 64)
-    critic_layer_norm: bool = False
-    critic_learning_rate: float = 1e-3  # 0: learning_rate
+
+    critic: str = "softmax_q"  # registered name; softmax_q, iql, ensemble or your own
+    critic_hidden_dims: tuple[int, ...] = (64, 64, 64)  # widths of its hidden layers
+    critic_layer_norm: bool = False  # normalize before each of its activations
+    critic_learning_rate: float = 1e-3  # of the critic phase; 0: learning_rate
     num_critics: int = 2  # Q-networks; softmax_q and iql take their minimum
     pessimism: float = 1.0  # ensemble: standard deviations under the mean
-    # Values must travel over 1 / (1 - discount) Bellman backups, each taking about 1 / polyak
-    # steps: keep critic_steps above a few times their product.
+    # Of the next value.  Values must travel over 1 / (1 - discount) Bellman backups, each taking
+    # about 1 / polyak steps: keep critic_steps above a few times their product.
     discount: float = 0.98
     n_step: int = 1  # rewards of the data before a target looks at a value: values travel faster
-    polyak: float = 0.02
+    polyak: float = 0.02  # Polyak rate: the step of target networks toward the critic
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
-    expectile: float = 0.7  # iql, ensemble
+    expectile: float = 0.7  # iql, ensemble: of the value regression; above 0.5 the better actions
     critic_folds: int = 1  # ensemble: parts of the episodes, each with members of its own
+
     # Acting.
+
     action_selection: str = "sample"  # best, mean: of num_candidates sampled actions
-    num_candidates: int = 16
-    eval_solver: str = "same"  # as in training, or another
-    eval_sample_steps: int = 0  # 0: as in training
+    num_candidates: int = 16  # actions sampled for best and mean
+    eval_solver: str = "same"  # of evaluated actions; same: as in training
+    eval_sample_steps: int = 0  # of evaluated actions; 0: as in training
+
     # Data and schedule.
+
     max_transitions: int = 0  # train on the first so many of the dataset; 0 on all
-    reward_transform: str = "none"
-    behavior_steps: int = 10_000
-    critic_steps: int = 10_000
-    policy_steps: int = 10_000
-    log_every: int = 500
-    checkpoint_every: int = 5_000
+    reward_transform: str = "none"  # locomotion, antmaze: as published there; none: the data's
+    behavior_steps: int = 10_000  # gradient steps of the behavior model
+    critic_steps: int = 10_000  # gradient steps of the critic
+    policy_steps: int = 10_000  # gradient steps of the improved policy
+    log_every: int = 500  # steps between rows of metrics.csv, each a mean over them
+    checkpoint_every: int = 5_000  # steps of a phase between checkpoints
     eval_every: int = 2_500  # policy steps between evaluations; 0 evaluates at the end only
-    eval_episodes: int = 10
+    eval_episodes: int = 10  # of an evaluation, of each policy and seed
+
     # Fields of registered critics and agents: ``config.NAME.FIELD``.
     options: dict[str, typing.Any] = dataclasses.field(
         default_factory=lambda: {name: make() for name, make in OPTIONS.items()}
@@ -206,6 +218,38 @@ def register_options(name: str, options: type) -> None:
     OPTIONS[name] = options
 
 
+def describe() -> list[tuple[str, str, typing.Any, str]]:
+    """List every field, those of registered options too: name, type, default and meaning."""
+    rows = []
+    for prefix, record in (("", QIPOConfig), *((f"{name}.", OPTIONS[name]) for name in OPTIONS)):
+        meanings, default = _meanings(record), record()
+        for field in dataclasses.fields(record):
+            if record is not QIPOConfig or field.name != "options":
+                value, meaning = getattr(default, field.name), meanings.get(field.name, "")
+                rows.append((prefix + field.name, _type_name(field.type), value, meaning))
+    return rows
+
+
+def _meanings(record: type) -> dict[str, str]:
+    """Read the comments of a class; those that a blank line follows are headings."""
+    try:
+        lines = inspect.getsource(record).splitlines()
+    except OSError:  # it was not defined in a file
+        return {}
+    found, above = {}, []
+    for line in lines:
+        code, _, comment = map(str.strip, line.partition("#"))
+        name = code.partition(":")[0]
+        if code:
+            found[name] = " ".join(filter(None, [*above, comment]))
+        above = [*above, comment] if comment and not code else []
+    return found
+
+
+def _type_name(kind: typing.Any) -> str:
+    return "tuple of integers" if typing.get_origin(kind) is tuple else kind.__name__
+
+
 def _plain(value: typing.Any) -> typing.Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -219,7 +263,8 @@ def _tuples(value: typing.Any) -> typing.Any:
 def _check_known(values: dict, names: set[str], prefix: str) -> None:
     unknown = sorted(set(values) - names)
     if unknown:
-        raise ValueError(f"config: unknown field {prefix + unknown[0]!r}")
+        hint = checks.did_you_mean(unknown[0], names)
+        raise ValueError(f"config: unknown field {prefix + unknown[0]!r}{hint}")
 
 
 def _check_types(record: typing.Any, prefix: str) -> None:
@@ -233,5 +278,5 @@ def _check_types(record: typing.Any, prefix: str) -> None:
         else:
             matches = isinstance(value, kind)
         if not matches:
-            label = "tuple of integers" if kind is tuple else kind.__name__
+            label = _type_name(field.type)
             raise TypeError(f"{prefix}{field.name}: expected {label}; got {value!r}")

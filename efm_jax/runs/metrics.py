@@ -1,28 +1,19 @@
-"""What a run leaves to look at: ``metrics.csv``, evaluations and TensorBoard events."""
+"""Tables that a run leaves: ``metrics.csv``, ``evaluations.csv`` and ``returns.csv``."""
 
 import csv
 import io
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] protobuf makes them when imported
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] likewise
 
 from efm_jax import checks
 from efm_jax.envs import Rollouts
 from efm_jax.files import write_whole
 from efm_jax.runs.reader import EVALUATION_COLUMNS, METRIC_INDEX, RETURN_COLUMNS, read_table
-from efm_jax.runs.workdir import (
-    EVALUATIONS_FILE,
-    METRICS_FILE,
-    RETURNS_FILE,
-    TENSORBOARD_FOLDER,
-)
+from efm_jax.runs.workdir import EVALUATIONS_FILE, METRICS_FILE, RETURNS_FILE
 from efm_jax.types import Array
 
 Row = Mapping[str, Any]
@@ -102,17 +93,16 @@ class CsvTable:
 
 
 class MetricsWriter:
-    """Writes ``metrics.csv`` (a row per logged point and training seed) and TensorBoard events.
+    """Writes ``metrics.csv``, a row per logged point and training seed.
 
-    ``step`` counts within the phase, ``total_step`` across phases. TensorBoard gets the mean over
-    seeds as ``phase/metric`` at ``total_step``, under ``tensorboard/``.
+    ``step`` counts within the phase, ``total_step`` across phases.
 
     Args:
       workdir: the run's folder.
       seeds: the ``K`` training seeds.
       resume_from: total step of the checkpoint this run continues from. What the tables hold
-        beyond it is removed, and hidden in TensorBoard, because the resumed run will write it
-        again. None for a run that starts at the beginning: all tables start anew.
+        beyond it is removed, because the resumed run will write it again. None for a run that
+        starts at the beginning: all tables start anew.
     """
 
     def __init__(
@@ -132,16 +122,6 @@ class MetricsWriter:
         # Before the returns, so that no evaluation is there without its episodes.
         CsvTable(workdir / EVALUATIONS_FILE, EVALUATION_COLUMNS, keep)
         CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS, keep)
-        folder = workdir / TENSORBOARD_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        # tensorboardX's SummaryWriter hands events to a thread: a killed run would lose those of
-        # steps that it has checkpointed. Its EventsWriter writes at once; the count keeps names
-        # apart within a second.
-        count = len(list(folder.iterdir()))
-        self._events = EventsWriter(os.fspath(folder / "events"), filename_suffix=f".{count:04d}")
-        # A session start at a step makes TensorBoard hide what earlier files hold from there on.
-        start = SessionLog(status=SessionLog.START)
-        self._write_event(Event(step=resume_from + 1, session_log=start))
 
     def write(self, total_step: int, phase: str, step: int, values: Mapping[str, Array]) -> None:
         """Log one point, on disk when this returns.
@@ -168,20 +148,6 @@ class MetricsWriter:
             | {name: column[index] for name, column in columns.items()}
             for index, seed in enumerate(self._seeds)
         )
-        means = [
-            Summary.Value(tag=f"{phase}/{name}", simple_value=float(np.mean(column)))
-            for name, column in columns.items()
-        ]
-        self._write_event(Event(step=total_step, summary=Summary(value=means)))
-
-    def close(self) -> None:
-        """Close the event file."""
-        self._events.close()
-
-    def _write_event(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
-        self._events.flush()
 
 
 def write_evaluation(

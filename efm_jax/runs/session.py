@@ -25,6 +25,7 @@ from efm_jax.runs.evaluation import (
     result_line,
 )
 from efm_jax.runs.learning_curve import LOW_ESS
+from efm_jax.runs.loggers import Logger
 from efm_jax.runs.workdir import RunInfo
 from efm_jax.runs.writer import RunWriter
 from efm_jax.training import hosts
@@ -156,6 +157,7 @@ class Session(Hooks):
       say: called with one line about whatever the user should know.
       began: when this process began, of ``time.perf_counter``.
       extend: whether a run that is there may be of fewer steps; see :class:`.RunWriter`.
+      loggers: as for :class:`.RunWriter`.
       callbacks: called with what has been written.
       agreed: as for :func:`prepare`.
 
@@ -172,13 +174,15 @@ class Session(Hooks):
         began: float,
         *,
         extend: bool = False,
+        loggers: Sequence[str | Logger] = (),
         callbacks: Sequence[Callback] = (),
         agreed: Agreed = contextlib.nullcontext,
     ):
         self.info, self.trainer, self.workdir = data.info, trainer, workdir
         self.say, self._callbacks, self._agreed = say, callbacks, agreed
         with agreed():
-            self.writer = RunWriter(workdir, data.info, data.normalizer, say, began, extend)
+            of = workdir, data.info, data.normalizer, say, began
+            self.writer = RunWriter(*of, extend, loggers)
         self._evaluator = None
         if data.info.env_spec is not None:
             of = data.info, trainer.agent, data.normalizer, data.own_env

@@ -13,6 +13,7 @@ from efm_jax.data.dataset import Dataset
 from efm_jax.envs.specs import Environment
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.runs.loading import Policy, restore
+from efm_jax.runs.loggers import Logger, check_loggers
 from efm_jax.runs.reader import METRIC_INDEX, RETURN_COLUMNS, Rows, Run
 from efm_jax.runs.session import Callback, Session, check_run, prepare, used_rows
 from efm_jax.runs.workdir import check_name, resolve
@@ -50,6 +51,7 @@ def train(
     env: Environment | None = None,
     seed: int = 0,
     num_seeds: int = 1,
+    loggers: Sequence[str | Logger] = (),
     callbacks: Sequence[Callback] = (),
     extend: bool = False,
     parallel: str = "data",
@@ -68,6 +70,8 @@ def train(
         dataset says; nowhere if it says nothing.
       seed: root seed of the first training run.
       num_seeds: runs, of consecutive seeds, in one program.
+      loggers: where curves go beside the tables: "tensorboard", "wandb", "mlflow", or objects with
+        their methods.
       callbacks: each is called with ``("metrics", row)`` for every logged point and seed, and with
         ``("evaluation", row)`` for every evaluation, whose ``returns`` are ``[K, E]``.  What one
         raises stops the run; it can be continued from its last checkpoint.
@@ -104,6 +108,7 @@ def train(
         if not callable(callback):
             raise TypeError(f"callbacks: expected functions of (kind, row); got {callback!r}")
     config = QIPOConfig() if config is None else config
+    check_loggers(loggers)
     check_run(config, seed, num_seeds)
     layout = Layout.create(parallel, num_seeds)
     count = used_rows(config, dataset.transitions.size)
@@ -116,7 +121,7 @@ def train(
         else:
             check_name(place := resolve(workdir))
         data = prepare(config, dataset, layout, seed=seed, num_rows=count, note=report)
-        more = {"extend": extend, "callbacks": callbacks}
+        more = {"extend": extend, "loggers": loggers, "callbacks": callbacks}
         session = Session(data, data.trainer(), place, report, began, **more)
         with contextlib.closing(session):
             result = session.run()

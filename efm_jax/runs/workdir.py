@@ -25,6 +25,7 @@ RESULT_FILE = "result.json"  # there when the run is done
 CURVE_FILE = "learning_curve.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
+LOGGERS_FILE = "loggers.json"  # how far each logger's curves have come
 
 # What may differ where a run is extended: nothing that a step of training depends on.
 EXTENDABLE = ("policy_steps", "eval_every", "eval_episodes", "log_every", "checkpoint_every")

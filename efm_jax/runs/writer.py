@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from efm_jax.envs import Rollouts
+from efm_jax.envs import Rollouts, normalized_score
 from efm_jax.errors import reason
 from efm_jax.files import write_whole
 from efm_jax.rl.agents import State
@@ -16,6 +16,7 @@ from efm_jax.rl.config import PHASES
 from efm_jax.runs.checkpoint import Checkpointer
 from efm_jax.runs.learning_curve import draw_learning_curve
 from efm_jax.runs.lock import Lock
+from efm_jax.runs.loggers import Logger, Loggers
 from efm_jax.runs.metrics import MetricsWriter, write_evaluation
 from efm_jax.runs.reader import METRIC_INDEX, Run, read_seconds
 from efm_jax.runs.workdir import (
@@ -44,6 +45,7 @@ class RunWriter:
       report: called with one line about whatever the user should know.
       began: when this process began, of ``time.perf_counter``.
       extend: whether ``EXTENDABLE`` fields may differ from those of the run that is there.
+      loggers: where curves go beside the CSV tables; see :mod:`efm_jax.runs.loggers`.
 
     Raises:
       ValueError: the folder holds another run, or one that cannot be read, or another process
@@ -59,6 +61,7 @@ class RunWriter:
         report: Callable[[str], None],
         began: float,
         extend: bool = False,
+        loggers: Sequence[str | Logger] = (),
     ):
         self._workdir, self._info, self._normalizer = workdir, info, normalizer
         self._report, self._began, self._earlier_seconds = report, began, 0.0
@@ -66,6 +69,7 @@ class RunWriter:
         self._open = contextlib.ExitStack()
         self._checkpointer: Checkpointer | None = None  # made by start
         self._metrics: MetricsWriter | None = None  # of the first host
+        self._given, self._loggers = loggers, None  # likewise
         self._lock: Lock | None = None  # likewise
         self._renewal: Mapping[str, np.ndarray] = {}
         check_name(workdir)
@@ -129,7 +133,8 @@ class RunWriter:
             self._info.save(self._workdir)
             self._save_seconds()
             self._metrics = MetricsWriter(self._workdir, self._info.seeds, resume_from=step)
-            self._open.callback(self._metrics.close)
+            self._loggers = Loggers(self._given, self._workdir, self._info, self._report)
+            self._open.callback(self._loggers.close)
         # Also a barrier: the others read config.json after the first host has written it.
         steps = hosts.gather(np.asarray(-1 if step is None else step))
         if len(set(map(int, steps))) > 1 or RunInfo.load(self._workdir) != self._info:
@@ -166,8 +171,11 @@ class RunWriter:
         """
         total = self.total_step(phase, step)
         values = {**(self._renewal if phase == "policy" else {}), **values}
-        if self._metrics is not None:
+        if self._metrics is not None and self._loggers is not None:
             self._metrics.write(total, phase, step, values)
+            self._loggers.write(
+                total, {f"{phase}/{name}": value for name, value in values.items()}
+            )
         return [
             dict(zip(METRIC_INDEX, (total, step, phase, seed), strict=True))
             | {name: float(value[index]) for name, value in values.items()}
@@ -180,6 +188,12 @@ class RunWriter:
         """Log an evaluation and every episode of it, instead of an earlier one of its name."""
         if hosts.index() == 0:
             write_evaluation(self._workdir, record, rollouts, self._info.seeds, episode_seeds)
+        if self._loggers is not None and rollouts is not None:
+            means = {"return": rollouts.returns.mean(1), "length": rollouts.lengths.mean(1)}
+            scores = normalized_score(means["return"], self._info.reference_scores)
+            means |= {} if scores is None else {"score": scores}
+            curves = {f"{record['policy']}/{name}": mean for name, mean in means.items()}
+            self._loggers.write(record["total_step"], curves)
 
     def checkpoint(self, state: State) -> None:
         """Start saving the state."""

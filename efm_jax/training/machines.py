@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from efm_jax.errors import install
+
 # A TPU's clock in GHz: its peak (cloud.google.com/tpu/docs) over what its matrix units do in one
 # cycle, 2 x 128^2 or on v6e 2 x 256^2 operations each.
 _UNITS = {"v4": (275e12, 8 * 128**2), "v5e": (197e12, 4 * 128**2), "v5p": (459e12, 8 * 128**2)}
@@ -64,7 +66,7 @@ def described(name: str) -> tuple[Any, ...]:
         return tuple(_tpu_slice(name).devices)
     except Exception as error:  # of several types, by what is missing
         package = "jax-cuda12-plugin and jax-cuda12-pjrt" if name == "h100" else "libtpu"
-        hint = f"it needs {package}: pip install 'efm-jax[{_extra(name)}]'"
+        hint = f"it needs {package}: {install(_extra(name))}"
         raise ValueError(
             f"topology: expected a TPU slice such as v6e:4x4, or h100, that can be compiled for; "
             f"got {name} ({hint}; {str(error).splitlines()[0]})"

@@ -190,6 +190,25 @@ def test_train_flags_reach_the_trainer_and_the_name(sweep, root):
     assert row(root, "one")[2:4] == ["2 of 2", "6"]
 
 
+def test_grid_of_fields(sweep, root):
+    grid = ["--grid=config.beta=1,3", "--grid", "config.hidden_dims=(8,),(16, 16)"]
+    result = sweep("--datasets=one", "--seeds=0,1", *grid)
+    assert (result.status, result.line["done"]) == (0, 8), result.err
+    found = rows(root)
+    names = ["job", "dataset", "config", "seed", "config.beta", "config.hidden_dims"]
+    assert list(found[0])[:6] == names
+    points = [(job["config.beta"], job["config.hidden_dims"], job["seed"]) for job in found]
+    assert points == [(b, h, s) for b in "13" for h in ("(8,)", "(16, 16)") for s in "01"]
+    for job in found:
+        [call] = calls(root / job["job"])
+        assert all(call[name] == job[name] for name in ("config.beta", "config.hidden_dims"))
+    # A row for each point, over the seeds.
+    means = [each for each in cells((root / "results.md").read_text()) if each[0] == "one"]
+    assert [each[2:5] for each in means] == [
+        [beta, dims, "2 of 2"] for beta in "13" for dims in ("(8,)", "(16, 16)")
+    ]
+
+
 def test_failed_job(sweep, root):
     result = sweep("--datasets=one,fails,forgets,two")
     assert result.status == 1
@@ -263,6 +282,11 @@ BAD_FLAGS = {  # and the words of the complaint
     "--nosuch=1": "nosuch",
     "positional": "positional",
     "--workers=0": "workers 0",
+    "--grid=config.bta=1,2": "--grid 'bta' did+you+mean+beta",
+    "--grid=beta=1,2": "--grid 'beta' did+you+mean",
+    "--grid=config.beta=": "--grid=config.beta= got+none",
+    "--grid=config.beta=1,1": "all+of+them+would+be+named",
+    "--grid=config.beta=1,2 --train_flags=--config.beta=3": "--config.beta=3 its+own",
     "--workers=x": "workers x",
     "--configs=experiments/configs/quick.py,nosuch.py": "--configs=nosuch.py no+such+file",
     "--configs=experiments": "--configs=experiments folder",

@@ -35,7 +35,7 @@ def test_a_found_spec_is_a_copy():
 
 
 def test_missing_robotics_is_named(without_robotics):
-    hint = r"pip install -e \.\[robotics\]"
+    hint = r"pip install 'efm-jax\[robotics\]'"
     with pytest.raises(DataError, match=f"{MAZE}.*{hint}"):
         specs.named("some/data-v0", MAZE)
     with pytest.raises(ValueError, match=f"{MAZE}.*{hint}") as caught:

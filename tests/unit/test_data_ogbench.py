@@ -152,7 +152,7 @@ def test_names_of_other_things(without_ogbench):
 def test_a_name_needs_ogbench_before_a_download(tmp_path, without_ogbench, monkeypatch):
     monkeypatch.setattr(ogbench, "URL", "http://127.0.0.1:9/")
     folders = Folders(ogbench=str(tmp_path / "x"))
-    fails("box-single-play-singletask-v0", "pip install ogbench", folders=folders)
+    fails("box-single-play-singletask-v0", "pip install 'efm-jax[ogbench]'", folders=folders)
     assert not (tmp_path / "x").exists()
 
 
@@ -188,7 +188,7 @@ def test_rewards_of_the_task_of_the_environment(tmp_path, ogbench_package):
 
 def test_files_without_rewards(tmp_path, ogbench_package):
     path = write(tmp_path / "a.npz", arrays())
-    fails(path, "no 'rewards'", "singletask", "pip install ogbench")
+    fails(path, "no 'rewards'", "singletask", "pip install 'efm-jax[ogbench]'")
     fails(path, "neither 'rewards' nor 'qpos'", env="box-single-singletask-v0")
     path = write(tmp_path / "c.npz", arrays(actions=np.zeros((7, 1), np.float32)))
     fails(path, "no 'rewards'", "not Pendulum-v1", env="Pendulum-v1")
@@ -197,7 +197,7 @@ def test_files_without_rewards(tmp_path, ogbench_package):
 
 def test_task_needs_ogbench(tmp_path, without_ogbench):
     path = write(tmp_path / "a.npz", arrays(qpos=np.zeros((7, 1))))
-    fails(path, "pip install ogbench", env="box-single-singletask-v0")
+    fails(path, "pip install 'efm-jax[ogbench]'", env="box-single-singletask-v0")
 
 
 def test_environments_that_do_not_fit(tmp_path, ogbench_package):

@@ -259,7 +259,7 @@ def test_missing_simulator_names_the_extra(monkeypatch):
     ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(ValueError, match=r"Hopper-v5 .*pip install -e \.\[mujoco\]") as caught:
+    with pytest.raises(ValueError, match=r"Hopper-v5 .*pip install 'efm-jax\[mujoco\]'") as caught:
         evaluate(zeros, "Hopper-v5", episode_seeds=[0])
     assert "\n" not in str(caught.value)
 

@@ -1,11 +1,8 @@
-"""Tables that grow, and TensorBoard's events."""
-
-import struct
+"""Tables that grow."""
 
 import numpy as np
 import pytest
 from etils import epath
-from tensorboardX.proto import event_pb2
 
 from efm_jax.envs import Rollouts
 from efm_jax.runs.metrics import CsvTable, MetricsWriter, write_evaluation
@@ -30,32 +27,11 @@ def add_returns(workdir, step, policy, returns, seeds=SEEDS, first_episode=7, **
     write_evaluation(workdir, row, rollouts, seeds, episodes)
 
 
-def events(workdir):
-    """Events of all files in TensorBoard's order; each is length, checksum, data, checksum."""
-    found = []
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return found
-
-
-def scalars(workdir):
-    return {
-        (value.tag, event.step): value.simple_value
-        for event in events(workdir)
-        for value in event.summary.value
-    }
-
-
 def test_header_is_the_union_and_missing_cells_are_empty(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), SEEDS, None)
     writer.write(10, "behavior", 10, {"loss": [0.5, 0.25], "steps_per_second": 100.0})
     writer.write(20, "critic", 10, {"loss": np.float32([0.1, np.nan]), "q_data": [-1.0, 2]})
     writer.write(30, "critic", 20, {"loss": [1.0, 2.0]})
-    writer.close()
     text = (tmp_path / "metrics.csv").read_text()
     assert text == (
         "total_step,step,phase,seed,loss,steps_per_second,q_data\n"
@@ -66,18 +42,7 @@ def test_header_is_the_union_and_missing_cells_are_empty(tmp_path):
         "30,20,critic,3,1.0,,\n"
         "30,20,critic,4,2.0,,\n"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "tensorboard"]
-
-
-def test_tensorboard_holds_means_over_seeds_at_the_total_step(tmp_path):
-    writer = MetricsWriter(tmp_path, SEEDS, None)
-    writer.write(10, "behavior", 10, {"loss": [1.0, 2.0]})
-    writer.write(110, "policy", 100, {"loss": [np.nan, 2.0], "ess": 4.0})
-    # On disk before they are closed.
-    assert len(read_table(tmp_path / "metrics.csv")) == 4
-    expected = {("behavior/loss", 10): 1.5, ("policy/loss", 110): np.nan, ("policy/ess", 110): 4.0}
-    assert scalars(tmp_path) == pytest.approx(expected, nan_ok=True)
-    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
 
 
 def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path):
@@ -89,7 +54,6 @@ def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path):
 
     writer = MetricsWriter(tmp_path, SEEDS, None)
     log(writer, [10, 20, 30, 40])
-    writer.close()
     expected = [(tmp_path / name).read_text() for name in ("metrics.csv", "returns.csv")]
     # A process killed while it wrote: half a line, whose cut total step (4 of 40) must not pass for
     # an earlier one.
@@ -100,11 +64,7 @@ def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path):
     for name in ("metrics.csv", "returns.csv"):
         assert [int(row["total_step"]) for row in read_table(tmp_path / name)] == [10, 10, 20, 20]
     log(writer, [30, 40])
-    writer.close()
     assert [(tmp_path / name).read_text() for name in ("metrics.csv", "returns.csv")] == expected
-    # TensorBoard hides the first run's events from step 21 on.
-    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert starts == [0, 21]
 
 
 def test_a_run_without_checkpoint_starts_anew(tmp_path):
@@ -112,7 +72,6 @@ def test_a_run_without_checkpoint_starts_anew(tmp_path):
         writer = MetricsWriter(tmp_path, SEEDS, None)
         writer.write(1, "behavior", 1, {"loss": [1.0, 2.0]})
         add_returns(tmp_path, 1, "behavior", [[1.0], [2.0]])
-        writer.close()
     assert len(read_table(tmp_path / "metrics.csv")) == 2
     assert len(read_table(tmp_path / "returns.csv")) == 2
 
@@ -179,7 +138,6 @@ def test_bad_input_is_refused(tmp_path):
         writer.write(1, "policy", 1, {"loss": [1.0, 2.0], "ess": [1.0]})
     with pytest.raises(ValueError, match="'seed' is an index column"):
         writer.write(1, "policy", 1, {"seed": [1.0, 2.0]})
-    writer.close()
     rollouts = Rollouts(np.ones((2, 1)), np.ones(2))
     with pytest.raises(ValueError, match="lengths: expected shape"):
         write_evaluation(tmp_path, evaluation("policy", 1), rollouts, SEEDS, [0])

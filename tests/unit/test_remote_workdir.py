@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX import record_writer
 
 from efm_jax.runs.learning_curve import draw_learning_curve
+from efm_jax.runs.loggers import Loggers
 from efm_jax.runs.metrics import MetricsWriter
 from efm_jax.runs.reader import Run
 from efm_jax.runs.workdir import RESULT_FILE, RunInfo, resolve, write_json
@@ -69,14 +70,17 @@ def test_metrics_returns_and_curve(workdir):
     info().save(workdir)
     for resume_from in (None, 20):
         writer = MetricsWriter(workdir, [3, 4], resume_from)
+        loggers = Loggers(["tensorboard"], workdir, info(), print)
         for step in (10, 20, 30):
             if resume_from is None or step > resume_from:
                 writer.write(step, "behavior", step, {"loss": np.array([1.0 / step, 2.0])})
-        writer.close()
+                loggers.write(step, {"behavior/loss": np.array([1.0 / step, 2.0])})
+        loggers.close()
     for total in (30, 40):
         add_returns(workdir, total, "policy", np.ones((2, 3)))
     run = Run.read(workdir)
     assert [int(row["step"]) for row in run.metrics] == [10, 10, 20, 20, 30, 30]
     assert len(run.returns) == 12
-    assert len(list((workdir / "tensorboard").iterdir())) == 2
+    for seed in (3, 4):
+        assert len(list((workdir / "tensorboard" / f"seed{seed}").iterdir())) == 2
     assert matplotlib.image.imread(io.BytesIO(draw_learning_curve(run))).std() > 0

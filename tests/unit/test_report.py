@@ -125,7 +125,6 @@ def write(folder, *, result=RESULT, phases=None, returns=None, **changes):
             for step, values in points:
                 writer.write(total + step, phase, step, values)
             total += points[-1][0]
-        writer.close()
     for (policy, step), values in (returns or {}).items():
         rollouts = Rollouts(np.asarray(values, float), np.full(np.shape(values), 200))
         episodes = range(np.shape(values)[1])

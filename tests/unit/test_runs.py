@@ -64,7 +64,6 @@ def sample_run(workdir, phases, seeds, evaluated):
         total += 1000
         if evaluated and phase == "behavior":
             add_returns(workdir, total, "behavior", np.ones((seeds, 4)), info(seeds).seeds)
-    writer.close()
 
 
 def test_a_run_is_read_as_far_as_it_has_come(tmp_path):
@@ -249,7 +248,6 @@ def test_curve_survives_non_finite_and_negative_values(tmp_path):
     writer = MetricsWriter(tmp_path, SEEDS, None)
     writer.write(1, "policy", 1, {"loss": [-1.0, np.inf], "ess": [np.nan, np.nan]})
     writer.write(2, "policy", 2, {"loss": [np.nan, np.nan], "ess": [np.nan, 2.0]})
-    writer.close()
     assert picture(tmp_path).std() > 0.01
 
 
@@ -257,7 +255,6 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     info().save(epath.Path(tmp_path))
     writer = MetricsWriter(tmp_path, SEEDS, None)
     writer.write(1, "policy", 1, {"loss": np.nan})
-    writer.close()
     with pytest.raises(ValueError, match="no finite number"):
         draw_learning_curve(Run.read(tmp_path))
 

@@ -187,6 +187,6 @@ def test_missing_extra_is_said_before_the_episode(tmp_path, monkeypatch, module,
     def unused(*_):
         raise AssertionError("the episode was started")
 
-    with pytest.raises(ValueError, match=r"needs imageio: pip install -e \.\[video\]"):
+    with pytest.raises(ValueError, match=r"needs imageio: pip install 'efm-jax\[video\]'"):
         record_video(unused, "Clock-v0", tmp_path / f"episode.{suffix}", seed=1)
     assert list(tmp_path.iterdir()) == []
