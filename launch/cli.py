@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Packages that are asked for by their own names -> the extra that brings them.
 _EXTRAS = {"gcsfs": "gcs", "flatbuffers": "export"}
 
+
 class Flags:
     """Flags in a set of their own, because two commands may give one name two meanings.
 

@@ -173,9 +173,7 @@ class RunWriter:
         values = {**(self._renewal if phase == "policy" else {}), **values}
         if self._metrics is not None and self._loggers is not None:
             self._metrics.write(total, phase, step, values)
-            self._loggers.write(
-                total, {f"{phase}/{name}": value for name, value in values.items()}
-            )
+            self._loggers.write(total, {f"{phase}/{name}": value for name, value in values.items()})
         return [
             dict(zip(METRIC_INDEX, (total, step, phase, seed), strict=True))
             | {name: float(value[index]) for name, value in values.items()}
