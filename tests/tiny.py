@@ -48,6 +48,7 @@ class Recorder(Hooks):
     def __init__(self, stop_at=None):
         self.stop_at = stop_at
         self.metrics, self.renewals, self.saved, self.phases, self.tables = [], [], [], [], []
+        self.guards = []
 
     def on_phase(self, phase, done, total):
         self.phases.append((phase, done, total))
@@ -57,6 +58,9 @@ class Recorder(Hooks):
 
     def on_renewal(self, step, summary):
         self.renewals.append((step, summary))
+
+    def on_guard(self, step, summary):
+        self.guards.append((step, summary))
 
     def on_metrics(self, phase, step, values):
         values = {name: value for name, value in values.items() if name != "steps_per_second"}

@@ -133,10 +133,7 @@ class QIPOConfig:
             checks.check_choice(name, getattr(self, name), choices)
         for minimum, names in (
             (1, "batch_size sample_steps support_size renew_every behavior_steps critic_steps"),
-            (
-                1,
-                "policy_steps log_every checkpoint_every eval_episodes num_critics n_step critic_folds",
-            ),
+            (1, "policy_steps log_every checkpoint_every eval_episodes num_critics n_step"),
             (1, "num_candidates critic_folds"),
             (0, "behavior_batch_size critic_batch_size policy_batch_size max_transitions"),
             (0, "eval_every eval_sample_steps"),

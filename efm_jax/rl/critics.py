@@ -57,6 +57,26 @@ class Critic(abc.ABC):
         """
 
 
+class FoldedCritic(Critic):
+    """A critic of members that may each learn from a part of the episodes, so that others judge."""
+
+    folds: int  # parts of the episodes; 1: every member learns from all
+
+    @abc.abstractmethod
+    def q_values(
+        self, params: Params, observations: Array, actions: Array, unseen: Array | None = None
+    ) -> Array:
+        """As of :class:`Critic`; by members to which the fold ``unseen``, ``[B]``, is unseen."""
+
+    @abc.abstractmethod
+    def members(self, params: Params, observations: Array, actions: Array) -> Array:
+        """``Q(s, a)`` by each member, ``[num, ...]``."""
+
+    @abc.abstractmethod
+    def learns(self, fold: Array) -> Array:
+        """Whether each member learns from a fold, ``[...] -> [num, ...]``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SoftmaxQ(Critic):
     """In-support softmax Q-learning (Lu et al. 2023, arXiv 2304.12824, eq. 18).
@@ -144,7 +164,7 @@ class IQL(Critic):
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleLCB(Critic):
+class EnsembleLCB(FoldedCritic):
     """Members that share nothing, each with an in-sample target of its own; their lower bound.
 
     Member k is implicit Q-learning with a Q-network, a target network and a value network of its
@@ -178,7 +198,7 @@ class EnsembleLCB(Critic):
     def q_values(
         self, params: Params, observations: Array, actions: Array, unseen: Array | None = None
     ) -> Array:
-        """The lower confidence bound of ``Q(s, a)``; of members to which a fold is unseen."""
+        """The lower confidence bound of ``Q(s, a)``."""
         values = apply(self.v_network, params["v"], observations)
         advantages = apply(self.q_network, params["q"], observations, actions) - values
         members = None
@@ -188,11 +208,9 @@ class EnsembleLCB(Critic):
         return values.mean(0, where=members) + advantages.mean(0, where=members) - spread
 
     def learns(self, fold: Array) -> Array:
-        """Whether each member learns from a fold, ``[...] -> [num, ...]``."""
         return jax.vmap(lambda member: member % self.folds == fold)(jnp.arange(self.q_network.num))
 
     def members(self, params: Params, observations: Array, actions: Array) -> Array:
-        """``Q(s, a)`` by each member, ``[num, ...]``."""
         return apply(self.q_network, params["q"], observations, actions)
 
     def values(self, params: Params, observations: Array) -> Array:

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from efm_jax.rl.agents.agent import Agent, Purpose, State
 from efm_jax.rl.batch import Batch, TiledData, draw_noise, gather, with_tables
+from efm_jax.rl.critics import FoldedCritic
 from efm_jax.training.step import sample_rows
 from efm_jax.types import Params
 from efm_jax.weights import AxisName, psum_if
@@ -52,7 +53,9 @@ def guard(
     size *= max(min(_STATES, rows) // size, 1)
     index = sample_rows(key, size, rows, num_devices=num_devices, axis_name=axis_name)
     batch = gather(with_tables(data, None, None), index)
-    params, learns = state.critic.average, agent.critic.learns(batch.folds)
+    critic, params = agent.critic, state.critic.average
+    assert isinstance(critic, FoldedCritic)
+    learns = critic.learns(batch.folds)
     keys_at = index if axis_name is None else index + lax.axis_index(axis_name) * data.size
 
     def values(policy: Params) -> Array:
@@ -62,9 +65,9 @@ def guard(
         acting = state.params()._replace(policy=policy)
         if config.action_selection == "mean":
             actions = agent.mean(agent.acting_model, acting, states, noise)
-            return agent.critic.members(params, batch.observations, actions)
+            return critic.members(params, batch.observations, actions)
         actions = agent.sample(agent.acting_model, acting, states, noise)
-        return agent.critic.members(params, states, actions).mean(-1)
+        return critic.members(params, states, actions).mean(-1)
 
     gains = jnp.where(learns, values(state.policy.average) - values(state.renewed_params), 0.0)
     total, count = psum_if((gains.sum(1), learns.sum(1)), axis_name)

@@ -75,7 +75,7 @@ def events(agent: Agent, done: Mapping[str, int]) -> Iterator[Event]:
 
     Kinds: ``phase`` begins or continues, ``next_actions`` are computed, ``evaluate`` the policy,
     ``renew`` the table by today's policy or ``restore`` it by that of the last renewal, train a
-    ``chunk``, ``guard`` the policy that came of a table, ``save``.
+    ``chunk`` (and at the end of a table guard what came of it), ``save``.
 
     Args:
       agent: with its configuration.
@@ -100,8 +100,6 @@ def events(agent: Agent, done: Mapping[str, int]) -> Iterator[Event]:
             elif policy and start == first:
                 yield Event("restore", phase, start, start)
             yield Event("chunk", phase, start, stop)
-            if policy and agent.guarded and (stop % renew_every == 0 or stop == total):
-                yield Event("guard", phase, stop, stop)
             if stop % config.checkpoint_every == 0 or stop == total:
                 yield Event("save", phase, stop, stop)
 
@@ -223,13 +221,14 @@ class Trainer:
                     support, step, summary = self.renew(state, start, report)
                     data, support = with_tables(data, None, support), None
                     hooks.on_renewal(step, jax.tree.map(np.asarray, get(summary)))
-                elif kind == "guard":
-                    inputs = state, self._device_keys, with_tables(data, None, None)
-                    state, summary = self.programs.guard(*inputs)
-                    hooks.on_guard(start, jax.tree.map(np.asarray, get(summary)))
                 elif kind == "chunk":
                     trained = self._train(phase, start, stop, state, data, pipe)
                     state = state.replace(**{phase: trained})
+                    # Before a stop, because a run that goes on from here has left the table.
+                    if phase == "policy" and self._ends_table(stop):
+                        plain = with_tables(data, None, None)
+                        state, summary = self.programs.guard(state, self._device_keys, plain)
+                        hooks.on_guard(stop, jax.tree.map(np.asarray, get(summary)))
                     if hooks.stop_requested():
                         raise StoppedError
                 else:
@@ -257,6 +256,11 @@ class Trainer:
         rows = self.programs.support.fill(params, self._device_keys, renewal, self.data, told)
         table, summary = self.programs.weigh(rows)
         return table, renewal * self.config.renew_every, summary
+
+    def _ends_table(self, step: int) -> bool:
+        """Whether the guard judges at a policy step."""
+        total, every = self.agent.phase_steps["policy"], self.config.renew_every
+        return self.agent.guarded and (step % every == 0 or step == total)
 
     def _train(
         self,

@@ -13,7 +13,7 @@ from efm_jax import checks
 from efm_jax.envs import Rollouts
 from efm_jax.files import write_whole
 from efm_jax.runs.reader import EVALUATION_COLUMNS, METRIC_INDEX, RETURN_COLUMNS, read_table
-from efm_jax.runs.workdir import EVALUATIONS_FILE, METRICS_FILE, RETURNS_FILE
+from efm_jax.runs.workdir import EVALUATIONS_FILE, GUARD_FILE, METRICS_FILE, RETURNS_FILE
 from efm_jax.types import Array
 
 Row = Mapping[str, Any]
@@ -93,7 +93,7 @@ class CsvTable:
 
 
 class MetricsWriter:
-    """Writes ``metrics.csv``, a row per logged point and training seed.
+    """Writes ``metrics.csv``, a row per logged point and training seed, and ``guard.csv``.
 
     ``step`` counts within the phase, ``total_step`` across phases.
 
@@ -110,7 +110,7 @@ class MetricsWriter:
     ) -> None:
         workdir, self._seeds = epath.Path(workdir), list(seeds)
         if resume_from is None:
-            for name in (METRICS_FILE, EVALUATIONS_FILE, RETURNS_FILE):
+            for name in (METRICS_FILE, GUARD_FILE, EVALUATIONS_FILE, RETURNS_FILE):
                 (workdir / name).unlink(missing_ok=True)
             resume_from = -1
 
@@ -119,6 +119,7 @@ class MetricsWriter:
 
         columns = (*METRIC_INDEX, "loss", "steps_per_second")
         self._table = CsvTable(workdir / METRICS_FILE, columns, keep)
+        self._guard = CsvTable(workdir / GUARD_FILE, METRIC_INDEX, keep)
         # Before the returns, so that no evaluation is there without its episodes.
         CsvTable(workdir / EVALUATIONS_FILE, EVALUATION_COLUMNS, keep)
         CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS, keep)
@@ -135,6 +136,15 @@ class MetricsWriter:
         Raises:
           ValueError: another number of values, or a metric named like an index column.
         """
+        self._append(self._table, total_step, phase, step, values)
+
+    def guard(self, total_step: int, step: int, values: Mapping[str, Array]) -> None:
+        """Log a decision of the guard, as :meth:`write` does."""
+        self._append(self._guard, total_step, "policy", step, values)
+
+    def _append(
+        self, table: CsvTable, total_step: int, phase: str, step: int, values: Mapping[str, Array]
+    ) -> None:
         count = len(self._seeds)
         for name, value in values.items():
             if name in METRIC_INDEX:
@@ -143,7 +153,7 @@ class MetricsWriter:
                 shape = np.shape(value)
                 raise ValueError(f"{name}: expected one value per seed, ({count},); got {shape}")
         columns = {name: np.broadcast_to(value, count) for name, value in values.items()}
-        self._table.append(
+        table.append(
             {"total_step": total_step, "step": step, "phase": phase, "seed": seed}
             | {name: column[index] for name, column in columns.items()}
             for index, seed in enumerate(self._seeds)

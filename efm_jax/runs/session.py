@@ -266,6 +266,15 @@ class Session(Hooks):
                 "a smaller beta would help"
             )
 
+    def on_guard(self, step: int, summary: dict[str, np.ndarray]) -> None:
+        self.writer.guard(step, summary)
+        gains, accepted = summary["guard_gain"], summary["accepted"]
+        told = ", ".join(
+            f"{gain:.3g} ± {error:.2g}{'' if kept else ' (back to the policy before)'}"
+            for gain, error, kept in zip(gains, summary["guard_error"], accepted, strict=True)
+        )
+        self.say(f"policy step {step}: guard: gain in Q by critics of other episodes: {told}")
+
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         for row in self.writer.metrics(phase, step, values):
             self.tell("metrics", row)

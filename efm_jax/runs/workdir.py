@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
 RETURNS_FILE = "returns.csv"
 EVALUATIONS_FILE = "evaluations.csv"
+GUARD_FILE = "guard.csv"
 SECONDS_FILE = "seconds.json"  # of all starts together
 RESULT_FILE = "result.json"  # there when the run is done
 CURVE_FILE = "learning_curve.png"

@@ -161,6 +161,11 @@ class RunWriter:
         """Keep what a renewal tells, ``[K]`` each; it goes beside the metrics that follow."""
         self._renewal = summary
 
+    def guard(self, step: int, summary: Mapping[str, np.ndarray]) -> None:
+        """Log a decision of the guard, ``[K]`` each."""
+        if self._metrics is not None:
+            self._metrics.guard(self.total_step("policy", step), step, summary)
+
     def metrics(
         self, phase: str, step: int, values: Mapping[str, np.ndarray]
     ) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ PACKAGES = {
     "distances envs data training rl runs",
     "envs": "flatten specs environments rollout scores play video pendulum pointmaze",
     "training": "hosts state packing step loop parallel machines compiled",
-    "rl": "config batch model critics agents programs trainer memory",
+    "rl": "config batch model critics agents guard programs trainer memory",
     "rl.agents": "agent cloning qipo qgpo reweighting gaussian",
 }
 FILES = sorted((ROOT / "efm_jax").rglob("*.py")) + sorted((ROOT / "launch").rglob("*.py"))

@@ -26,7 +26,7 @@ from efm_jax.losses import Aux, sample_keys
 from efm_jax.paths import PATHS
 from efm_jax.rl.batch import Batch, TiledData, draw_noise, gather, with_tables
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.critics import make_critic
+from efm_jax.rl.critics import FoldedCritic, make_critic
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import StepFn, cached_samples, make_step, sample_rows
@@ -99,10 +99,16 @@ class Agent(abc.ABC):
         self.model = GenerativeModel.from_config(config)
         self.acting_model = GenerativeModel.from_config(config, acting=True)
         self.critic = make_critic(config)
-        if self.guarded and not (config.critic_folds > 1 and hasattr(self.critic, "learns")):
+        folded = isinstance(self.critic, FoldedCritic)
+        if config.critic_folds > 1 and not folded:
             raise ValueError(
-                "guard: expected a critic with folds, critic=ensemble and critic_folds at least 2; "
-                f"got critic={config.critic}, critic_folds={config.critic_folds}"
+                f"critic_folds: expected 1 for critic={config.critic}, or critic=ensemble; got "
+                f"{config.critic_folds}"
+            )
+        if self.guarded and config.critic_folds == 1:
+            raise ValueError(
+                "guard: expected critic=ensemble and critic_folds at least 2; got "
+                f"critic={config.critic} and 1"
             )
 
     @property
