@@ -179,26 +179,34 @@ def test_tables():
 
 
 def test_an_item_prints_its_tables(capsys):
-    item.measure("scaling", "smoke")
-    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
-    one, two = line["rows"]
-    assert (one["seeds"], two["seeds"]) == (1, 2)
-    assert two["time / of one seed"] == 2 * two["time of a seed / of one alone"] > 0
+    item.measure("machine", "smoke")
+    parts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [part["table"] for part in parts] == ["Machine", *["The largest product"] * 2]
+    assert [part["rows"][0]["dtype"] for part in parts[1:]] == ["float32", "bfloat16"]
+    assert all(part["rows"][0]["TFLOP/s"] > 0 for part in parts[1:])
 
 
-def test_items_of_other_processes_end_as_they_do():
-    done = item.run("machine", "smoke", None, {})
-    assert (done["status"], done["reason"]) == ("done", None)
-    assert [row["dtype"] for row in done["tables"]["The largest product"]] == [
-        "float32",
-        "bfloat16",
-    ]
-    failed = item.run("no_such", "smoke", 100, {})
+def test_items_of_other_processes_end_as_they_do(monkeypatch, tmp_path):
+    failed = item.run("no_such", "smoke", 300, {})
     assert failed["status"] == "failed"
     assert failed["reason"].startswith("ModuleNotFoundError: No module named 'experiments")
-    stopped = item.run("machine", "smoke", 0.1, {})
+
+    def instead(script):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+
+    line = """echo '{"table": "a", "rows": [{"x": 1}]}'"""
+    instead(f'{line}; {line}; echo "$WHY"; echo out of memory >&2; kill -9 $$')
+    died = item.run("machine", "smoke", 300, {"WHY": "a note"})
+    assert died["tables"] == {"a": [{"x": 1}, {"x": 1}]}
+    assert died["notes"] == ["a note"]
+    assert (died["status"], died["reason"]) == ("failed", "status -9: out of memory")
+    instead(f"{line}; sleep 300 & sleep 300")
+    stopped = item.run("machine", "smoke", 0.5, {})
+    assert stopped["tables"] == {"a": [{"x": 1}]}
     assert (stopped["status"], stopped["reason"]) == ("stopped", "took longer than 0.0 minutes")
-    assert stopped["seconds"] < 20
+    assert stopped["seconds"] < 100
 
 
 @pytest.fixture
