@@ -299,7 +299,8 @@ class _Run(Hooks):
             self._say(f"continuing {self._workdir} from step {step}")
         if self._is_first:
             devices = f"{len(self._trainer.layout.devices)} devices, {hosts.count()} hosts"
-            print(f"memory of each device: {self._memory}; {devices}", flush=True)
+            covers = "besides what a program computes with (see --compile_only)"
+            print(f"memory of each device: {self._memory}, {covers}; {devices}", flush=True)
         return state
 
     def _report(self) -> None:
