@@ -99,8 +99,10 @@ def peak(kind: str, dtype: str) -> float | None:
     Returns:
       None for another type, or a kind that is not known, such as a part of a GPU.
     """
-    found = [peaks for name, peaks in _PEAKS.items() if re.fullmatch(name, kind)]
-    return dict(zip(("bfloat16", "float32"), found[0], strict=True)).get(dtype) if found else None
+    for name, (half, single) in _PEAKS.items():
+        if re.fullmatch(name, kind):
+            return {"bfloat16": half, "float32": single}.get(dtype)
+    return None
 
 
 def _extra(name: str) -> str:
