@@ -229,7 +229,8 @@ class _Run(Session):
             info, devices = self.info, self.trainer.layout.devices
             what = f"{info.algorithm} on {info.dataset}, {info.transitions} transitions"
             kind = f"{len(devices)} devices ({devices[0].device_kind}), {hosts.count()} hosts"
-            memory = f"memory of each device: {self._memory}"
+            covers = "besides what a program computes with (see --compile_only)"
+            memory = f"memory of each device: {self._memory}, {covers}"
             print(f"{self.workdir}: {what}; {memory}; {kind}", flush=True)
         return state
 

@@ -17,6 +17,18 @@ from efm_jax.errors import install
 # cycle, 2 x 128^2 or on v6e 2 x 256^2 operations each.
 _UNITS = {"v4": (275e12, 8 * 128**2), "v5e": (197e12, 4 * 128**2), "v5p": (459e12, 8 * 128**2)}
 _UNITS |= {"v6e": (918e12, 4 * 256**2)}
+# Dense operations a second, of bfloat16 and of float32 at JAX's default precision: TF32 on NVIDIA's
+# GPUs (datasheets of A100, H100 and H200, half of the figures with sparsity, which they print
+# alone), bfloat16 on TPUs.
+_PEAKS = {
+    r"NVIDIA A100(-\w+-\d+GB| 80GB PCIe)": (312e12, 156e12),
+    r"NVIDIA (H100 80GB HBM3|H200)": (989.5e12, 494.5e12),
+    "NVIDIA H100 PCIe": (756.5e12, 378e12),
+    "TPU v4": _UNITS["v4"][:1] * 2,
+    "TPU v5 lite": _UNITS["v5e"][:1] * 2,
+    "TPU v5": _UNITS["v5p"][:1] * 2,
+    "TPU v6 lite": _UNITS["v6e"][:1] * 2,
+}
 # NVIDIA's figures for an H100 SXM, in the text form of XLA's GpuTargetConfigProto.
 _H100 = """
 gpu_device_info {
@@ -77,6 +89,22 @@ def clock(name: str) -> float | None:
     """Cycles a second of a TPU, or None where it is not known."""
     peak, multipliers = _UNITS.get(name.partition(":")[0], (None, 1))
     return peak and peak / (2 * multipliers)
+
+
+def peak(kind: str, dtype: str) -> float | None:
+    """Operations a second that a chip's maker publishes for products of a type.
+
+    Args:
+      kind: JAX's ``device_kind``.
+      dtype: ``float32`` or ``bfloat16``.
+
+    Returns:
+      None for another type, or a kind that is not known, such as a part of a GPU.
+    """
+    for name, (half, single) in _PEAKS.items():
+        if re.fullmatch(name, kind):
+            return {"bfloat16": half, "float32": single}.get(dtype)
+    return None
 
 
 def _extra(name: str) -> str:

@@ -3,17 +3,16 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from efm_jax.rl.config import PHASES, QIPOConfig
+from efm_jax.training import machines
 from efm_jax.training.parallel import Layout
 from experiments.systems.benchmarks import __main__ as suite
-from experiments.systems.benchmarks import memory, phases, sampling, scaling, timing
+from experiments.systems.benchmarks import item, memory, peers, phases, sampling, scaling, timing
 from experiments.systems.benchmarks.phases import Product, flops, products
 from experiments.systems.benchmarks.workload import Workload
 from tests.markdown import cells
@@ -38,6 +37,8 @@ def test_products_of_loops_branches_and_batches():
     a, b, c = jnp.ones((5, 4)), jnp.ones((4, 4)), jnp.ones((2, 3, 3))
     found = products(function, a, b, c)
     assert found == {Product(1, 5, 4, 4): 4, Product(2, 3, 3, 3): 1}
+    half = products(jnp.matmul, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    assert half == {Product(1, 5, 4, 4, "bfloat16"): 1}
     assert flops(found) == 4 * 2 * 5 * 4 * 4 + 2 * 2 * 3 * 3 * 3
     # What no result needs is not counted.
     assert not products(lambda a: (a + 1, jnp.zeros_like(a @ a))[0], jnp.ones((3, 3)))
@@ -116,15 +117,45 @@ def test_a_chunk_trains_on(devices):
     assert losses[2].mean() < losses[0].mean()
 
 
-def test_memory_has_every_part_of_a_run():
-    rows = memory.measure_parts(memory.workload(1024, 16), 1)
+@pytest.mark.parametrize("on_cpu", [True, False])  # an accelerator has tables in tiles
+def test_memory_has_every_part_of_a_run(on_cpu):
+    layout = dataclasses.replace(Layout.create("data", 1, jax.devices()[:1]), on_cpu=on_cpu)
+    rows = memory.measure_parts(memory.workload(1024, 16), layout)
     found = {row["part"]: row["measured / predicted"] for row in rows}
-    assert found["dataset"] == pytest.approx(1, rel=0.01)
+    assert found["dataset"] == pytest.approx(1 if on_cpu else 2, rel=0.01)  # rows and tiles
     assert 1 <= found["state"] < 2
     assert found["tables"] == pytest.approx(1, rel=0.01)
-    chunks = {f"temporaries, {phase}, 5 steps" for phase in PHASES}
-    tables = {f"temporaries, {name}, a block" for name in ("next actions", "support sets")}
-    assert chunks | tables <= found.keys()
+
+
+def test_every_program_is_compiled():
+    layout = Layout.create("data", 1, jax.devices()[:1])
+    *rows, total = memory.measure_programs(memory.workload(64, 8), layout)
+    chunks = {f"{phase}, 5 steps" for phase in PHASES}
+    tables = {f"{name}, a block" for name in ("next actions", "support sets")}
+    assert chunks | tables <= {row["program"] for row in rows}
+    assert all(row["temporaries MB"] >= 0 for row in rows)
+    assert total["compile, s"] == pytest.approx(sum(row["compile, s"] for row in rows))
+
+
+def test_peers_train_as_the_trainer_does_on_an_accelerator():
+    """Draws ahead and packed parameters change no number."""
+    ours = peers.Ours(peers.QUICK._replace(hidden_dims=(8,), rows=64, chunk_rows=64))
+    losses = []
+    for ours.on_cpu in (True, False):
+        call, steps = ours.train_scan(16)
+        losses.append([float(call()) for _ in range(2)])
+    assert steps == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_shares_of_published_peaks():
+    counts = phases.Counts({Product(1, 2, 3, 5): 2, Product(1, 2, 3, 5, "bfloat16"): 1})
+    least = 60 * 2 / 156e12 + 60 / 312e12
+    assert phases.share_of_peak(counts, "NVIDIA A100-SXM4-80GB", 1.0) == pytest.approx(100 * least)
+    assert phases.share_of_peak(counts, "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 1.0) is None
+    assert machines.peak("TPU v5 lite", "float32") == machines.peak("TPU v5 lite", "bfloat16")
+    assert machines.peak("NVIDIA H200", "float64") is None
 
 
 def test_cheapest_setting_of_a_field():
@@ -147,20 +178,99 @@ def test_tables():
     assert rows == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
 
 
-def test_command(tmp_path):
-    def suite(*flags):
-        command = [sys.executable, "-m", "experiments.systems.benchmarks", f"--out={tmp_path}"]
-        return subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+def test_an_item_prints_its_tables(capsys):
+    item.measure("machine", "smoke")
+    parts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [part["table"] for part in parts] == ["Machine", *["The largest product"] * 2]
+    assert [part["rows"][0]["dtype"] for part in parts[1:]] == ["float32", "bfloat16"]
+    assert all(part["rows"][0]["TFLOP/s"] > 0 for part in parts[1:])
 
-    bad = suite("--only=phases,speed")
-    assert bad.returncode == 2
-    assert "unknown 'speed'" in bad.stderr.splitlines()[-1]
-    good = suite("--quick", "--only=acting,phases")
-    assert good.returncode == 0, good.stderr
-    record = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert record["quick"]
-    assert list(record["tables"]) == ["acting", "phases"]
-    (rows,) = record["tables"]["acting"].values()
-    assert {row["method"] for row in rows} >= {"EFM", "ED", "CEP-guided"}
-    assert all(row["ms, best"] > 0 for row in rows)
-    assert "### Actions from host to host" in (tmp_path / "benchmarks.md").read_text()
+
+def test_items_of_other_processes_end_as_they_do(monkeypatch, tmp_path):
+    failed = item.run("no_such", "smoke", 300, {})
+    assert failed["status"] == "failed"
+    assert failed["reason"].startswith("ModuleNotFoundError: No module named 'experiments")
+
+    def instead(script):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+
+    line = """echo '{"table": "a", "rows": [{"x": 1}]}'"""
+    instead(f'{line}; {line}; echo "$WHY"; echo out of memory >&2; kill -9 $$')
+    died = item.run("machine", "smoke", 300, {"WHY": "a note"})
+    assert died["tables"] == {"a": [{"x": 1}, {"x": 1}]}
+    assert died["notes"] == ["a note"]
+    assert (died["status"], died["reason"]) == ("failed", "status -9: out of memory")
+    instead(f"{line}; sleep 300 & sleep 300")
+    stopped = item.run("machine", "smoke", 0.5, {})
+    assert stopped["tables"] == {"a": [{"x": 1}]}
+    assert (stopped["status"], stopped["reason"]) == ("stopped", "took longer than 0.0 minutes")
+    assert stopped["seconds"] < 100
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run the command with items that are told, not measured; returns its status and record."""
+    ran = []
+
+    def run(*flags, **told):
+        def answer(name, size, seconds, environment):
+            ran.append((name, size, seconds))
+            found = {"tables": {}, "notes": [], "status": "done", "reason": None, "seconds": 1.0}
+            return found | told.get(name, {})
+
+        monkeypatch.setattr(item, "run", answer)
+        monkeypatch.setattr("sys.argv", ["benchmarks", f"--out={tmp_path}", *flags])
+        ran.clear()
+        status = suite.main()
+        return status, json.loads((tmp_path / "benchmarks.json").read_text()), list(ran)
+
+    return run
+
+
+def seeds(ratio):
+    return {"tables": {"Seeds": [{"seeds": 8, "time / of one seed": ratio, "phase": "critic"}]}}
+
+
+def test_what_fails_does_not_end_the_list(command, tmp_path):
+    reason = "ModuleNotFoundError: No module named 'torch'"
+    told = {"scaling": seeds(1.9), "peers": {"status": "failed", "reason": reason}}
+    status, record, ran = command("--device", "--budget_minutes=10", **told)
+    assert status == 1
+    assert ran[0][:2] == ("machine", "device")
+    assert all(seconds <= 60 * suite.DEVICE[name] for name, _, seconds in ran)
+    assert record["items"]["peers"]["reason"] == reason
+    assert record["items"]["overhead"]["status"] == "done"
+    reached = {(goal["goal"], goal["phase"]): goal[""] for goal in record["goals"]}
+    assert reached["8 seeds beside one", "critic"] == "reached"
+    assert reached["PyTorch, eager beside ours", None] == "not measured"
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert f"peers: failed ({reason}), 1.0 s" in text
+    assert "### Goals" in text
+    # What was not done is done; what was, is kept.
+    status, record, ran = command("--device", "--resume", scaling=seeds(3.0))
+    assert (status, [name for name, *_ in ran]) == (0, ["peers"])
+    assert record["goals"][0]["found"] == 1.9
+
+
+def test_goals_and_items_that_do_not_fit(command):
+    status, record, ran = command("--device", "--budget_minutes=2.5", scaling=seeds(2.1))
+    assert status == 0
+    assert record["items"]["phases"]["status"] == "skipped"
+    assert record["items"]["phases"]["reason"] == "2.5 of up to 6 minutes are left"
+    assert 149 < {name: seconds for name, _, seconds in ran}["scaling"] <= 150
+    assert record["goals"][0][""] == "missed"
+    assert sum(suite.DEVICE.values()) <= 25
+
+
+def test_flags_of_the_command(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command("--only=phases,speed")
+    assert "unknown 'speed'" in capsys.readouterr().err.splitlines()[-1]
+    _, _, ran = command("--quick", "--only=acting")
+    assert [name for name, *_ in ran] == ["machine", "acting"]
+    assert {size for _, size, _ in ran} == {"quick"}
+    with pytest.raises(SystemExit, match="2"):
+        command("--device", "--resume")
+    assert "expected a file of the same list" in capsys.readouterr().err

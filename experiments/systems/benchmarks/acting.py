@@ -16,7 +16,7 @@ from efm_jax.networks import LogRatio
 from efm_jax.rl.agents import make_agent, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Normalizer
-from experiments.systems.benchmarks.timing import Rows, in_turns
+from experiments.systems.benchmarks.timing import Rows, Tables, in_turns
 from experiments.systems.benchmarks.workload import stages
 
 STEPS = 15
@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
     seconds: float = 2.0  # of the clock, for each method
 
 
-FULL = Sizes()
-QUICK = Sizes((32, 16), (32, 32), (64,), 0.2)
+FULL, QUICK = Sizes(), Sizes((32, 16), (32, 32), (64,), 0.2)
+SIZES = {"full": FULL, "quick": QUICK, "device": Sizes(states=(1, 256, 4096)), "smoke": QUICK}
 
 
 class Method(NamedTuple):
@@ -97,9 +97,8 @@ def measure(states: int, sizes: Sizes) -> Rows:
     } for method, time in times.items()]  # fmt: skip
 
 
-def run(quick: bool) -> dict[str, Rows]:
-    """The table of this row of the suite."""
-    sizes = QUICK if quick else FULL
+def run(sizes: Sizes) -> Tables:
+    """The table, by number of states."""
     dims, energy = ("/".join(map(str, widths)) for widths in (sizes.hidden_dims, sizes.energy_dims))
     title = f"Actions from host to host; U-shaped field {dims}, energy network {energy}"
-    return {title: [row for states in sizes.states for row in measure(states, sizes)]}
+    yield from ((title, measure(states, sizes)) for states in sizes.states)

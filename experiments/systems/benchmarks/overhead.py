@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from experiments.systems.benchmarks.timing import Rows, compiled_once
+from experiments.systems.benchmarks.timing import Tables, compiled_once
 
 
 def measure(
@@ -60,16 +61,28 @@ def measure(
     }  # fmt: skip
 
 
-def run(quick: bool) -> dict[str, Rows]:
-    """The three runs."""
-    steps, changes, caches = 5000, {}, {"none": None, "empty": "cache", "filled": "cache"}
-    if quick:  # and less to compile
-        steps, caches = 100, {"none": None}
-        changes = {"max_transitions": 1000, "eval_episodes": 1, "critic": "iql", "solver": "euler"}
+class Sizes(NamedTuple):
+    """How much is run."""
+
+    steps: int = 5000  # of each phase
+    caches: tuple[str, ...] = ("none", "empty", "filled")
+    changes: Mapping[str, int | str] = {}
+
+
+_LITTLE = {"max_transitions": 1000, "eval_episodes": 1, "critic": "iql", "solver": "euler"}
+SIZES = {
+    "full": Sizes(),
+    "quick": Sizes(100, ("none",), _LITTLE),
+    "device": Sizes(caches=("empty", "filled")),
+    "smoke": Sizes(100, ("empty",), _LITTLE),
+}
+
+
+def run(sizes: Sizes) -> Tables:
+    """The runs, one after the other."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        rows = [
-            measure(label, steps, folder, cache and folder / cache, **changes)
-            for label, cache in caches.items()
-        ]
-    return {"launch.train: where the time goes": rows}
+        for label in sizes.caches:
+            cache = None if label == "none" else folder / "cache"
+            row = measure(label, sizes.steps, folder, cache, **sizes.changes)
+            yield "launch.train: where the time goes", [row]

@@ -1,7 +1,8 @@
 """The same network, batch and optimizer in PyTorch, and in a JAX loop fed from the host.
 
 Parameters are copied into PyTorch and both networks' outputs compared before anything is timed.
-PyTorch is optional: its rows are left out where it is not installed.
+PyTorch is optional: where it is not installed or fails, all rows without it come first.  On a GPU
+both compute float32 products in TF32.
 """
 
 import functools
@@ -18,9 +19,15 @@ import optax
 from efm_jax import losses, paths, sampling
 from efm_jax.networks import UNetField
 from efm_jax.training.state import TrainState
-from efm_jax.training.step import cached_samples, make_chunk, make_step, sample_rows
+from efm_jax.training.step import (
+    cached_samples,
+    make_chunk,
+    make_step,
+    sample_rows,
+    steps_ahead,
+)
 from efm_jax.types import Array, Field, Params
-from experiments.systems.benchmarks.timing import Rows, in_turns
+from experiments.systems.benchmarks.timing import Rows, Tables, in_turns
 
 STEPS = 15
 LEARNING_RATE = 1e-3
@@ -31,7 +38,8 @@ class Sizes(NamedTuple):
     """What shrinks in a quick run."""
 
     hidden_dims: tuple[int, ...]
-    batches: tuple[int, ...]
+    batches: tuple[int, ...]  # of a training step
+    states: tuple[int, ...]  # for which actions are sampled
     chunk_rows: int  # samples that one timed call of the scan trains on
     rows: int  # of the dataset
     seconds: float  # of the clock, for each alternative
@@ -39,8 +47,10 @@ class Sizes(NamedTuple):
 
 
 Way = tuple[Callable[[], Any], int]
-FULL = Sizes((512, 256, 128), (256, 4096), 8192, 100_000, 3.0, True)
-QUICK = Sizes((32, 16), (64,), 512, 1000, 0.2, False)
+FULL = Sizes((512, 256, 128), (256, 4096), (256, 4096), 8192, 100_000, 3.0, True)
+QUICK = Sizes((32, 16), (64,), (64,), 512, 1000, 0.2, False)
+DEVICE = FULL._replace(states=(1, 256, 4096), chunk_rows=100 * 4096)
+SIZES = {"full": FULL, "quick": QUICK, "device": DEVICE, "smoke": QUICK}
 
 
 class Ours:
@@ -63,8 +73,8 @@ class Ours:
         params = jax.jit(self.network.init)(jax.random.key(0), *inputs)
         self.params: Params = jax.tree.map(noisy, params)
         self.optimizer = optax.adam(LEARNING_RATE)
-        on_cpu = jax.default_backend() == "cpu"
-        part_size = cached_samples(max(sizes.hidden_dims)) if on_cpu else None
+        self.on_cpu = jax.default_backend() == "cpu"
+        part_size = cached_samples(max(sizes.hidden_dims)) if self.on_cpu else None
         self.step = make_step(self.loss, self.optimizer, part_size=part_size)
 
     def field(self, params: Params, observations: Array) -> Field:
@@ -79,15 +89,21 @@ class Ours:
         return TrainState.create(jax.tree.map(jnp.copy, self.params), self.optimizer)
 
     def train_scan(self, batch: int) -> Way:
-        """Data on the device, many steps in a scan."""
-        steps, state = max(1, self.sizes.chunk_rows // batch), self.fresh()
+        """Data on the device, many steps in a scan, as the trainer makes them."""
+        steps, state = max(1, min(100, self.sizes.chunk_rows // batch)), self.fresh()
+        drawn = batch * (OBSERVATION_SIZE + 2 * ACTION_SIZE + 1)
+        ahead = 1 if self.on_cpu else steps_ahead(steps, drawn)
         data = jnp.asarray(self.observations), jnp.asarray(self.actions)
 
         def draw(key: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
             indices = sample_rows(key, batch, self.sizes.rows)
             return tables[0][indices], tables[1][indices]
 
-        chunk = jax.jit(make_chunk(self.step, draw, steps), donate_argnums=0)
+        def noise(key: Array, batch: tuple[Array, Array]) -> losses.Draws:
+            return losses.draw(key, batch[1])
+
+        options = {"draws": noise, "ahead": ahead, "packed": not self.on_cpu}
+        chunk = jax.jit(make_chunk(self.step, draw, steps, **options), donate_argnums=0)
 
         def call() -> Array:
             nonlocal state
@@ -124,14 +140,25 @@ class Ours:
 
 
 class Torch:
-    """PyTorch's side: functions on a tree of tensors, which spares it the overhead of modules."""
+    """PyTorch's side: functions on a tree of tensors, which spares it the overhead of modules.
+
+    Calls return the object itself, for which the clock waits as for a JAX array.
+    """
 
     def __init__(self, torch: Any, ours: Ours):
         self.torch, self.ours = torch, ours
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
-        self.observations = torch.from_numpy(ours.observations)
-        self.actions = torch.from_numpy(ours.actions)
+        torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+        self.observations = torch.tensor(ours.observations)
+        self.actions = torch.tensor(ours.actions)
+        self.check()
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+
+    def block_until_ready(self) -> "Torch":
+        if self.torch.cuda.is_available():
+            self.torch.cuda.synchronize()
+        return self
 
     def parameters(self) -> Any:
         """A copy of the Flax parameters in PyTorch's layout, ``[out, in]``."""
@@ -173,14 +200,15 @@ class Torch:
         return ((self.field(params, x, t, observations) - (noise - x0)) ** 2).sum(-1).mean()
 
     def check(self) -> None:
-        """Both networks agree."""
+        """Both networks agree, in full float32."""
         torch, ours, size = self.torch, self.ours, 64
         x, observations = ours.actions[:size], ours.observations[:size]
         t = np.linspace(0, 1, size, dtype=np.float32)
-        expected = ours.field(ours.params, observations)(x, t)
+        with jax.default_matmul_precision("highest"):
+            expected = ours.field(ours.params, observations)(x, t)
         with torch.inference_mode():
-            found = self.field(self.parameters(), *map(torch.from_numpy, (x, t, observations)))
-        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
+            found = self.field(self.parameters(), *map(torch.tensor, (x, t, observations)))
+        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=1e-4)
 
     def train(self, batch: int, *, compiled: bool, fused: bool = False) -> Way:
         """One step a call, data and batches in memory."""
@@ -195,7 +223,7 @@ class Torch:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            return loss.detach()
+            return self
 
         return call, 1
 
@@ -225,21 +253,9 @@ class Torch:
             x = noise
             for i in range(STEPS):
                 x = x - field(params, x, torch.full((batch,), 1 - i / STEPS), observations) / STEPS
-            return x
+            return self
 
         return call, STEPS
-
-
-def load_torch(ours: Ours) -> Torch | None:
-    """PyTorch's side, checked against ours, or None and a line that says how to get it."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        print("peers: PyTorch is not installed, its rows are left out; pip install torch==2.13.0")
-        return None
-    peer = Torch(torch, ours)
-    peer.check()
-    return peer
 
 
 def training(ours: Ours, peer: Torch | None, batch: int) -> dict[str, Way]:
@@ -273,14 +289,23 @@ def measure(programs: dict[str, Way], batch: int, seconds: float) -> Rows:
     ]
 
 
-def run(quick: bool) -> dict[str, Rows]:
-    """The tables of this row of the suite."""
-    ours = Ours(QUICK if quick else FULL)
-    peer, sizes = load_torch(ours), ours.sizes
-    titles = {"CFM training step with Adam": training, f"Sampling, {STEPS} Euler steps": euler}
-    tables: dict[str, Rows] = {}
-    for title, ways in titles.items():
-        rows = tables[f"{title}, U-shaped {'/'.join(map(str, sizes.hidden_dims))}"] = []
-        for batch in sizes.batches:
-            rows += measure(ways(ours, peer, batch), batch, sizes.seconds)
-    return tables
+def run(sizes: Sizes) -> Tables:
+    """A table of training and one of sampling.
+
+    Raises:
+      Exception: why PyTorch does not work here, after all rows without it.
+    """
+    ours, peer, failure = Ours(sizes), None, None
+    try:
+        peer = Torch(importlib.import_module("torch"), ours)
+    except Exception as error:  # of any kind; what follows is measured all the same
+        failure = error
+    dims = "/".join(map(str, sizes.hidden_dims))
+    for batch in sizes.batches:
+        found = measure(training(ours, peer, batch), batch, sizes.seconds)
+        yield f"CFM training step with Adam, U-shaped {dims}", found
+    for states in sizes.states:
+        found = measure(euler(ours, peer, states), states, sizes.seconds)
+        yield f"Sampling, {STEPS} Euler steps, U-shaped {dims}", found
+    if failure is not None:
+        raise failure

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from efm_jax.solvers import SOLVERS
 from efm_jax.types import Array, Field
 from experiments.paper.guidance_methods import FAMILIES, Task, Training
 from experiments.paper.toy2d import Problem, problems
-from experiments.systems.benchmarks.timing import Rows
+from experiments.systems.benchmarks.timing import Rows, Tables
 from experiments.systems.benchmarks.workload import stages
 
 PATHS = {"ot": paths.conditional_ot(), "vp": paths.vp_linear()}
@@ -63,6 +62,7 @@ QUICK = Sizes(
     Training(hidden_dims=(16, 16), batch_size=64, num_steps=50), ("mixture_8d",), (8,), (),
     sample_size=200, repeats=2, floor_repeats=8, dtypes=("bfloat16",), exact_paths=("vp",),
 )  # fmt: skip
+SIZES = {"full": Sizes(), "quick": QUICK}
 
 
 class Case(NamedTuple):
@@ -234,9 +234,11 @@ def cheapest(rows: Rows) -> Rows:
     return found
 
 
-def run(quick: bool) -> dict[str, Rows]:
+def run(sizes: Sizes) -> Tables:
     """Both tables."""
-    sizes, rows = QUICK if quick else Sizes(), []
+    rows = []
+    title = f"Sampling: distance to exact samples over the noise floor, beta = {BETA:g}"
+    title += f"; ms of {sizes.sample_size:,} samples"
     for name in sizes.problems:
         case = make_case(name, sizes.components)
         fields = [(Kind("exact", path_name), case.guided) for path_name in sizes.exact_paths]
@@ -246,11 +248,8 @@ def run(quick: bool) -> dict[str, Rows]:
         for dtype in sizes.dtypes:
             fields.append(train(case, dataclasses.replace(sizes.training, dtype=dtype)))
         for kind, params in fields:
-            rows += measure(case, kind, params, floor, sizes)
-            print(f"sampling: {name}, {kind.path_name}, {kind.name}", file=sys.stderr, flush=True)
+            found = measure(case, kind, params, floor, sizes)
+            yield title, found
+            rows += found
     best = f"Fewest evaluations within {_AS_GOOD:g} of the best ratio that any solver reaches"
-    return {
-        f"Sampling: distance to exact samples over the noise floor, beta = {BETA:g}; "
-        f"ms of {sizes.sample_size:,} samples": rows,
-        best: cheapest(rows),
-    }
+    yield best, cheapest(rows)

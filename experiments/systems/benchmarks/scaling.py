@@ -21,7 +21,7 @@ import jax
 
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.training.parallel import Layout
-from experiments.systems.benchmarks.timing import Rows, in_turns, measured_apart
+from experiments.systems.benchmarks.timing import Rows, Tables, in_turns, measured_apart
 from experiments.systems.benchmarks.workload import Workload
 
 # Of one call on several devices: where there are more of them than cores, each of a step's
@@ -50,6 +50,12 @@ class Sizes(NamedTuple):
 
 _ONE, _CASE = ("behavior",), ("weak, data", "data", 64, 1)
 QUICK = Sizes(_ONE, _ONE, (1, 2), (64,), 64, 1024, (2,), (_CASE,), seconds=0.1)
+SIZES = {
+    "full": Sizes(),
+    "quick": QUICK,
+    "device": Sizes(("behavior", "critic", "policy"), (), (1, 2, 8, 32), (256,), devices=()),
+    "smoke": QUICK._replace(devices=()),
+}
 
 
 def workload(width: int, batch: int, rows: int) -> Workload:
@@ -59,27 +65,27 @@ def workload(width: int, batch: int, rows: int) -> Workload:
 
 def chunk_steps(work: Workload, phase: str, seeds: int) -> int:
     """Steps of a call: so many that its overhead is small, so few that it stays short."""
+    if jax.default_backend() != "cpu":
+        return 100
     states = work.config.batch_size * (work.agent.actions_per_state if phase == "policy" else 1)
     products = states * seeds * sum(n * n for n in work.config.hidden_dims)
     return max(1, min(100, 2_000_000_000 // products))
 
 
-def measure_seeds(sizes: Sizes) -> Rows:
-    """What a seed costs as a share of a lone one."""
-    rows, device = [], jax.devices()[:1]
-    for phase, width in itertools.product(sizes.phases, sizes.widths):
-        work = workload(width, sizes.batch, sizes.rows)
-        counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
-        times = in_turns({
-            seeds: work.training( phase, Layout.create("data", seeds, device), count)
-            for seeds, count in counts.items()
-        }, sizes.seconds)  # fmt: skip
-        step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
-        rows += [{
-            "phase": phase, "width": width, "seeds": seeds, "ms a step": 1e3 * seconds,
-            "time of a seed / of one alone": seconds / (seeds * step[1]),
-        } for seeds, seconds in step.items()]  # fmt: skip
-    return rows
+def measure_seeds(sizes: Sizes, phase: str, width: int) -> Rows:
+    """What seeds together cost beside one alone."""
+    work, device = workload(width, sizes.batch, sizes.rows), jax.devices()[:1]
+    counts = {seeds: chunk_steps(work, phase, seeds) for seeds in sizes.seeds}
+    times = in_turns({
+        seeds: work.training(phase, Layout.create("data", seeds, device), count)
+        for seeds, count in counts.items()
+    }, sizes.seconds)  # fmt: skip
+    step = {seeds: times[seeds].best / count for seeds, count in counts.items()}
+    return [{
+        "phase": phase, "width": width, "seeds": seeds, "ms a step": 1e3 * seconds,
+        "time / of one seed": seconds / step[1],
+        "time of a seed / of one alone": seconds / (seeds * step[1]),
+    } for seeds, seconds in step.items()]  # fmt: skip
 
 
 def measure_devices(sizes: Sizes) -> Rows:
@@ -120,20 +126,18 @@ def count_sent(work: Workload, phase: str, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(quick: bool) -> dict[str, Rows]:
+def run(sizes: Sizes) -> Tables:
     """All tables."""
-    sizes, apart = QUICK if quick else Sizes(), []
+    for phase, width in itertools.product(sizes.phases, sizes.widths):
+        yield f"Seeds in one program, batch {sizes.batch}", measure_seeds(sizes, phase, width)
+    cores = len(os.sched_getaffinity(0))
     for count in sizes.devices:  # after the flags that the user has set
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
         environment = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
-        apart.append(measured_apart(__spec__.name, *["--quick"] * quick, **environment))
-    devices = sorted((row for rows, _ in apart for row in rows), key=lambda row: row["scaling"])
-    cores = len(os.sched_getaffinity(0))
-    return {
-        f"Seeds in one program, batch {sizes.batch}": measure_seeds(sizes),
-        f"Virtual devices on {cores} cores (1 is parity of work), width 64": devices,
-        "What a step of two devices reduces, width 64": [row for _, sent in apart for row in sent],
-    }
+        quick = ["--quick"] * (sizes is QUICK)
+        devices, sent = measured_apart(__spec__.name, *quick, **environment)
+        yield f"Virtual devices on {cores} cores (1 is parity of work), width 64", devices
+        yield "What a step of two devices reduces, width 64", sent
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
 """The clock: alternatives are timed in turns, so that what else runs here falls on all of them."""
 
-import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
 Rows = list[dict[str, Any]]  # of a table of results
+Tables = Iterator[tuple[str, Rows]]  # parts of tables by title, as they are measured
 
 # A sample of the clock is at least this long, because a scheduler's slice is a few ms.
 _SAMPLE_SECONDS = 0.02
@@ -56,13 +56,6 @@ def in_turns(calls: Mapping[Name, Callable[[], Any]], seconds: float = 2.0) -> d
             if sum(samples[name]) * counts[name] < seconds or len(samples[name]) < 3:
                 samples[name].append(_sample(call, counts[name]))
     return {name: Timing(min(times), statistics.median(times)) for name, times in samples.items()}
-
-
-def run_module(name: str, quick: bool) -> tuple[str, float, dict[str, Rows]]:
-    """Name, seconds and tables of one module's measurements."""
-    start = time.perf_counter()
-    tables = importlib.import_module(f"experiments.systems.benchmarks.{name}").run(quick)
-    return name, round(time.perf_counter() - start, 1), tables
 
 
 def measured_apart(module: str, *arguments: str, **environment: str) -> Any:
