@@ -21,6 +21,7 @@ CONFIG = {
     **{f"{phase}_steps": steps for phase, steps in STEPS.items()},
 }
 ROWS = 300
+SEEDS = ("--seed=3", "--num_seeds=2")  # of the run that tests share
 
 
 def arrays():

@@ -49,9 +49,8 @@ def test_two_at_once_leave_one_dataset(launcher, minari):
     assert load_dataset("mine/some-v3").transitions.size == 1000
 
 
-def test_a_trained_policy(launcher, minari, dataset, tmp_path):
-    workdir = tmp_path / "run"
-    assert launcher.run("train", *train_flags(dataset, workdir), env=minari).status == 0
+def test_a_trained_policy(launcher, minari, finished):
+    workdir = finished[0]
     flags = (f"--policy={workdir}", "--dataset=mine/policy-v0", "--episodes=2", "--noise=0.1")
     result = launcher.run("collect", *flags, env=minari)
     assert result.status == 0, result.err
