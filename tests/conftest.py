@@ -35,6 +35,13 @@ write_whole_entries()
 jaxtyping.install_import_hook(SHAPED, "tests.shapes.checked_with_the_result")
 
 
+def pytest_collection_finish():
+    """Look for garbage less often, and not in what the imports left: 6% of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
 def pytest_unconfigure():
     if _OWN_PROGRAMS is not None:
         shutil.rmtree(_OWN_PROGRAMS, ignore_errors=True)

@@ -6,6 +6,8 @@ import tempfile
 
 # For XLA: each program runs for a moment.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Each in one piece: pieces for several threads cost half as much again.
+QUICK_TO_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith(
     "0.10."
 ):  # others end at a flag that they do not know

@@ -7,6 +7,7 @@ from its standard input, `{"module", "args", "cwd", "env", "out", "err", "status
 with the child's pid; outputs and exit status come into the three files.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -152,6 +153,7 @@ def _zygote():
     ):
         importlib.import_module(module)
     write_whole_entries()  # of all its children, some of which are killed
+    gc.freeze()  # children look for garbage in what is theirs
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,6 +1,5 @@
 """One CEFM loss in Flax NNX, Equinox and a plain function; couplings, times; and the tutorial."""
 
-import functools
 import importlib
 import itertools
 import math
@@ -19,7 +18,6 @@ import pytest
 from flax import nnx
 from scipy.integrate import quad
 
-from efm_jax import networks
 from experiments.examples import coupling, equinox_model, nnx_model, plain_function, times
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,8 +146,6 @@ def test_weights_make_up_for_logit_normal_times(capsys):
 
 def test_the_tutorial_runs_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tutorial", "--smoke", f"--output={tmp_path}"])
-    small = functools.partial(networks.MLPField, (16, 16, 16))  # a likelihood takes a while
-    monkeypatch.setattr(networks, "MLPField", lambda hidden_dims: small())
     try:
         with matplotlib.rc_context():
             runpy.run_module("experiments.examples.tutorial", run_name="__main__")
