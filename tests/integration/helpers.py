@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.programs import QUICK_TO_COMPILE, write_whole_entries
+from tests.programs import QUICK_TO_COMPILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Lines of libraries that a user may see, and that say nothing about the run.
@@ -152,7 +152,6 @@ def _zygote():
         "launch.cli",
     ):
         importlib.import_module(module)
-    write_whole_entries()  # of all its children, some of which are killed
     gc.freeze()  # children look for garbage in what is theirs
 
     for line in sys.stdin:

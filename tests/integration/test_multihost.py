@@ -126,7 +126,7 @@ def test_a_stop_while_a_table_is_computed_again_ends_both(launcher, dataset, tmp
     """There is nothing new to save, and one host may be done while the other still compiles."""
     steps = {"policy_steps": 100_000, "renew_every": 100_000, "eval_every": 0}
     hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", **steps)
-    wait_for_phase(tmp_path / "run", "policy", hosts)
+    wait_for_steps(tmp_path / "run", "policy", hosts)
     hosts[1].send(signal.SIGTERM)
     assert [host.wait(60).status for host in hosts] == [143, 143]
     saved = saved_steps(tmp_path / "run")
