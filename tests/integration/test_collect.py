@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data import load_dataset
-from tests.integration.runs import train_flags
+from tests.integration.runs import CHEAP, train_flags
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_an_environment_of_the_users_own_module(launcher, minari, tmp_path):
     assert launcher.run("collect", *collect, "--max_episode_steps=30", **env).line["steps"] == 60
 
     # The recording names it, and that alone makes nobody import it.
-    train = train_flags("mine/any-v0", tmp_path / "run", batch_size=16)
+    train = train_flags("mine/any-v0", tmp_path / "run", batch_size=16, **CHEAP)
     refused = launcher.run("train", *train, **env)
     assert (refused.status, len(refused.complaints)) == (2, 1)
     assert "'mine:Mine'" in refused.err

@@ -17,6 +17,7 @@ from PIL import Image
 from efm_jax.runs.lock import Lock
 from tests.integration.helpers import fresh
 from tests.integration.runs import (
+    CHEAP,
     CONFIG,
     ROWS,
     SEEDS,
@@ -522,7 +523,8 @@ def test_a_second_process_is_refused(launcher, dataset, copy):
 def test_a_full_disk_and_failed_evaluations_are_no_errors_of_the_user(launcher, dataset, tmp_path):
     """Status 1, because clusters give up at 2; mended, the same command goes on."""
     workdir, broken = tmp_path / "run", {"BREAK": "raises"}
-    flags = train_flags(dataset, workdir, "--plugins=tests.extension.faulty", "--env=Broken-v0")
+    flags = "--plugins=tests.extension.faulty", "--env=Broken-v0"
+    flags = train_flags(dataset, workdir, *flags, **CHEAP)
     full = launcher.run("train", *flags, env={"BREAK": "file size"})
     [complaint] = full.complaints
     assert (full.status, "cannot be written" in complaint) == (1, True), full.err
@@ -612,7 +614,7 @@ def test_evaluate_refuses(launcher, finished, copy, tmp_path):
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, tmp_path):
     workdir = tmp_path / "run"
-    flags = train_flags(dataset, workdir, critic_learning_rate=1e30)
+    flags = train_flags(dataset, workdir, critic_learning_rate=1e30, **CHEAP)
     for _ in range(2):
         result = launcher.run("train", *flags)
         assert result.status == 1, result.err
@@ -623,7 +625,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, 
         assert all(np.isfinite(value).all() for value in arrays_of(workdir, 40).values())
     assert f"continuing {workdir} from step 40" in result.err
     assert "the checkpoint of step 40 is kept" in result.complaints[-1]
-    flags = train_flags(dataset, tmp_path / "early", behavior_learning_rate=1e38)
+    flags = train_flags(dataset, tmp_path / "early", behavior_learning_rate=1e38, **CHEAP)
     early = launcher.run("train", *flags)
     assert (early.status, saved_steps(tmp_path / "early")) == (1, [])
     assert "no checkpoint had been saved yet" in early.complaints[-1]

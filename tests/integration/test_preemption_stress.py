@@ -5,6 +5,7 @@ import sys
 import types
 
 from experiments.systems import preemption_stress as stress
+from tests.integration.runs import CHEAP
 from tests.markdown import cells
 
 
@@ -12,7 +13,8 @@ def test_killed_runs_end_with_the_same_bits(launcher, dataset, monkeypatch, caps
     class Popen:
         def __init__(self, command, *, stdout, stderr, env):
             assert (command[:3], stderr) == ([sys.executable, "-m", "launch.train"], stdout)
-            flags = *command[3:], f"--dataset={dataset}"
+            cheap = (f"--config.{name}={value}" for name, value in CHEAP.items())
+            flags = *command[3:], f"--dataset={dataset}", *cheap
             self._process = launcher.start("train", *flags, log=stdout.name)
             self.send_signal = self._process.send
 
