@@ -76,10 +76,13 @@ class Recorder(Hooks):
         return self.stop_at is not None and [m[:2] for m in self.metrics][-1:] == [self.stop_at]
 
 
-def train(config, seeds=(0,), *, data=None, on=None, stop_at=None, state=None, dtype=np.float32):
+def train(
+    config, seeds=(0,), *, data=None, on=None, stop_at=None, state=None, dtype=np.float32, by=None
+):
     """The final state, None for a run that was stopped, and what the run told."""
     data = transitions(dtype=dtype) if data is None else data
-    trainer, hooks = Trainer(config, data, seeds, on or layout(seeds=len(seeds))), Recorder(stop_at)
+    trainer = by or Trainer(config, data, seeds, on or layout(seeds=len(seeds)))
+    hooks = Recorder(stop_at)
     if state is None:
         floats = lambda leaf: np.issubdtype(leaf.dtype, np.floating)  # noqa: E731
         state = jax.tree.map(

@@ -142,20 +142,24 @@ def test_parts_of_a_batch_by_what_a_layer_holds(options, phase, parts, hold, x64
 NORMALIZER = Normalizer(*(np.float32(x) for x in ([0, 1, 2], [1, 2, 3], [-2, 0], [2, 10])))
 
 
-@pytest.mark.parametrize("selection", ACTION_SELECTIONS)
 @pytest.mark.parametrize("policy", AGENTS)
-def test_acts_within_the_bounds(policy, selection):
-    agent = make_agent(config(policy, "iql", action_selection=selection), S, A)
-    params = jax.jit(agent.init)(jax.random.key(0)).params()
+def test_acts_within_the_bounds(policy):
+    options = [config(policy, "iql", action_selection=rule) for rule in ACTION_SELECTIONS]
+    agents = [make_agent(each, S, A) for each in options]
+    params = jax.jit(agents[0].init)(jax.random.key(0)).params()
     observations = np.random.default_rng(0).standard_normal((5, S)).astype(np.float32)
-    act = jax.jit(lambda key, observations: agent.act(params, NORMALIZER, key, observations))
-    keys = jax.random.split(jax.random.key(1), 5)
-    actions = act(keys, observations)
-    assert actions.shape == (5, A)
-    assert (actions >= NORMALIZER.action_low).all()
-    assert (actions <= NORMALIZER.action_high).all()
-    alone = act(keys[2:3], observations[2:3])
-    assert_allclose(alone, actions[2:3], rtol=1e-4, atol=1e-4)
+    keys, others = jax.random.split(jax.random.key(1), 5), np.array([3, 2, 2, 4, 3])
+
+    @jax.jit
+    def act(keys, observations):
+        return [agent.act(params, NORMALIZER, keys, observations) for agent in agents]
+
+    among_others = act(keys[others], observations[others])
+    for actions, again in zip(act(keys, observations), among_others, strict=True):
+        assert actions.shape == (5, A)
+        assert (actions >= NORMALIZER.action_low).all()
+        assert (actions <= NORMALIZER.action_high).all()
+        assert_allclose(again, actions[others], rtol=1e-4, atol=1e-4)
 
 
 def test_best_and_mean_of_the_sampled_actions():

@@ -3,10 +3,11 @@
 A *zygote* process imports what the entry points import, without starting JAX's backend, and forks a
 child for each command; the child executes `python -m launch.NAME ARGS` from there. Run as a module
 (`python -m tests.integration.helpers`) this file is that zygote: it reads one JSON request a line
-from its standard input, `{"module", "args", "cwd", "env", "out", "err"}`, and answers with the
-child's pid; the child writes its exit status into `err + ".status"`.
+from its standard input, `{"module", "args", "cwd", "env", "out", "err", "status"}`, and answers
+with the child's pid; outputs and exit status come into the three files.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.programs import QUICK_TO_COMPILE, write_whole_entries
+from tests.programs import QUICK_TO_COMPILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Lines of libraries that a user may see, and that say nothing about the run.
@@ -51,12 +52,17 @@ class Result(NamedTuple):
 class Process:
     """A child of the zygote."""
 
-    def __init__(self, pid, out, err):
-        self.pid, self._out, self._err = pid, out, err
+    def __init__(self, pid, out, err, status):
+        self.pid, self._out, self._err, self._status = pid, out, err, status
 
     @property
     def running(self):
-        return not Path(f"{self._err}.status").exists()
+        return not self._status.exists()
+
+    @property
+    def err(self):
+        """The error output so far."""
+        return self._err.read_text() if self._err.exists() else ""
 
     def send(self, number):
         if self.running:
@@ -64,15 +70,14 @@ class Process:
 
     def wait(self, timeout=240.0):
         end = time.monotonic() + timeout
-        status = Path(f"{self._err}.status")
-        while not status.exists():
+        while self.running:
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
                 raise TimeoutError(
                     f"still running after {timeout} s: {self._err.read_text()[-2000:]}"
                 )
             time.sleep(0.02)
-        return Result(int(status.read_text()), self._out.read_text(), self._err.read_text())
+        return Result(int(self._status.read_text()), self._out.read_text(), self._err.read_text())
 
 
 class Launcher:
@@ -95,19 +100,22 @@ class Launcher:
             text=True,
         )
 
-    def start(self, module, *args, cwd=REPOSITORY, env=None):
-        """Start `python -m launch.MODULE ARGS`."""
+    def start(self, module, *args, cwd=REPOSITORY, env=None, log=None):
+        """Start `python -m launch.MODULE ARGS`; `log` is a file for both of its outputs."""
         self._count += 1
-        out, err = (self._folder / f"{self._count}.{kind}" for kind in ("out", "err"))
+        files = {kind: self._folder / f"{self._count}.{kind}" for kind in ("out", "err", "status")}
+        if log is not None:
+            files |= {"out": Path(log), "err": Path(log)}
         request = {
             "module": module,
             "args": [str(a) for a in args],
             "cwd": str(cwd),
             "env": env or {},
+            **{kind: str(path) for kind, path in files.items()},
         }
-        self._zygote.stdin.write(json.dumps(request | {"out": str(out), "err": str(err)}) + "\n")
+        self._zygote.stdin.write(json.dumps(request) + "\n")
         self._zygote.stdin.flush()
-        return Process(int(self._zygote.stdout.readline()), out, err)
+        return Process(int(self._zygote.stdout.readline()), **files)
 
     def run(self, module, *args, cwd=REPOSITORY, env=None):
         """Start it and wait for its end."""
@@ -144,7 +152,7 @@ def _zygote():
         "launch.cli",
     ):
         importlib.import_module(module)
-    write_whole_entries()  # of all its children, some of which are killed
+    gc.freeze()  # children look for garbage in what is theirs
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -158,9 +166,9 @@ def _zygote():
             os.close(reply)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            temporary = request["err"] + ".tmp"
+            temporary = request["status"] + ".tmp"
             Path(temporary).write_text(str(code))
-            os.replace(temporary, request["err"] + ".status")
+            os.replace(temporary, request["status"])
             os._exit(0)
         os.close(reply)
         print(os.read(ready, 32).decode(), flush=True)
@@ -170,7 +178,8 @@ def _zygote():
 def _become(request):
     """Be `python -m launch.MODULE ARGS`; never returns."""
     for descriptor, path in ((1, request["out"]), (2, request["err"])):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # both may be one file
+        os.dup2(os.open(path, flags), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
     sys.path.insert(0, request["cwd"])  # as python -m does

@@ -20,7 +20,10 @@ CONFIG = {
     "eval_episodes": 2,
     **{f"{phase}_steps": steps for phase, steps in STEPS.items()},
 }
+# Half of the programs, for what does not depend on the algorithm.
+CHEAP = {"policy": "gaussian", "critic": "iql"}
 ROWS = 300
+SEEDS = ("--seed=3", "--num_seeds=2")  # of the run that tests share
 
 
 def arrays():

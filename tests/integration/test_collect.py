@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efm_jax.data import load_dataset
-from tests.integration.runs import train_flags
+from tests.integration.runs import CHEAP, train_flags
 
 
 @pytest.fixture
@@ -49,9 +49,8 @@ def test_two_at_once_leave_one_dataset(launcher, minari):
     assert load_dataset("mine/some-v3").transitions.size == 1000
 
 
-def test_a_trained_policy(launcher, minari, dataset, tmp_path):
-    workdir = tmp_path / "run"
-    assert launcher.run("train", *train_flags(dataset, workdir), env=minari).status == 0
+def test_a_trained_policy(launcher, minari, finished):
+    workdir = finished[0]
     flags = (f"--policy={workdir}", "--dataset=mine/policy-v0", "--episodes=2", "--noise=0.1")
     result = launcher.run("collect", *flags, env=minari)
     assert result.status == 0, result.err
@@ -155,7 +154,7 @@ def test_an_environment_of_the_users_own_module(launcher, minari, tmp_path):
     assert launcher.run("collect", *collect, "--max_episode_steps=30", **env).line["steps"] == 60
 
     # The recording names it, and that alone makes nobody import it.
-    train = train_flags("mine/any-v0", tmp_path / "run", batch_size=16)
+    train = train_flags("mine/any-v0", tmp_path / "run", batch_size=16, **CHEAP)
     refused = launcher.run("train", *train, **env)
     assert (refused.status, len(refused.complaints)) == (2, 1)
     assert "'mine:Mine'" in refused.err

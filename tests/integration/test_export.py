@@ -1,4 +1,4 @@
-"""A trained policy as a function, as a file that runs without this package, and as a video."""
+"""A trained policy as a function, and as a file that runs without this package."""
 
 import re
 import shutil
@@ -8,10 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from efm_jax import load_policy
-from tests.integration.runs import TOTAL, saved_steps, train_flags
+from tests.integration.runs import TOTAL, saved_steps
 
 # What a stranger runs: JAX and NumPy, none of our code.
 READER = """
@@ -28,12 +27,9 @@ assert not [name for name in sys.modules if name.startswith(("efm_jax", "launch"
 """
 
 
-@pytest.fixture(scope="module")
-def run(launcher, dataset, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("export") / "run"
-    result = launcher.run("train", *train_flags(dataset, workdir, "--num_seeds=2"))
-    assert result.status == 0, result.err
-    return workdir
+@pytest.fixture
+def run(finished):
+    return finished[0]
 
 
 def observations(count):
@@ -124,26 +120,6 @@ def test_bad_flags_write_nothing(launcher, run, flags, message):
     assert len(result.complaints) == 1
     assert message in result.complaints[0]
     assert not (run / "policy.jax_export").exists()
-
-
-def test_evaluation_samples_in_another_way_and_is_filmed(launcher, run, tmp_path):
-    flags = [f"--workdir={run}", "--episodes=2"]
-    plain = launcher.run("evaluate", *flags)
-    film = tmp_path / "film.gif"
-    other = launcher.run(
-        "evaluate",
-        *flags,
-        "--solver=rk4",
-        "--sample_steps=3",
-        "--action_selection=mean",
-        "--num_candidates=2",
-        f"--video={film}",
-    )
-    assert (plain.status, other.status) == (0, 0), (plain.err, other.err)
-    assert plain.line["policy_return"] != other.line["policy_return"]
-    with Image.open(film) as frames:
-        assert frames.n_frames > 20
-        assert len(np.unique(np.asarray(frames.convert("L")))) > 1
 
 
 def test_a_video_of_another_kind_is_refused(launcher, run, tmp_path):

@@ -7,6 +7,7 @@ from matplotlib import image
 
 from tests.integration.runs import arrays
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
+from tests.unit.test_data_attacks import SPEC, minari_with
 
 
 def test_summary_and_picture(launcher, dataset, tmp_path):
@@ -71,3 +72,15 @@ def test_help(launcher):
     assert result.status == 0
     for part in ("hopper-medium-v2", "--plot", "--env"):
         assert part in result.out
+
+
+def test_metadata_that_chooses_code_is_refused_in_one_line(launcher, tmp_path, monkeypatch):
+    (minari := tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari))
+    name = minari_with(tmp_path, env_spec=json.dumps(SPEC | {"entry_point": "os:_exit"}))
+    for module in ("inspect", "train"):
+        env = {"MINARI_DATASETS_PATH": str(minari)}
+        done = launcher.run(module, f"--dataset={name}", cwd=tmp_path, env=env)
+        assert (done.status, len(done.complaints)) == (2, 1), done.err
+        assert "os:_exit" in done.err
+        assert list(tmp_path.iterdir()) == [minari]

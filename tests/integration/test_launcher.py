@@ -12,12 +12,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from efm_jax.runs.lock import Lock
 from tests.integration.helpers import fresh
 from tests.integration.runs import (
+    CHEAP,
     CONFIG,
     ROWS,
+    SEEDS,
     STEPS,
     TOTAL,
     arrays,
@@ -27,17 +30,6 @@ from tests.integration.runs import (
     train_flags,
 )
 from tests.unit.data_fixtures import write_d4rl
-
-SEEDS = ("--seed=3", "--num_seeds=2")
-
-
-@pytest.fixture(scope="module")
-def finished(launcher, dataset, tmp_path_factory):
-    """An uninterrupted run: its workdir and what it printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    result = launcher.run("train", *train_flags(dataset, workdir, *SEEDS))
-    assert result.status == 0, result.err
-    return workdir, result
 
 
 @pytest.fixture
@@ -136,24 +128,32 @@ def test_returns_file_explains_the_printed_returns(finished):
     assert {int(row["total_step"]) for row in rows if row["policy"] == "policy"} == {110, TOTAL}
 
 
-def test_second_run_does_nothing_again(launcher, dataset, finished, copy):
+def test_second_run_does_nothing_again(launcher, dataset, finished, copy, tmp_path):
+    """Nor does one of the same contents under another path, which are the same dataset."""
     before = table(copy / "metrics.csv"), table(copy / "returns.csv")
-    result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
-    assert result.status == 0
+    moved = shutil.copy(dataset, tmp_path / "moved.hdf5")
+    result = launcher.run("train", *train_flags(moved, copy, *SEEDS))
+    assert result.status == 0, result.err
     same = ("behavior_return", "policy_return", "dataset_return", "steps", "seeds")
     assert {k: result.line[k] for k in same} == {k: finished[1].line[k] for k in same}
     assert table(copy / "metrics.csv") == before[0]
     assert sorted(map(str, table(copy / "returns.csv"))) == sorted(map(str, before[1]))
 
 
-def test_evaluations_keep_names_of_their_own(launcher, finished, copy):
+def test_evaluations_keep_names_of_their_own_and_are_filmed(launcher, finished, copy, tmp_path):
     before = (copy / "returns.csv").read_text()
     result = launcher.run("evaluate", f"--workdir={copy}")
     assert result.status == 0, result.err
     for name in ("behavior_return", "policy_return"):
         assert result.line[name] == pytest.approx(finished[1].line[name], rel=1e-6)
     flags = [f"--workdir={copy}", "--episodes=3", "--solver=rk4", "--sample_steps=4"]
-    longer = launcher.run("evaluate", *flags)
+    flags += ["--action_selection=mean", "--num_candidates=2"]
+    film = tmp_path / "film.gif"
+    longer = launcher.run("evaluate", *flags, f"--video={film}")
+    assert longer.status == 0, longer.err
+    with Image.open(film) as frames:
+        assert frames.n_frames > 20
+        assert len(np.unique(np.asarray(frames.convert("L")))) > 1
     assert longer.line["episodes"] == 3
     assert longer.line["policy_return"] != result.line["policy_return"]
     # What training measured stays, and every number leads to the rows it is the mean of.
@@ -202,32 +202,34 @@ def test_help(launcher, module):
         assert name in result.out
 
 
-def interrupt(launcher, flags, workdir, step, number):
-    """Run until the checkpoint of `step` (or a later one) is there, then send a signal."""
-    process = launcher.start("train", *flags)
+def interrupt(process, workdir, moment, number):
+    """Send a signal once a checkpoint of this step or later, or these words, are there."""
     end = time.monotonic() + 200
-    while process.running and not any(saved >= step for saved in saved_steps(workdir)):
+    while process.running and not (
+        moment in process.err
+        if isinstance(moment, str)
+        else any(saved >= moment for saved in saved_steps(workdir))
+    ):
         assert time.monotonic() < end
         time.sleep(0.005)
     process.send(number)
     return process.wait()
 
 
-# The first checkpoint of each phase; in the policy phase in the middle of a renewal period and at
-# its end.
-@pytest.mark.parametrize(
-    "signals",
-    [
-        [(10, signal.SIGKILL), (50, signal.SIGKILL), (90, signal.SIGKILL)],
-        [(10, signal.SIGINT), (50, signal.SIGTERM), (80, signal.SIGKILL), (110, signal.SIGHUP)],
-    ],
-    ids=["killed", "stopped"],
-)
-def test_interrupted_run_ends_with_the_same_bits(launcher, dataset, finished, tmp_path, signals):
+# Of each phase the first checkpoint, which a SIGKILL follows, and the process that continues from
+# it: stopped before its first step at the earliest, in the policy phase within a renewal period.
+INTERRUPTIONS = [
+    (10, signal.SIGKILL), ("continuing", signal.SIGINT),
+    (50, signal.SIGKILL), ("continuing", signal.SIGTERM),
+    (90, signal.SIGKILL), ("continuing", signal.SIGHUP),
+]  # fmt: skip
+
+
+def test_interrupted_run_ends_with_the_same_bits(launcher, dataset, finished, tmp_path):
     workdir = tmp_path / "run"
     flags = train_flags(dataset, workdir, *SEEDS)
-    for step, number in signals:
-        result = interrupt(launcher, flags, workdir, step, number)
+    for moment, number in INTERRUPTIONS:
+        result = interrupt(launcher.start("train", *flags), workdir, moment, number)
         if number == signal.SIGKILL:
             assert result.status == -signal.SIGKILL
         else:
@@ -520,11 +522,16 @@ def test_a_second_process_is_refused(launcher, dataset, copy):
     lock.close()
 
 
-def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset, tmp_path):
+def test_a_full_disk_and_failed_evaluations_are_no_errors_of_the_user(launcher, dataset, tmp_path):
+    """Status 1, because clusters give up at 2; mended, the same command goes on."""
     workdir, broken = tmp_path / "run", {"BREAK": "raises"}
-    flags = train_flags(dataset, workdir, "--plugins=tests.extension.faulty", "--env=Broken-v0")
+    flags = "--plugins=tests.extension.faulty", "--env=Broken-v0"
+    flags = train_flags(dataset, workdir, *flags, **CHEAP)
+    full = launcher.run("train", *flags, env={"BREAK": "file size"})
+    [complaint] = full.complaints
+    assert (full.status, "cannot be written" in complaint) == (1, True), full.err
     stopped = launcher.run("train", *flags, "--stop_on_failed_evaluation", env=broken)
-    assert (stopped.status, saved_steps(workdir)[-1]) == (1, TOTAL - 30)
+    assert (stopped.status, saved_steps(workdir)[-1]) == (1, TOTAL - 30), stopped.err
     result = launcher.run("train", *flags, env=broken)
     assert (result.status, saved_steps(workdir)[-1]) == (1, TOTAL), result.err
     cause = (
@@ -547,20 +554,6 @@ def test_failed_evaluations_are_recorded_and_training_goes_on(launcher, dataset,
     assert found == [(f"train-{n}", s) for n, s in zip(names, statuses, strict=True)]
 
 
-def test_a_disk_that_fills_is_no_error_of_the_user(launcher, dataset, tmp_path):
-    """Status 1, because clusters give up at 2; with room again the same command goes on."""
-    flags = train_flags(dataset, tmp_path / "run", "--plugins=tests.extension.faulty")
-    full = launcher.run("train", *flags, env={"BREAK": "file size"})
-    [complaint] = full.complaints
-    assert (full.status, "cannot be written" in complaint) == (1, True), full.err
-    assert launcher.run("train", *flags).status == 0
-
-
-def test_same_contents_under_another_path_are_the_same_dataset(launcher, dataset, copy, tmp_path):
-    moved = shutil.copy(dataset, tmp_path / "moved.hdf5")
-    assert launcher.run("train", *train_flags(moved, copy, *SEEDS)).status == 0
-
-
 def test_same_file_with_other_contents_is_another_dataset(launcher, finished, copy, tmp_path):
     changed = tmp_path / "small.hdf5"
     write_d4rl(changed, arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1")
@@ -576,46 +569,38 @@ def test_damaged_config_file(launcher, dataset, copy):
     refused(launcher.run("evaluate", f"--workdir={copy}"), "config.json")
 
 
-def test_damaged_newest_checkpoint(launcher, dataset, finished, copy):
+def test_two_damaged_checkpoints_are_two_lines(launcher, dataset, finished, copy):
+    """The newest that can be read is used, and continued to the same bits."""
     damage(copy, TOTAL)
-    result = launcher.run("train", *train_flags(dataset, copy, *SEEDS))
-    assert result.status == 0, result.err
-    assert f"checkpoints/{TOTAL} cannot be read" in result.err
-    assert f"continuing {copy} from step {TOTAL - 10}" in result.err
+    cut(copy, TOTAL - 10)
+    results = {
+        "evaluate": launcher.run("evaluate", f"--workdir={copy}"),
+        "train": launcher.run("train", *train_flags(dataset, copy, *SEEDS)),
+    }
+    for name, result in results.items():
+        assert result.status == 0, result.err
+        assert len(result.complaints) == (3 if name == "train" else 2), result.err
+        for step, line in zip((TOTAL, TOTAL - 10), result.complaints, strict=False):
+            assert f"checkpoints/{step} cannot be read" in line
+    trained = results["train"]
+    assert trained.complaints[2].endswith(f"continuing {copy} from step {TOTAL - 20}")
+    assert trained.line["policy_return"] == finished[1].line["policy_return"]
     expected, found = arrays_of(finished[0], TOTAL), arrays_of(copy, TOTAL)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-
-
-@pytest.mark.parametrize("module", ["train", "evaluate"])
-def test_two_damaged_checkpoints_are_two_lines(launcher, dataset, finished, copy, module):
-    for step in (TOTAL, TOTAL - 10):
-        cut(copy, step)
-    train = module == "train"
-    flags = train_flags(dataset, copy, *SEEDS) if train else [f"--workdir={copy}"]
-    result = launcher.run(module, *flags)
-    assert result.status == 0, result.err
-    assert len(result.complaints) == (3 if train else 2), result.err
-    for step, line in zip((TOTAL, TOTAL - 10), result.complaints, strict=False):
-        assert f"checkpoints/{step} cannot be read" in line
-    if train:
-        assert result.complaints[2].endswith(f"continuing {copy} from step {TOTAL - 20}")
-        assert result.line["policy_return"] == finished[1].line["policy_return"]
 
 
 @pytest.mark.parametrize("how", [damage, cut])
 def test_all_checkpoints_damaged(launcher, dataset, copy, how):
     for step in saved_steps(copy):
         how(copy, step)
-    for _ in range(
-        2
-    ):  # the second time too: nothing may have been deleted, nor training begun anew
-        refused(
-            launcher.run("train", *train_flags(dataset, copy, *SEEDS)),
-            f"checkpoints/{TOTAL} cannot",
-        )
-        assert saved_steps(copy) == [TOTAL - 20, TOTAL - 10, TOTAL]
+    before = contents(copy / "checkpoints")
     refused(launcher.run("evaluate", f"--workdir={copy}"), f"checkpoints/{TOTAL} cannot")
+    refused(
+        launcher.run("train", *train_flags(dataset, copy, *SEEDS)), f"checkpoints/{TOTAL} cannot"
+    )
+    # Nothing may have been deleted, nor training begun anew: a second time finds the same.
+    assert contents(copy / "checkpoints") == before
 
 
 def test_evaluate_refuses(launcher, finished, copy, tmp_path):
@@ -631,7 +616,7 @@ def test_evaluate_refuses(launcher, finished, copy, tmp_path):
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, tmp_path):
     workdir = tmp_path / "run"
-    flags = train_flags(dataset, workdir, critic_learning_rate=1e30)
+    flags = train_flags(dataset, workdir, critic_learning_rate=1e30, **CHEAP)
     for _ in range(2):
         result = launcher.run("train", *flags)
         assert result.status == 1, result.err
@@ -642,7 +627,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(launcher, dataset, 
         assert all(np.isfinite(value).all() for value in arrays_of(workdir, 40).values())
     assert f"continuing {workdir} from step 40" in result.err
     assert "the checkpoint of step 40 is kept" in result.complaints[-1]
-    flags = train_flags(dataset, tmp_path / "early", behavior_learning_rate=1e38)
+    flags = train_flags(dataset, tmp_path / "early", behavior_learning_rate=1e38, **CHEAP)
     early = launcher.run("train", *flags)
     assert (early.status, saved_steps(tmp_path / "early")) == (1, [])
     assert "no checkpoint had been saved yet" in early.complaints[-1]

@@ -1,6 +1,7 @@
 """Two processes on this machine as two hosts: the launcher, and what follows when one stops."""
 
 import re
+import shutil
 import signal
 import socket
 import time
@@ -34,10 +35,9 @@ def start_hosts(launcher, datasets, workdir, *more, **config):
     ]
 
 
-# Episodes that two hosts share unevenly, and steps for seconds: so long takes a SIGTERM to reach
-# both.
-RUN = {"eval_episodes": 3, "behavior_steps": 500}
-LAST = TOTAL - STEPS["behavior"] + RUN["behavior_steps"]
+# Episodes that two hosts share unevenly, and a checkpoint at the end of each phase alone.
+RUN = {"eval_episodes": 3, "policy_steps": 400, "eval_every": 200, "checkpoint_every": 400}
+LAST = TOTAL - STEPS["policy"] + RUN["policy_steps"]
 
 
 def assert_same_run(workdir, other, last):
@@ -63,31 +63,39 @@ def assert_same_run(workdir, other, last):
         )
 
 
-def wait_for_phase(workdir, phase, hosts):
+def wait_for(there, hosts):
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if (workdir / "metrics.csv").exists() and any(
-            r["phase"] == phase for r in table(workdir / "metrics.csv")
-        ):
+        if there():
             return
         assert all(host.running for host in hosts)
         time.sleep(0.02)
     raise TimeoutError
 
 
+def wait_for_steps(workdir, phase, hosts):
+    metrics = workdir / "metrics.csv"
+    phases = lambda: [row["phase"] for row in table(metrics)] if metrics.exists() else []  # noqa: E731
+    wait_for(lambda: phase in phases(), hosts)
+
+
 def check_preemption(launcher, dataset, workdir, uninterrupted):
     """One host's SIGTERM stops both, and they continue: the same bits in the end."""
+    shutil.copytree(uninterrupted, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(LAST))
+    before = saved_steps(workdir)[-1]
     hosts = start_hosts(launcher, [dataset] * 2, workdir, **RUN)
-    # Early: JAX looks for a signal about once a second, and hosts agree on a point ahead of all of
-    # them.
-    wait_for_phase(workdir, "behavior", hosts)
+    # Early in 400 steps: JAX looks for a signal about once a second, and hosts agree on a point
+    # ahead of all of them.
+    wait_for(lambda: f"continuing {workdir} from step {before}" in hosts[0].err, hosts)
+    wait_for_steps(workdir, "policy", hosts)
     hosts[1].send(signal.SIGTERM)
     start = time.monotonic()
     results = [host.wait(60) for host in hosts]
     assert [result.status for result in results] == [143, 143], results[0].err + results[1].err
     assert time.monotonic() - start < 30
     assert "stopped by SIGTERM, saved in" in results[0].err
-    assert saved_steps(workdir)[-1] < LAST
+    assert before < saved_steps(workdir)[-1] < LAST
     again = [host.wait() for host in start_hosts(launcher, [dataset] * 2, workdir, **RUN)]
     assert [result.status for result in again] == [0, 0], again[0].err + again[1].err
     assert f"continuing {workdir}" in again[0].err
@@ -118,7 +126,7 @@ def test_a_stop_while_a_table_is_computed_again_ends_both(launcher, dataset, tmp
     """There is nothing new to save, and one host may be done while the other still compiles."""
     steps = {"policy_steps": 100_000, "renew_every": 100_000, "eval_every": 0}
     hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", **steps)
-    wait_for_phase(tmp_path / "run", "policy", hosts)
+    wait_for_steps(tmp_path / "run", "policy", hosts)
     hosts[1].send(signal.SIGTERM)
     assert [host.wait(60).status for host in hosts] == [143, 143]
     saved = saved_steps(tmp_path / "run")
@@ -145,7 +153,7 @@ def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_dies_stops_the_other(launcher, dataset, tmp_path, victim):
     hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "run", behavior_steps=100_000)
-    wait_for_phase(tmp_path / "run", "behavior", hosts)
+    wait_for_steps(tmp_path / "run", "behavior", hosts)
     hosts[victim].send(signal.SIGKILL)
     assert hosts[victim].wait(30).status == -signal.SIGKILL
     survivor = hosts[1 - victim].wait(60)

@@ -4,9 +4,11 @@ import json
 import random
 
 from experiments.systems import robustness
+from tests.integration.runs import CHEAP
 
 
-def test_one_case_of_each_kind(launcher, capsys):
+def test_one_case_of_each_kind(launcher, capsys, monkeypatch):
+    monkeypatch.setattr(robustness, "SHORT", robustness.SHORT | CHEAP)
     assert robustness.main(["--quick"], launcher) == 0
     *table, line = capsys.readouterr().out.splitlines()
     line = json.loads(line)

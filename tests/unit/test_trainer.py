@@ -48,48 +48,36 @@ def one_device():
     """Runs on one device, each trained once."""
     runs = {}
 
-    def get(variant, dtype, seeds=(0,)):
-        key = variant, dtype, seeds
-        if key not in runs:
-            runs[key] = train(config(**VARIANTS[variant], **LONG), seeds, dtype=dtype)
-        return runs[key]
+    def get(variant, seeds=(0,)):
+        if (variant, seeds) not in runs:
+            options = config(**VARIANTS[variant], **LONG)
+            runs[variant, seeds] = train(options, seeds, dtype=np.float64)
+        return runs[variant, seeds]
 
     return get
 
 
-@pytest.mark.parametrize(("variant", "devices"), [("softmax_q full", 8), ("iql resample", 4)])
-def test_data_on_many_devices_in_float64(x64, one_device, variant, devices):
-    many = train(config(**VARIANTS[variant], **LONG), on=layout(devices), dtype=np.float64)
-    assert_same_run(many, one_device(variant, np.float64), 1e-9)
-
-
-def test_seeds_on_eight_devices_in_float64(x64, one_device):
-    options = config(**VARIANTS["iql resample"], **LONG)
-    many = train(options, EIGHT, on=layout(8, "seeds", 8), dtype=np.float64)
-    assert_same_run(many, one_device("iql resample", np.float64, EIGHT), 1e-9)
+FULL, RESAMPLE = VARIANTS
+ACCELERATOR = {"on_cpu": False}  # draws ahead, packed parameters, tiled tables
 
 
 @pytest.mark.parametrize(
-    ("variant", "devices", "mode", "seeds"),
+    ("variant", "devices", "mode", "seeds", "how"),
     [
-        ("softmax_q full", 1, "data", (0,)),
-        ("iql resample", 4, "data", (0,)),
-        ("iql resample", 2, "seeds", EIGHT),
+        (FULL, 8, "data", (0,), {}),
+        (RESAMPLE, 4, "data", (0,), {}),
+        (RESAMPLE, 8, "seeds", EIGHT, {}),
+        (FULL, 1, "data", (0,), ACCELERATOR),
+        (RESAMPLE, 4, "data", (0,), ACCELERATOR),
+        (RESAMPLE, 2, "seeds", EIGHT, ACCELERATOR),
+        (RESAMPLE, 4, "data", (0,), {"sharding": "mesh"}),
+        (RESAMPLE, 4, "seeds", EIGHT, {"sharding": "mesh"}),
     ],
 )
-def test_programs_for_accelerators_compute_the_same(x64, one_device, variant, devices, mode, seeds):
-    """Draws ahead, packed parameters, tiled tables."""
-    on = dataclasses.replace(layout(devices, mode, len(seeds)), on_cpu=False)
+def test_every_layout_computes_the_same(x64, one_device, variant, devices, mode, seeds, how):
+    on = dataclasses.replace(layout(devices, mode, len(seeds)), **how)
     found = train(config(**VARIANTS[variant], **LONG), seeds, on=on, dtype=np.float64)
-    assert_same_run(found, one_device(variant, np.float64, seeds), 1e-9)
-
-
-@pytest.mark.parametrize(("mode", "seeds"), [("data", (0,)), ("seeds", EIGHT)])
-def test_a_mesh_computes_what_pmap_does(mode, seeds):
-    on = layout(4, mode, len(seeds))
-    options = config(**VARIANTS["iql resample"])
-    found = train(options, seeds, on=dataclasses.replace(on, sharding="mesh"))
-    assert_same_run(found, train(options, seeds, on=on), 1e-6)
+    assert_same_run(found, one_device(variant, seeds), 1e-9)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -148,7 +136,7 @@ def test_renewals_and_evaluations_compile_nothing_again(compiled):
 def test_a_seed_among_eight_equals_itself_alone(x64, one_device):
     several, alone = (
         (state, [values for _, _, values in hooks.metrics])
-        for state, hooks in (one_device("iql resample", np.float64, s) for s in (EIGHT, (0,)))
+        for state, hooks in (one_device(RESAMPLE, s) for s in (EIGHT, (0,)))
     )
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], several)
     assert_close(first, jax.tree.map(np.asarray, alone), rtol=1e-6, atol=1e-8)
@@ -161,8 +149,14 @@ WHOLE = config(eval_every=10, policy_steps=30, renew_every=20)
 
 
 @pytest.fixture(scope="module")
-def whole_run():
-    return train(WHOLE)
+def trainers():
+    """Two that compile what they run once: what continues on the second meets a new one."""
+    return [Trainer(WHOLE, transitions(), (0,), layout()) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(trainers):
+    return train(WHOLE, by=trainers[0])
 
 
 def test_what_a_run_tells_its_hooks(whole_run):
@@ -192,12 +186,12 @@ def test_what_a_run_tells_its_hooks(whole_run):
     ("stop_at", "step"),
     [(("behavior", 5), 0), (("critic", 15), 0), (("policy", 5), 10), (("policy", 20), 20)],
 )
-def test_stopped_run_continues_bit_for_bit(stop_at, step, whole_run):
+def test_stopped_run_continues_bit_for_bit(stop_at, step, trainers, whole_run):
     whole, logged = whole_run
-    nothing, first = train(WHOLE, stop_at=stop_at)
+    nothing, first = train(WHOLE, stop_at=stop_at, by=trainers[0])
     assert nothing is None
     assert int(first.saved[-1].policy.step[0]) == step
-    final, second = train(WHOLE, state=first.saved[-1])
+    final, second = train(WHOLE, state=first.saved[-1], by=trainers[1])
     assert_same_tree(final, whole)
     assert [m[:2] for m in first.metrics + second.metrics] == [m[:2] for m in logged.metrics]
     # A run that continues between renewals tells the current one again, the same.
@@ -257,9 +251,10 @@ def test_each_phase_has_its_own_batch_size_and_learning_rate():
         batch_size=8, behavior_batch_size=16, policy_batch_size=32, learning_rate=3e-3,
         behavior_learning_rate=1e-3, critic_learning_rate=0.0,
     )  # fmt: skip
-    state, _ = train(own)
-    plain, _ = train(config(batch_size=16, learning_rate=1e-3))
-    assert_same_tree(state.behavior, plain.behavior)
+    plain = config(batch_size=16, learning_rate=1e-3)
+    found, expected = (train(c, stop_at=("behavior", 15))[1].saved[-1] for c in (own, plain))
+    assert int(found.behavior.step[0]) == 20
+    assert_same_tree(found.behavior, expected.behavior)
     trainer = Trainer(own, transitions(), (0,), layout())
     data = jax.tree.map(lambda leaf: leaf[0], trainer.data)
     draw = lambda phase: trainer.agent.draw_batch(phase, jax.random.key(0), data)  # noqa: E731
