@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from efm_jax.data.preprocess import episode_folds
 from efm_jax.networks import QEnsemble, ValueEnsemble
-from efm_jax.rl.agents.agent import AgentParams, State
+from efm_jax.rl.agents.agent import State
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.critics import EnsembleLCB
 from efm_jax.rl.guard import guard
