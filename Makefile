@@ -1,9 +1,10 @@
 # make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff, pyright.
+# make wheel: sdist and wheel in dist/, and a training from them.
 PYTHON ?= python3
 BIN := .venv/bin
 NEEDS := requirements.lock requirements.txt setup.py
 
-.PHONY: demo test lint
+.PHONY: demo test lint wheel
 
 demo: .venv/.installed
 	$(BIN)/python -m launch.train
@@ -16,6 +17,19 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+# The sdist makes the wheel. Its environment sees .venv's packages, which would take minutes to
+# install again, but not the checkout, which is no folder of them.
+wheel: .venv/.installed-test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m venv --without-pip --clear .venv/wheel
+	$(BIN)/python -m pip --python .venv/wheel/bin/python install --quiet --no-deps dist/*.whl
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		folder=$$(mktemp -d) && cd $$folder && export PYTHONPATH=$$packages MINARI_DATASETS_PATH=$$folder && \
+		$(CURDIR)/.venv/wheel/bin/efm-train --config=quick --config.behavior_steps=1 --config.critic_steps=1 \
+			--config.policy_steps=1 --config.eval_every=0 && \
+		rm -r $$folder
 
 .venv/.installed: $(NEEDS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e .

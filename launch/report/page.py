@@ -23,7 +23,7 @@ def build_page(runs: Sequence[ReportRun], date: str) -> str:
     """
     environment = jinja2.Environment(
         # Template and style sheet are files of this package, also where it is installed.
-        loader=jinja2.PackageLoader(__package__, ""),
+        loader=jinja2.PackageLoader(__name__.removesuffix(".page"), ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
