@@ -233,7 +233,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     kept: dict[str, Any] = read_json(path) if path.exists() else {}
     for name, parts in kept.items():
         inner = parts if isinstance(parts, dict) else {}
-        last = inner.get("last")
+        last: Any = inner.get("last")
         fits = isinstance(inner.get("ids"), dict) and isinstance(last, dict)
         if not fits or not all(type(step) is int for step in last.values()):
             raise ValueError(f"{path}: {name!r}: got {parts!r:.100}, which no run writes")
