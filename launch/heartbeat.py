@@ -11,19 +11,23 @@ class Heartbeat:
     """Says how far a program is, once a minute, until it is closed.
 
     Args:
-      say: prints a line.
+      say: prints a line, such as "after 3 min: policy: step 5 of 10".
       silent: whether to say nothing, by default on a terminal.
     """
 
     def __init__(self, say: Callable[[str], None], silent: bool | None = None):
         self.status = "preparing"  # what the next line says
         self._say, self._closed = say, threading.Event()
+        self.thread: threading.Thread | None = None
         if not (sys.stderr.isatty() if silent is None else silent):
-            threading.Thread(target=self._beat, daemon=True).start()
+            self.thread = threading.Thread(target=self._beat, daemon=True)
+            self.thread.start()
 
     def _beat(self) -> None:
+        minutes = 0
         while not self._closed.wait(_SECONDS):
-            self._say(self.status)
+            minutes += 1
+            self._say(f"after {minutes} min: {self.status}")
 
     def close(self) -> None:
         """Say nothing more."""

@@ -104,8 +104,9 @@ def _read_jobs() -> list[Job]:
     grid = _read_grid()
     train_flags = jobs.read_train_flags((*_OWN_FLAGS, *grid))
     listed = []
-    for dataset, config, *point, seed in itertools.product(
-        _DATASETS.value, _CONFIGS.value, *grid.values(), _read_seeds(train_flags)
+    points, seeds = itertools.product(*grid.values()), _read_seeds(train_flags)
+    for dataset, config, point, seed in itertools.product(
+        _DATASETS.value, _CONFIGS.value, points, seeds
     ):
         file, preset = pathlib.Path(dataset), pathlib.Path(cli.find_preset(config)).resolve()
         fields = dict(zip(grid, point, strict=True))

@@ -8,6 +8,7 @@ JSON.
                         .npz file
   --config=FILE.py      a preset, such as experiments/configs/qipo_diff.py
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
+  --loggers=tensorboard,wandb,mlflow   where curves go beside the CSV tables, one for each seed
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
   --compile_only [--topology=v6e:4x4]   memory and, on TPUs, estimated speed; nothing is trained
 

@@ -92,7 +92,7 @@ class WandB:
     """A run of Weights & Biases for each seed, in a group; it reads its own variables (WANDB_*)."""
 
     def __init__(self, run: LoggedRun):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] an extra
 
         self._runs = {}
         for seed in run.info.seeds:
@@ -121,7 +121,7 @@ class MLflow:
     """A run of MLflow for each seed; MLflow reads its own variables (MLFLOW_*)."""
 
     def __init__(self, run: LoggedRun):
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports] an extra
 
         self._mlflow, self._ids, self._client = mlflow, run.ids, mlflow.MlflowClient()
         for seed in run.info.seeds:
@@ -230,12 +230,11 @@ class Loggers:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    kept = read_json(path) if path.exists() else {}
+    kept: dict[str, Any] = read_json(path) if path.exists() else {}
     for name, parts in kept.items():
-        ids, last = (
-            parts.get(part) if isinstance(parts, dict) else None for part in ("ids", "last")
-        )
-        fits = isinstance(ids, dict) and isinstance(last, dict)
+        inner = parts if isinstance(parts, dict) else {}
+        last: Any = inner.get("last")
+        fits = isinstance(inner.get("ids"), dict) and isinstance(last, dict)
         if not fits or not all(type(step) is int for step in last.values()):
             raise ValueError(f"{path}: {name!r}: got {parts!r:.100}, which no run writes")
     return kept

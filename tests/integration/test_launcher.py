@@ -76,7 +76,8 @@ def test_train_prints_the_contract_line(finished):
     assert (line["algorithm"], line["seeds"], line["steps"]) == ("qipo_ot", 2, TOTAL)
     assert json.loads((finished[0] / "result.json").read_text()) == line
     # 300 x 9 numbers; 300 x 2 seeds x (3 + 1) actions and Q-values.
-    assert "memory of each device: " in result.out
+    what = f"{finished[0]}: qipo_ot on {line['dataset']}, {ROWS} transitions; "
+    assert f"\n{what}memory of each device: " in result.out
     assert "(dataset 10.8 kB, tables 19.2 kB, state " in result.out
     expected = np.mean([arrays()["rewards"][i : i + 100].sum() for i in (0, 100, 200)])
     assert line["dataset_return"] == pytest.approx(expected, rel=1e-5)
@@ -190,16 +191,16 @@ def test_evaluations_keep_names_of_their_own_and_are_filmed(launcher, finished, 
     assert contents(copy) == before
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate"])
+HELP = {"train": ["--dataset", "--seed", "--config.expectile (float, 0.7): iql"]}
+HELP["evaluate"] = ["--episodes"]
+
+
+@pytest.mark.parametrize("module", HELP)
 def test_help(launcher, module):
     result = launcher.run(module, "--help")
-    assert result.status == 0
-    assert "--workdir" in result.out
-    assert result.complaints == []
-    for name in (
-        ("--dataset", "--config", "--seed", "--num_seeds") if module == "train" else ("--episodes",)
-    ):
-        assert name in result.out
+    assert (result.status, result.complaints) == (0, [])
+    for words in ("--workdir", *HELP[module]):
+        assert words in result.out
 
 
 def interrupt(process, workdir, moment, number):
@@ -262,7 +263,7 @@ def refused(result, *words):
 
 
 BAD_FLAGS = {
-    "unknown field": (["--config.nosuch=3"], ["nosuch"]),
+    "unknown field": (["--config.bta=3"], ["unknown field 'bta'; did you mean beta or beta_q?"]),
     "not a number": (["--config.beta=abc"], ["beta"]),
     "fraction of a step": (["--config.batch_size=1.5"], ["batch_size"]),
     "beta": (["--config.beta=-1"], ["beta", "-1"]),
@@ -283,6 +284,7 @@ BAD_FLAGS = {
         ["--num_seeds", "4294967295", "4294967296"],
     ),
     "seeds": (["--num_seeds=0"], ["num_seeds"]),
+    "logger": (["--loggers=tensorbord"], ["tensorbord", "did you mean tensorboard?"]),
     "preset": (["--config=experiments/configs/nosuch.py"], ["nosuch.py"]),
     "environment": (["--env=NoSuchEnv-v0"], ["NoSuchEnv-v0"]),
 }

@@ -17,6 +17,9 @@ def test_choice():
     checks.check_choice("solver", "euler", ["euler", "heun"])
     with pytest.raises(ValueError, match=r"solver: expected one of euler, heun; got 'rk9'"):
         checks.check_choice("solver", "rk9", ["euler", "heun"])
+    with pytest.raises(ValueError, match=r"got 'eulr'; did you mean euler\?$"):
+        checks.check_choice("solver", "eulr", ["euler", "heun"])
+    assert checks.did_you_mean("euler", ["euler"]) == ""
 
 
 def test_integer():

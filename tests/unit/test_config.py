@@ -9,7 +9,7 @@ import pytest
 
 from efm_jax import checks
 from efm_jax.rl.agents import make_agent
-from efm_jax.rl.config import OPTIONS, PHASES, QIPOConfig, register_options
+from efm_jax.rl.config import OPTIONS, PHASES, QIPOConfig, describe, register_options
 
 FIELDS = {field.name: field for field in dataclasses.fields(QIPOConfig) if field.name != "options"}
 PHASE_RATES = [f"{phase}_learning_rate" for phase in PHASES]
@@ -99,8 +99,8 @@ def test_dict_round_trip_through_json(config):
 
 
 def test_from_dict_refuses_what_validate_refuses():
-    with pytest.raises(ValueError, match=r"unknown field 'nosuch'"):
-        QIPOConfig.from_dict({"nosuch": 1, "beta": 1.0})
+    with pytest.raises(ValueError, match=r"unknown field 'expectle'; did you mean expectile\?"):
+        QIPOConfig.from_dict({"expectle": 1, "beta": 1.0})
     with pytest.raises(ValueError, match=r"^beta: "):
         QIPOConfig.from_dict({"beta": -1.0})
 
@@ -125,7 +125,10 @@ def test_a_preset_loads_neither_data_formats_nor_environments_nor_networks():
 
 @dataclasses.dataclass
 class Options:
-    temperature: float = 1.0
+    # A heading.
+
+    # Above
+    temperature: float = 1.0  # and beside.
     layers: tuple[int, ...] = (4,)
 
     def validate(self):
@@ -153,6 +156,15 @@ def test_options_of_a_registered_critic_are_fields(mine):
             config.validate()
     with pytest.raises(ValueError, match=r"unknown field 'mine.nosuch'"):
         QIPOConfig.from_dict({"mine": {"nosuch": 1}})
+
+
+def test_every_field_tells_its_meaning(mine):
+    rows = {name: (kind, default, meaning) for name, kind, default, meaning in describe()}
+    assert rows.keys() == {*FIELDS, "mine.temperature", "mine.layers"}
+    assert [name for name in FIELDS if not rows[name][2]] == []
+    assert rows["mine.temperature"] == ("float", 1.0, "Above and beside.")
+    assert rows["hidden_dims"][:2] == ("tuple of integers", (64, 64, 64))
+    assert "Critic" not in rows["critic"][2]
 
 
 def test_options_that_cannot_be_registered():

@@ -4,7 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from efm_jax.data import DataError, Folders, d4rl_files, load_dataset
+from efm_jax.data import BUILTIN_DATASET, DataError, Folders, d4rl_files, load_dataset
 from efm_jax.envs import environments as environments_module
 from efm_jax.envs import specs
 from tests.unit.data_fixtures import (
@@ -178,6 +178,9 @@ def test_a_local_minari_dataset_whose_name_begins_like_one_of_d4rl(tmp_path, mon
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     write_minari("hopper-mine-v0", [episode(3, np.zeros((4, 3), np.float32))], box(3, np.inf))
     assert load_dataset("hopper-mine-v0").transitions.size == 3
+    for name, meant in (("hoper/mine", "hopper-mine-v0"), ("efm/pendulum", BUILTIN_DATASET)):
+        with pytest.raises(DataError, match=f"^{name}: unknown dataset.*did you mean .*{meant}"):
+            load_dataset(name)
 
 
 def test_antmaze_terminals_do_not_end_episodes(tmp_path):

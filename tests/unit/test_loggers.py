@@ -13,7 +13,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from efm_jax.envs import Rollouts
-from efm_jax.runs.loggers import Loggers, check_loggers
+from efm_jax.runs.loggers import LOGGERS, Loggers, check_loggers
 from efm_jax.runs.writer import RunWriter
 from tests.unit.test_metrics import SEEDS, evaluation
 from tests.unit.test_runs import fresh_state, info
@@ -72,12 +72,13 @@ def test_tensorboard_has_a_folder_for_each_seed(tmp_path):
             assert name in told.plugin_data.content
 
 
-def test_a_logger_is_given_a_runs_points_once(tmp_path):
+def test_a_registered_logger_is_given_a_runs_points_once(tmp_path, monkeypatch):
     folder, normalizer, log = epath.Path(tmp_path) / "run", None, Recorder()
+    monkeypatch.setitem(LOGGERS, "mine", lambda run: log)
     known = dataclasses.replace(info(), reference_scores=(0.0, 10.0))
     rollouts = Rollouts(np.array([[1.0, 3.0], [4.0, 4.0]]), np.full((2, 2), 7))
     for _ in range(2):
-        writer = RunWriter(folder, known, normalizer, print, 0.0, [log])
+        writer = RunWriter(folder, known, normalizer, print, 0.0, ["mine"])
         writer.start(fresh_state(0.0))
         writer.metrics("critic", 5, {"loss": np.array([0.5, 0.25])})
         writer.evaluation(evaluation("policy", 12), rollouts, [0, 1])
