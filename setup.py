@@ -23,6 +23,7 @@ ROBOTICS = [
     "gymnasium-robotics>=1.4,<2",  # PointMaze, AntMaze, Adroit, kitchen
     *MUJOCO,
 ]
+OGBENCH = ["ogbench>=1.2,<2"]  # its tasks, rewards and scripted experts; brings dm_control
 VIDEO = [
     "imageio[ffmpeg]>=2.28,<3",  # H.264 and GIF for launch.evaluate --video
     "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
@@ -51,6 +52,7 @@ TEST = [
     "pandas-stubs>=2.2,<4",  # types of pandas, for pyright
     "pyyaml>=6,<7",  # reads the job files of clusters
     *ROBOTICS,
+    *OGBENCH,
     *VIDEO,
     *EXPORT,
     *STUDY,
@@ -71,6 +73,7 @@ setup(
     extras_require={
         "mujoco": MUJOCO,
         "robotics": ROBOTICS,
+        "ogbench": OGBENCH,
         "video": VIDEO,
         "export": EXPORT,
         "study": STUDY,
