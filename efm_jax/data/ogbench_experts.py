@@ -26,6 +26,8 @@ import importlib.metadata
 import io
 import itertools
 import json
+import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -88,8 +90,8 @@ def parse_name(name: str) -> Task:
     match = _NAME.fullmatch(name)
     if match is None:
         raise DataError(
-            f"{name}: expected a dataset of scripted experts: cube, scene or puzzle, play or noisy, "
-            "such as cube-single-play-v0, or pointmaze, navigate or stitch, such as "
+            f"{name}: expected a dataset of scripted experts: cube, scene or puzzle with play or "
+            "noisy, such as cube-single-play-v0, or pointmaze with navigate or stitch, such as "
             "pointmaze-teleport-stitch-v0"
         )
     kind = match["kind"] or match["walk"]
@@ -100,8 +102,8 @@ def regenerate(path: epath.Path, *, seed: int, steps: int | None = None) -> dict
     """Write the ``npz`` file of the dataset that ``path`` is named after, and say what is in it.
 
     Every episode is kept when it is over, in a folder beside the file that is named after seed and
-    versions: a run that was killed goes on there, and more steps begin with the same ones.  The
-    folder may be deleted when no more are wanted.
+    versions: a run that was killed goes on there, more steps begin with the same ones, and several
+    processes may share the work.  The folder may be deleted when no more are wanted.
 
     Args:
       path: ``FOLDER/cube-single-play-v0.npz``, for example.
@@ -121,19 +123,21 @@ def regenerate(path: epath.Path, *, seed: int, steps: int | None = None) -> dict
         checks.check_integer("steps", steps, 1)
         count = -(-steps // task.steps)
     if path.exists() and ogbench.origin_of(str(path)) != origin:
-        raise DataError(
-            f"{path}: expected no file, or one that was regenerated with {ogbench.say_origin(origin)}"
-        )
+        expected = f"expected no file, or one of this origin ({ogbench.say_origin(origin)})"
+        raise DataError(f"{path}: {expected}")
     folder = path.parent / "-".join(
         [f"{path.name}.episodes", *(f"{k}{v}" for k, v in origin.items())]
     )
     places = [folder / f"{i:05d}.npz" for i in range(count)]
-    missing = [i for i, place in enumerate(places) if not place.exists()]
+    missing = [i for i in range(count) if not places[i].exists()]
+    # In an order of its own, so that processes that share the work seldom play the same one.
+    random.Random(os.getpid()).shuffle(missing)
     if missing:
         with contextlib.closing(_make(task)) as env, _random_state():
-            bar = tqdm(missing, path.stem, count, initial=count - len(missing), unit="episode")
-            for i in bar:
-                write_whole(places[i], _npz(np.savez, _episode(env, task, seed, i)))
+            begun = count - len(missing)
+            for i in tqdm(missing, path.stem, count, initial=begun, unit="episode", disable=None):
+                if not places[i].exists():
+                    write_whole(places[i], _npz(np.savez, _episode(env, task, seed, i)))
     episodes = [_read(place) for place in places]
     columns = {name: np.concatenate([rows[name] for rows in episodes]) for name in episodes[0]}
     # Plain bytes, because a reader of numbers alone reads them too.
