@@ -1,5 +1,6 @@
 """Evaluation of a run: the same episodes for all of its seeds and for every policy."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from efm_jax.envs import (
     environments,
     evaluate,
     mean_and_interval,
-    normalized_score,
+    score,
+    specs,
 )
 from efm_jax.envs.rollout import bounded_spec, make_quietly
 from efm_jax.rl.agents import Agent, AgentParams, player
@@ -123,7 +125,7 @@ class Evaluator:
         self.check_finite(name, params)
         share = np.array_split(episodes, hosts.count())[hosts.index()].tolist()
         count = self._info.num_seeds
-        rollouts = Rollouts(np.zeros((count, 0)), np.zeros((count, 0), np.int64))
+        rollouts = Rollouts(*(np.zeros((count, 0), kind) for kind in (float, np.int64, float)))
         problem: EvaluationError | None = None
         try:
             if share:
@@ -193,7 +195,8 @@ def result_line(
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
 
     Each policy has the mean over seeds of the mean return, its interval (over training seeds where
-    there are several, otherwise over episodes) and its score.
+    there are several, otherwise over episodes), its score, and the share of episodes with a
+    success; None where the environment says nothing of it.
 
     Args:
       info: what the run is.
@@ -210,13 +213,16 @@ def result_line(
         "steps": step,
         "dataset_return": info.dataset_return,
     }
+    env_id = specs.id_of(info.env_spec) or ""
     for name in POLICIES:
         returns = rollouts[name].returns
         samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
         mean, low, high = mean_and_interval(samples)
         line[f"{name}_return"] = mean
         line[f"{name}_interval"] = [low, high]
-        line[f"{name}_score"] = normalized_score(mean, info.reference_scores)
+        success = float(rollouts[name].successes.mean())
+        line[f"{name}_score"] = score(mean, success, info.reference_scores, env_id)
+        line[f"{name}_success"] = None if math.isnan(success) else success
     return {
         **line,
         "evaluations": dict(evaluations),
