@@ -49,7 +49,7 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
     found = table(root / "results.csv")
     for row, algorithm in zip(found, ("qipo_ot", "qipo_diff"), strict=True):
         assert (row["task"], row["algorithm"], row["published"]) == (TASK, algorithm, "54.2")
-        [workdir] = root.glob(f"{row['task']}-{row['algorithm']}-2seeds-*")
+        [workdir] = root.glob(f"{row['task']}-{row['algorithm']}-paper-2seeds-*")
         saved = json.loads((workdir / "config.json").read_text())
         assert (saved["num_seeds"], saved["seed"], saved["config"]["network"]) == (2, 0, "unet")
         assert saved["config"]["path"] == {"qipo_ot": "ot", "qipo_diff": "vp"}[row["algorithm"]]
@@ -67,7 +67,7 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
         "{best_high:.1f})|54.2|{last_difference:+.1f}|{best_difference:+.1f}"
     ).format(**row)
     assert shown[4:] == expected.split("|")
-    assert "qipo_ot: 1 of 1 tasks done, 1 of them published; mean difference " in text
+    assert "qipo_ot, paper: 1 of 1 tasks done, 1 of them published; mean difference " in text
     # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published
     # number.
     logs = {path: path.stat() for path in (root / "logs").iterdir()}

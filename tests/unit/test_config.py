@@ -109,7 +109,12 @@ def test_from_dict_refuses_what_validate_refuses():
 
 @pytest.mark.parametrize(
     ("preset", "name", "path"),
-    [("qipo_ot", "qipo_ot", "ot"), ("qipo_diff", "qipo_diff", "vp"), ("quick", "qipo_ot", "ot")],
+    [
+        ("qipo_ot", "qipo_ot", "ot"),
+        ("qipo_diff", "qipo_diff", "vp"),
+        ("quick", "qipo_ot", "ot"),
+        ("ogbench", "qipo_ot", "ot"),
+    ],
 )
 def test_presets(preset, name, path):
     config = importlib.import_module(f"experiments.configs.{preset}").get_config().validate()

@@ -207,7 +207,7 @@ def test_one_seed_has_an_interval_over_episodes_and_one_episode_has_none(tmp_pat
     )
     assert "Behavior model: mean return 7.0, score 100.7 (one episode, no interval)." in page.text
     behavior, policy = page.rows("All evaluations")[1:]
-    expected = ["a", "behavior", "5", "7.0", "none", "none", "100.7", "1", "200.0"]
+    expected = ["a", "behavior", "5", "7.0", "none", "none", "100.7", "100.0", "1", "200.0"]
     assert behavior == [*expected, "train-behavior-5", "midpoint, 10 steps"]
     assert policy[3:6] == ["20.0", interval, "over 3 episodes"]
 

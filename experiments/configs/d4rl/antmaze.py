@@ -15,7 +15,6 @@ import dataclasses
 from efm_jax.rl.config import QIPOConfig
 from experiments.configs.d4rl import locomotion
 
-
 CHANGED = {"reward_transform": "antmaze", "beta_q": 20.0}
 
 

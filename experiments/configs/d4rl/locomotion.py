@@ -32,7 +32,8 @@ from efm_jax.rl.config import QIPOConfig
 def get_config() -> QIPOConfig:
     return QIPOConfig(
         path="ot", network="unet", hidden_dims=(512, 256, 128), time_features=32,
-        solver="auto", sample_steps=15, learning_rate=1e-4, batch_size=256, behavior_batch_size=4096, max_grad_norm=0.0,
+        solver="auto", sample_steps=15, learning_rate=1e-4, max_grad_norm=0.0,
+        batch_size=256, behavior_batch_size=4096,
         critic="softmax_q", num_critics=2, beta_q=1.0, discount=0.99, polyak=0.005,
         critic_hidden_dims=(256, 256, 256), critic_learning_rate=3e-4,
         reward_transform="locomotion",
