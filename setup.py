@@ -24,6 +24,7 @@ ROBOTICS = [
     "gymnasium-robotics>=1.4,<2",  # PointMaze, AntMaze, Adroit, kitchen
     *MUJOCO,
 ]
+OGBENCH = ["ogbench>=1.2,<2"]  # its tasks, rewards and scripted experts; brings dm_control
 VIDEO = [
     "imageio[ffmpeg]>=2.28,<3",  # H.264 and GIF for launch.evaluate --video
     "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
@@ -62,6 +63,7 @@ TEST = [
     "build>=1.2,<2",  # make wheel: sdist and wheel
     "setuptools>=77,<90",  # make wheel, without a download; what setup.py says, in a test
     *ROBOTICS,
+    *OGBENCH,
     *VIDEO,
     *EXPORT,
     *STUDY,
@@ -117,6 +119,7 @@ setup(
     extras_require={
         "mujoco": MUJOCO,
         "robotics": ROBOTICS,
+        "ogbench": OGBENCH,
         "video": VIDEO,
         "ogbench": OGBENCH,
         "wandb": WANDB,

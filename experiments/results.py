@@ -38,10 +38,12 @@ def read_rows(path: pathlib.Path, fields: list[str]) -> pd.DataFrame:
 
 
 def append_rows(path: pathlib.Path, rows: pd.DataFrame) -> None:
-    """Append rows to a CSV file, one process at a time."""
+    """Append rows to a CSV file, one process at a time, without columns that the file lacks."""
     with path.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        rows.to_csv(file, header=path.stat().st_size == 0, index=False)
+        is_new = path.stat().st_size == 0
+        columns = rows.columns if is_new else pd.read_csv(path, nrows=0).columns
+        rows.reindex(columns=columns).to_csv(file, header=is_new, index=False)
 
 
 def write_arrays(path: pathlib.Path, tree: list | dict) -> None:

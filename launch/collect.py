@@ -6,6 +6,11 @@ that walks through a PointMaze between goals of its own, data as D4RL's Maze2D h
 --policy=WORKDIR, the policy of a training run, by default in the run's environment.  In every
 PointMaze the evaluated goal lies in D4RL's cell.  The same flags give the same bytes.
 
+With --policy=ogbench --dataset=FOLDER/cube-single-play-v0.npz, OGBench's scripted experts make that
+dataset again (the extra ``ogbench``; also scene and puzzle, play and noisy; pointmaze, navigate and
+stitch).  It goes on where it was stopped.  With OGBENCH_DATASET_DIR=FOLDER, launch.train
+--dataset=cube-single-play-singletask-task2-v0 reads it, and calls it regenerated.
+
 The dataset is local: launch.train --dataset=ID reads it, and evaluates in the environment that it
 was recorded in.  The last line printed is JSON.  Exit status: 0 done, 2 bad flags, environment or
 policy, or a dataset that is there already.
@@ -17,10 +22,11 @@ import time
 
 import gymnasium
 import numpy as np
+from etils import epath
 from gymnasium.envs.registration import EnvSpec
 
 from efm_jax import checks, load_policy
-from efm_jax.data import BUILTIN_DATASET, DataError, recording
+from efm_jax.data import BUILTIN_DATASET, DataError, ogbench_experts, recording
 from efm_jax.envs import (
     dataset_references,
     environments,
@@ -35,10 +41,11 @@ from efm_jax.runs.workdir import RunInfo, resolve
 from . import cli, datasets
 
 FLAGS = cli.Flags(cli.FLAGS, datasets.FLAGS)
-_POLICY = FLAGS.string("policy", None, "random, waypoints, or a run's work directory.")
-_DATASET = FLAGS.string("dataset", None, "Minari id; by default efm/ENV/POLICY-v0.")
+_POLICY = FLAGS.string("policy", None, "random, waypoints, ogbench, or a run's work directory.")
+_DATASET_HELP = "Minari id, by default efm/ENV/POLICY-v0; ogbench: FOLDER/NAME.npz."
+_DATASET = FLAGS.string("dataset", None, _DATASET_HELP)
 _EPISODES = FLAGS.integer("episodes", None, "How many episodes to record.", 1)
-_STEPS = FLAGS.integer("steps", None, "Least steps, not --episodes; default: 100,000.", 1)
+_STEPS = FLAGS.integer("steps", None, "Least steps; default: 100,000, or OGBench's.", 1)
 _SEED = FLAGS.integer("seed", 0, "Of starts, goals and noise.", 0, 2**32 - 1)
 _NOISE_HELP = """Standard deviation of Gaussian noise on actions, in units of half their range;
 waypoints: its mean over episodes, by default 0.5; a work directory: by default 0."""
@@ -54,6 +61,8 @@ _ACTIONS = 0
 def main(_: list[str]) -> int:
     """Check, play, report."""
     start = time.perf_counter()
+    if _POLICY.value == "ogbench":
+        return _regenerate(start)
     with cli.usage_errors():
         spec = _environment_spec()
         dataset_id = _DATASET.value or _default_id(spec)
@@ -97,6 +106,26 @@ def main(_: list[str]) -> int:
     return 0
 
 
+def _regenerate(start: float) -> int:
+    with cli.usage_errors():
+        path = _DATASET.value or ""
+        if not path.endswith(".npz"):
+            raise ValueError(
+                f"--dataset={path}: expected FOLDER/NAME.npz for --policy=ogbench, such as "
+                "data/cube-single-play-v0.npz"
+            )
+        given = {"episodes": _EPISODES, "noise": _NOISE, "env": datasets.ENV}
+        for name, flag in given.items():
+            if flag.value is not None:
+                raise ValueError(f"--{name}: expected none for --policy=ogbench; got {flag.value}")
+        made = ogbench_experts.regenerate(
+            epath.Path(path).expanduser(), seed=_SEED.value, steps=_STEPS.value
+        )
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"dataset": path, **made, "seconds": seconds}))
+    return 0
+
+
 def _environment_spec() -> EnvSpec:
     """The spec of ``--env``, else of the training run, with the limit of --max_episode_steps."""
     datasets.allow_environments()
@@ -106,7 +135,7 @@ def _environment_spec() -> EnvSpec:
 
 
 def _named_spec() -> EnvSpec:
-    expected = "expected random, waypoints or a work directory"
+    expected = "expected random, waypoints, ogbench or a work directory"
     if not _POLICY.value:
         raise ValueError(f"--policy: {expected}; got none")
     flag = f"--policy={_POLICY.value}"

@@ -34,6 +34,9 @@ def allow_environments() -> None:
 
 
 def dataset_folders() -> Folders:
-    """Say where named datasets are; ``D4RL_DATASET_DIR`` moves D4RL's, as it does for ``d4rl``."""
-    folder = os.environ.get("D4RL_DATASET_DIR")
-    return Folders(d4rl=folder) if folder else Folders()
+    """Say where named datasets are; ``D4RL_DATASET_DIR`` moves D4RL's, as it does for ``d4rl``.
+
+    ``OGBENCH_DATASET_DIR`` moves OGBench's.
+    """
+    given = {name: os.environ.get(f"{name.upper()}_DATASET_DIR") for name in Folders._fields}
+    return Folders(**{name: folder for name, folder in given.items() if folder})

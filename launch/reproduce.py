@@ -1,19 +1,20 @@
 """Put QIPO's scores on D4RL's tasks beside the published: python -m launch.reproduce [--flags]
 
 For every task and algorithm one process of launch.train trains all seeds in one program, with the
-settings of experiments/configs/d4rl/ and the work directory ROOT/NAME.  The same command again runs
+settings of experiments/configs/d4rl/ (the paper's, or those of code that is likely its authors')
+and the work directory ROOT/NAME.  The same command again runs
 what is left, and a job that was interrupted continues where it stopped.  All of it is work for
 accelerators, and for days.
 
   --tasks=locomotion,antmaze-umaze-v2    tasks, or the groups locomotion (nine) and antmaze (six)
-  --algorithms=qipo_ot,qipo_diff --seeds=8
+  --algorithms=qipo_ot,qipo_diff --settings=paper,code --seeds=8
   --files=DIR                            folder of D4RL's locomotion files; by default downloaded
   --train_flags="--parallel=seeds --config.estimator=resample"   flags of launch.train for all jobs
   --workers=4 --jobs=FILE --collect      as in launch.sweep
 
 AntMaze is trained on Minari's D4RL/antmaze/*-v1 (MINARI_DATASETS_PATH, else downloaded): D4RL's own
 AntMaze files cannot be evaluated, for no environment has their observations.  ROOT/results.csv and
-ROOT/results.md have a row per task and algorithm.  The last line printed is JSON.
+ROOT/results.md have a row per task, algorithm and settings.  The last line printed is JSON.
 Exit status: 0 done, 1 a job failed, 2 bad flags, 130 or 143 stopped by ctrl-C or SIGTERM, jobs
 saved.
 """
@@ -42,6 +43,7 @@ LOCOMOTION = tuple(
 _MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 ANTMAZE = tuple(f"antmaze-{maze}-v2" for maze in _MAZES)
 _GROUPS = {"locomotion": LOCOMOTION, "antmaze": ANTMAZE}
+_SETTINGS = {"paper": "", "code": "_code"}  # how the presets' names end
 _ALGORITHMS = {"qipo_ot": "--config.path=ot", "qipo_diff": "--config.path=vp"}
 # Mean scores of Zhang et al. 2025 (arXiv 2503.04975, Table 2) as a public index of results lists
 # them, https://www.wizwand.com/paper/68fa77471e209131cea722ef: of these six tasks only, and without
@@ -56,7 +58,7 @@ PUBLISHED = {
 }
 _OWN_FLAGS = ("dataset", "config", "seed", "num_seeds", "workdir", "config.path", "config.policy")
 _COLUMNS = (
-    *("task", "algorithm", "dataset", "seeds", "steps", "behavior"),
+    *("task", "algorithm", "settings", "dataset", "seeds", "steps", "behavior"),
     *("last", "last_low", "last_high", "best", "best_low", "best_high"),
     *("published", "last_difference", "best_difference", "seconds", "workdir"),
 )
@@ -66,7 +68,10 @@ Normalized scores: 0 random, 100 expert; mean over training seeds (95% interval 
 - *last* is the policy at the end; *best* takes of every seed its best evaluation, and so gains from
   the luck of the episodes that it is chosen by, as published scores that are chosen so do.
 - *published* are means that a public index lists for arXiv 2503.04975, of six of the fifteen tasks,
-  without saying of which of the two algorithms: both are compared with them.
+  without saying of which of the two algorithms: both are compared with them.  The other nine are
+  unknown.
+- Where the settings *paper* and *code* differ, neither is the truth: that the code, a public copy
+  under the name of the method, is the authors' own is likely, not proven.
 - Locomotion is evaluated in Gymnasium's v5 environments unless the data or --env names others; the
   published scores are of v2, and references (0 and 100) are D4RL's.
 - AntMaze is trained on Minari's recordings and evaluated in Gymnasium Robotics; the published
@@ -76,6 +81,7 @@ Normalized scores: 0 random, 100 expert; mean over training seeds (95% interval 
 FLAGS = cli.Flags(jobs.FLAGS)
 _TASKS = FLAGS.list("tasks", list(_GROUPS), "Names of D4RL's tasks, or locomotion, antmaze.")
 _NAMES = FLAGS.list("algorithms", list(_ALGORITHMS), "Of qipo_ot and qipo_diff.")
+_SETTINGS_FLAG = FLAGS.list("settings", ["paper"], "Of paper and code.")
 _SEEDS = FLAGS.integer("seeds", 8, "Training runs of each job, seeds 0, 1, ...", 1)
 _FILES = FLAGS.string(
     "files", None, "Folder of locomotion files, with the names that D4RL gave them or TASK.hdf5."
@@ -92,13 +98,16 @@ def _read_jobs() -> list[jobs.Job]:
     tasks = [task for name in _TASKS.value for task in _GROUPS.get(name, (name,))]
     _check_names("tasks", tasks, (*LOCOMOTION, *ANTMAZE), _GROUPS)
     _check_names("algorithms", _NAMES.value, _ALGORITHMS)
+    _check_names("settings", _SETTINGS_FLAG.value, _SETTINGS)
     root, train_flags = jobs.read_root("runs/reproduce"), jobs.read_train_flags(_OWN_FLAGS)
     seeds, listed = _SEEDS.value, []
-    for task, algorithm in itertools.product(tasks, _NAMES.value):
-        preset = "antmaze" if task in ANTMAZE else "locomotion"
-        labels = {"task": task, "algorithm": algorithm, "dataset": _dataset(task, _FILES.value)}
+    of = itertools.product(tasks, _NAMES.value, _SETTINGS_FLAG.value)
+    for task, algorithm, settings in of:
+        preset = ("antmaze" if task in ANTMAZE else "locomotion") + _SETTINGS[settings]
+        labels = {"task": task, "algorithm": algorithm, "settings": settings}
+        labels["dataset"] = _dataset(task, _FILES.value)
         name = jobs.join_name(
-            *(task, algorithm, f"{seeds}seeds"),
+            *(task, algorithm, settings, f"{seeds}seeds"),
             unlike=[*train_flags, *([labels["dataset"]] if _FILES.value else [])],
         )
         own = [
@@ -165,23 +174,23 @@ def _read_row(job: jobs.Job) -> dict[str, Any]:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """Show a line per job, and the mean differences of each algorithm."""
-    shown = table.filter(["task", "algorithm"])
+    """Show a line per job, and the mean differences of each algorithm and settings."""
+    shown = table.filter(["task", "algorithm", "settings"])
     shown["seeds"] = table["seeds"].astype("string").fillna("")
     shown["behavior"] = table["behavior"].map(jobs.estimate)
     for name in ("last", "best"):
         cells = table[[name, f"{name}_low", f"{name}_high"]].to_numpy()
         ends = np.where(table["seeds"].fillna(0) > 1, 3, 1)  # because one seed has no interval
         shown[name] = [jobs.estimate(*row[:end]) for row, end in zip(cells, ends, strict=True)]
-    shown["published"] = table["published"].map(jobs.estimate)
+    shown["published"] = table["published"].map(jobs.estimate).replace("", "unknown")
     for name in ("last", "best"):
         differences = table[f"{name}_difference"]
         shown[f"{name} - published"] = ["" if pd.isna(x) else f"{x:+.1f}" for x in differences]
     lines = []
-    for algorithm, rows in table.groupby("algorithm", sort=False):
+    for labels, rows in table.groupby(["algorithm", "settings"], sort=False):
         both = rows[["last_difference", "best_difference"]].dropna()
         done = f"{rows['seeds'].count()} of {len(rows)} tasks done"
-        text = f"{algorithm}: {done}, {len(both)} of them published"
+        text = f"{', '.join(labels)}: {done}, {len(both)} of them published"
         if len(both):
             text += "; mean difference {:+.1f} (last), {:+.1f} (best)".format(
                 *both.to_numpy().mean(axis=0)

@@ -45,9 +45,11 @@ _RESULT = (
 )
 _INTERVALS = {"behavior_interval", "policy_interval"}
 _BOUNDS = ("behavior_low", "behavior_high", "policy_low", "policy_high")
+# Shares of episodes; not of runs of earlier versions, nor where the environment tells of none.
+_RATES = ("behavior_success", "policy_success")
 # The names of the evaluations that the numbers are from; see evaluations.csv of the work directory.
 _EVALUATIONS = ("behavior_evaluation", "policy_evaluation")
-_COLUMNS = ("job", "dataset", "config", "seed", *_RESULT, *_BOUNDS, *_EVALUATIONS)
+_COLUMNS = ("job", "dataset", "config", "seed", *_RESULT, *_RATES, *_BOUNDS, *_EVALUATIONS)
 _MEASURES = ("dataset_return", "behavior_return", "policy_return", "behavior_score", "policy_score")
 _NOTE = """\
 Mean (95% interval over jobs, or over the seeds of a single job). Score: 0 random, 100 expert.
@@ -146,8 +148,10 @@ def _read_seeds(train_flags: Sequence[str]) -> list[int]:
 
 def _read_row(job: Job) -> dict[str, Any]:
     row = {"job": job.name} | job.row((*_RESULT, *_INTERVALS))
+    result = read_result(job.workdir) or {}
+    row |= {name: result.get(name) for name in _RATES}
     # Runs of earlier versions gave evaluations no names.
-    names = (read_result(job.workdir) or {}).get("evaluations", {})
+    names = result.get("evaluations", {})
     row |= {f"{policy}_evaluation": name for policy, name in names.items()}
     for name in _INTERVALS & row.keys():
         policy, (low, high) = name.removesuffix("_interval"), row.pop(name)
@@ -169,7 +173,10 @@ def _means(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
         labels = {key: group[key].iloc[0] for key in keys}
         done = group.dropna(subset="seeds")
         row = {"jobs": f"{len(done)} of {len(group)}", "seeds": done["seeds"].sum()}
+        known = [name for name in _RATES if table[name].notna().any()]
         measures = {name.replace("_", " "): _mean(done, name) for name in _MEASURES}
+        percent = done.assign(**{name: 100 * done[name].astype(float) for name in known})
+        measures |= {f"{name.replace('_', ' ')} %": _mean(percent, name) for name in known}
         rows.append({**labels, **row, **measures})
     return pd.DataFrame(rows)
 

@@ -32,18 +32,20 @@ Actions are in [-1, 1], as in all of OGBench's environments that have continuous
 
 import contextlib
 import importlib
+import json
 import math
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from efm_jax.data import validation
 from efm_jax.data.dataset import Dataset
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
-from efm_jax.data.rows import Columns, episodes, open_file
+from efm_jax.data.rows import Columns, episodes, open_file, problems_of
 from efm_jax.envs import environments, specs
 from efm_jax.errors import DataError, install, reason
 from efm_jax.types import Rows, Transitions, all_rows
@@ -58,6 +60,8 @@ _NAME = re.compile(
 _REQUIRED = ("observations", "actions", "terminals")
 _OPTIONAL = ("rewards", "masks", "valids", "next_observations")
 _STATE = ("qpos", "button_states")  # what rewards are computed from
+_ORIGIN = "regenerated"  # JSON as bytes, of :mod:`.ogbench_experts`
+_ARRAYS = (*_REQUIRED, *_OPTIONAL, *_STATE, _ORIGIN)
 
 
 class Task(NamedTuple):
@@ -107,21 +111,24 @@ def load_ogbench_name(
         ``ogbench`` is asked for before anything is downloaded.
     """
     task = parse_name(name)
-    _import_ogbench(name)
+    import_ogbench(name)
     path = Path(folder).expanduser() / task.file
     fetch(name, URL + task.file, path, NPZ_SIGNATURE)
-    dataset = load_ogbench(str(path), env=task.env, rows=rows)
+    dataset = load_ogbench(str(path), env=task.env, rows=rows, name=name)
     if env is not None:
         spec = specs.named(name, env)
         environments.check_sizes(name, spec, dataset.observation_size, dataset.action_size)
         dataset = dataset._replace(env_spec=specs.to_json(name, spec))
-    return dataset._replace(name=name)
+    return dataset
 
 
-def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) -> Dataset:
+def load_ogbench(
+    path: str, *, name: str | None = None, env: str | None = None, rows: Rows = all_rows
+) -> Dataset:
     """Read an ``npz`` file of OGBench, local or gs://, as the module's docstring says.
 
-    ``rows`` selects transitions, given their number; the compressed file is read whole.
+    ``rows`` selects transitions, given their number; the compressed file is read whole.  The
+    dataset is called ``name``, or ``path``, and regenerated where the file says that it is.
 
     Raises:
       DataError: no such file, not ``npz``, an array missing, no rewards and no task to compute them
@@ -134,7 +141,7 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
     spec = None
     if env is not None:
         if "-singletask" in env:
-            _import_ogbench(path)
+            import_ogbench(path)
         spec = specs.named(path, env)
         sizes = observations.shape[1], columns["actions"].shape[1]
         environments.check_sizes(path, spec, *sizes)
@@ -156,8 +163,9 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
     high = np.ones(actions.shape[1], np.float32)
     actions = validation.clip_actions(path, actions, -high, high)
     kept = kept[selected]
+    origin = _origin(path, arrays)
     return Dataset(
-        name=path,
+        name=(name or path) + ("" if origin is None else f" ({say_origin(origin)})"),
         transitions=Transitions(
             observations=observations[kept],
             actions=actions[kept],
@@ -175,9 +183,26 @@ def load_ogbench(path: str, *, env: str | None = None, rows: Rows = all_rows) ->
     )
 
 
-def _read(path: str) -> dict[str, np.ndarray]:
+def origin_of(path: str) -> dict[str, Any] | None:
+    """Seed and versions that a file was regenerated with; None of any other."""
+    return _origin(path, _read(path, (_ORIGIN,)))
+
+
+def say_origin(origin: dict[str, Any]) -> str:
+    """Words for what :func:`origin_of` returns."""
+    return "regenerated: " + ", ".join(f"{name} {value}" for name, value in origin.items())
+
+
+def _origin(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    if _ORIGIN not in arrays:
+        return None
+    with problems_of(f"{path}: {_ORIGIN!r}: expected a JSON object"):
+        return dict(json.loads(arrays[_ORIGIN].tobytes()))
+
+
+def _read(path: str, names: Sequence[str] = _ARRAYS) -> dict[str, np.ndarray]:
     with open_file(path, "npz") as handle, zipfile.ZipFile(handle) as archive:
-        wanted = {f"{name}.npy": name for name in (*_REQUIRED, *_OPTIONAL, *_STATE)}
+        wanted = {f"{name}.npy": name for name in names}
         found = [member for member in archive.infolist() if member.filename in wanted]
         return {wanted[m.filename]: _read_member(path, archive, m) for m in found}
 
@@ -258,7 +283,7 @@ def _relabel(path: str, env: str | None, arrays: dict[str, np.ndarray]) -> dict[
     return {name: dataset[name] for name in ("rewards", "masks")}
 
 
-def _import_ogbench(source: str) -> None:
+def import_ogbench(source: str) -> None:
     """Register OGBench's environments."""
     try:
         importlib.import_module("ogbench")

@@ -6,6 +6,7 @@ from efm_jax.envs.scores import (
     mean_and_interval,
     normalized_score,
     reference_scores,
+    score,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "mean_and_interval",
     "normalized_score",
     "reference_scores",
+    "score",
 ]

@@ -16,6 +16,10 @@ from efm_jax.envs.flatten import flatten_observation
 from efm_jax.errors import reason
 from efm_jax.types import Array
 
+# What environments call it in the information of a step: OGBench, Gymnasium Robotics' mazes and
+# Adroit; its Fetch and hands; D4RL's Adroit.
+SUCCESS_KEYS = ("success", "is_success", "goal_achieved")
+
 
 class EvaluationError(ValueError):
     """An evaluation that came to no number: what the environment or the policy did, in one line."""
@@ -26,6 +30,9 @@ class Rollouts(NamedTuple):
 
     returns: np.ndarray  # [K, E] float64, undiscounted, in the environment's own reward units
     lengths: np.ndarray  # [K, E] int64, number of environment steps
+    # [K, E] float64: 1 where a step was a success, 0 where none was; NaN: the environment says
+    # nothing of it.
+    successes: np.ndarray
 
 
 def make_quietly(spec: EnvSpec) -> gymnasium.Env:
@@ -48,7 +55,7 @@ def evaluate(
     All ``K * E`` episodes go on side by side, so ``act`` is called once a step, always with the
     same shapes. Episode ``e`` of every policy is reset with ``episode_seeds[e]``. After an episode
     has ended its environment is left alone: its observation stays the last one, its actions are
-    ignored, and nothing is added to its return.
+    ignored, and nothing is added to its return. An episode with a success at any step is one.
 
     Args:
       act: ``(observations [K, E, S] float32, step) -> actions [K, E, A]`` in environment units;
@@ -62,7 +69,7 @@ def evaluate(
       make: makes an environment from the spec, whose limit is the smaller one.
 
     Returns:
-      Returns and lengths, ``[K, E]`` each; the reward of an episode's last step is counted.
+      Returns, lengths and successes, ``[K, E]`` each; an episode's last step is counted.
 
     Raises:
       ValueError: unknown environment, simulator that is not installed, no limit on the episode's
@@ -80,6 +87,7 @@ def evaluate(
     batch = (num_policies, len(seeds))
     returns = np.zeros(batch, np.float64)
     lengths = np.zeros(batch, np.int64)
+    successes = np.full(batch, np.nan)
     running = np.ones(batch, bool)
 
     with contextlib.ExitStack() as stack:
@@ -103,16 +111,18 @@ def evaluate(
             for place in zip(*np.nonzero(running), strict=True):
                 game = place[0] * len(seeds) + place[1]
                 with _environment_errors(spec, f"step {step}", seeds[place[1]]):
-                    state, reward, terminated, truncated, _ = games[game].step(actions[place])
+                    state, reward, terminated, truncated, info = games[game].step(actions[place])
                     states[game], reward = state, float(reward)
+                    said = [float(bool(info[key])) for key in SUCCESS_KEYS if key in info]
                 returns[place] += reward
                 lengths[place] += 1
+                successes[place] = np.fmax(successes[place], max(said, default=np.nan))
                 running[place] = not (terminated or truncated)
             if progress is not None:
                 progress(step + 1, int(running.size - running.sum()))
             if not running.any():
                 break
-    return Rollouts(returns, lengths)
+    return Rollouts(returns, lengths, successes)
 
 
 def bounded_spec(

@@ -72,13 +72,14 @@ _POINTMAZE_PATTERN = r"d4rl/pointmaze/((?:umaze|medium|large)(?:-dense)?)-v\d+"
 # Goal-conditioned environments and datasets of OGBench (Park et al. 2025, arXiv 2410.20092; its
 # README): reward 1 at the goal, where the episode ends, so a return is a success. Its single tasks
 # pay -1 or less for every step until the goal: the success rate, which OGBench reports, is no
-# function of such a return, so that they have no reference.
+# function of such a return, so that they have no reference, and :func:`score` takes the rate.
 _OGBENCH_PATTERNS = (
     r"(?:point|ant|humanoid)maze-(?:medium|large|giant|teleport)(?:-(?:navigate|stitch|explore))?-v0",
     r"antsoccer-(?:arena|medium)(?:-(?:navigate|stitch))?-v0",
     r"cube-(?:single|double|triple|quadruple|octuple)(?:-(?:play|noisy))?-v0",
     r"(?:scene|puzzle-(?:3x3|4x4|4x5|4x6))(?:-(?:play|noisy))?-v0",
 )
+_SINGLE_TASK = r"[a-z0-9-]+-singletask(?:-task[1-5])?-v\d+"
 
 
 def reference_scores(env_id: str) -> tuple[float, float] | None:
@@ -190,6 +191,22 @@ def normalized_score(
     checks.check_number("references[1]", maximum, minimum=minimum, open_minimum=True)
     scores = 100.0 * (np.asarray(returns, np.float64) - minimum) / (maximum - minimum)
     return float(scores) if scores.ndim == 0 else scores
+
+
+def score(
+    value: float, success: float, references: tuple[float, float] | None, env: str
+) -> float | None:
+    """Score of a mean return: in OGBench's single tasks its success in percent, else normalized.
+
+    Args:
+      value: the mean return.
+      success: the share of episodes with a success; NaN where nothing is known of it.
+      references: as for :func:`normalized_score`.
+      env: the environment's id.
+    """
+    if np.isfinite(success) and re.fullmatch(_SINGLE_TASK, env):
+        return 100.0 * success
+    return normalized_score(value, references)
 
 
 def mean_and_interval(

@@ -63,8 +63,11 @@ class QIPOConfig:
     support_size: int = 16  # actions drawn from the policy for each state; the data action is added
     # As many support actions the data action counts for: more of it keeps the policy near the data,
     # where errors of sampling cannot compound over renewals.
-    data_copies: float = 1.0
+    data_copies: float = 1.0  # 0: the data action is not in the support set
     renew_every: int = 2500  # policy steps between renewals of the support sets
+    # qipo: a Polyak average of the policy at this rate draws the tables, and the last parameters
+    # act (ema_decay is the behavior model's alone then); 0: the parameters that act draw.
+    table_polyak: float = 0.0
     # qipo: what came of a table stands only if critics of other episodes find it better by so many
     # standard errors, else training goes back to the policy before it; 0: it stands.
     guard: float = 0.0
@@ -149,11 +152,11 @@ class QIPOConfig:
             for width in getattr(self, name):
                 checks.check_integer(name, width, 1)
         rates = "behavior_learning_rate critic_learning_rate policy_learning_rate"
-        for name in f"beta beta_q guard max_grad_norm pessimism {rates}".split():
+        for name in f"beta beta_q data_copies guard max_grad_norm pessimism {rates}".split():
             checks.check_number(name, getattr(self, name), minimum=0.0)
-        for name in ("learning_rate", "data_copies"):
-            checks.check_number(name, getattr(self, name), minimum=0.0, open_minimum=True)
+        checks.check_number("learning_rate", self.learning_rate, minimum=0.0, open_minimum=True)
         checks.check_number("discount", self.discount, minimum=0.0, maximum=1.0)
+        checks.check_number("table_polyak", self.table_polyak, minimum=0.0, maximum=1.0)
         checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
         for name in ("expectile", "ema_decay", "target_ess"):
             value = getattr(self, name)

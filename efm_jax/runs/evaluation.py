@@ -1,5 +1,6 @@
 """Evaluation of a run: the same episodes for all of its seeds and for every policy."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from efm_jax.envs import (
     environments,
     evaluate,
     mean_and_interval,
-    normalized_score,
+    score,
+    specs,
 )
 from efm_jax.envs.rollout import bounded_spec, make_quietly
 from efm_jax.rl.agents import Agent, AgentParams, player
@@ -127,7 +129,7 @@ class Evaluator:
         self.check_finite(name, params)
         share = np.array_split(episodes, hosts.count())[hosts.index()].tolist()
         count = self._info.num_seeds
-        rollouts = Rollouts(np.zeros((count, 0)), np.zeros((count, 0), np.int64))
+        rollouts = Rollouts(*(np.zeros((count, 0), kind) for kind in (float, np.int64, float)))
         problem: EvaluationError | None = None
         try:
             if share:
@@ -197,8 +199,9 @@ def result_line(
     """Sum up an evaluation: the line of JSON that training and evaluation end with.
 
     Each policy has the mean over seeds of the mean return, its interval (over training seeds where
-    there are several, otherwise over episodes; of a single episode, which has none, the mean twice)
-    and its score; all are None of a policy that did not play.
+    there are several, otherwise over episodes; of a single episode, which has none, the mean
+    twice), its score, and the share of episodes with a success; all are None of a policy that did
+    not play, and the last where the environment says nothing of it.
 
     Args:
       info: what the run is.
@@ -215,14 +218,17 @@ def result_line(
         "steps": step,
         "dataset_return": info.dataset_return,
     }
+    env_id = specs.id_of(info.env_spec) or ""
     for name in POLICIES:
-        mean = low = high = score = None
+        mean = low = high = scored = success = None
         if name in rollouts:
-            returns = rollouts[name].returns
+            returns, share = rollouts[name].returns, float(rollouts[name].successes.mean())
             samples = returns.mean(axis=1) if info.num_seeds > 1 else returns[0]
             mean, low, high = mean_and_interval(samples)
-            score = normalized_score(mean, info.reference_scores)
-        line |= {f"{name}_return": mean, f"{name}_interval": [low, high], f"{name}_score": score}
+            scored = score(mean, share, info.reference_scores, env_id)
+            success = None if math.isnan(share) else share
+        line |= {f"{name}_return": mean, f"{name}_interval": [low, high]}
+        line |= {f"{name}_score": scored, f"{name}_success": success}
     return {
         **line,
         "evaluations": dict(evaluations),

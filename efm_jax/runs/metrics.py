@@ -12,7 +12,13 @@ from etils import epath
 from efm_jax import checks
 from efm_jax.envs import Rollouts
 from efm_jax.files import write_whole
-from efm_jax.runs.reader import EVALUATION_COLUMNS, METRIC_INDEX, RETURN_COLUMNS, read_table
+from efm_jax.runs.reader import (
+    EVALUATION_COLUMNS,
+    METRIC_INDEX,
+    RETURN_COLUMNS,
+    SUCCESS,
+    read_table,
+)
 from efm_jax.runs.workdir import EVALUATIONS_FILE, GUARD_FILE, METRICS_FILE, RETURNS_FILE
 from efm_jax.types import Array
 
@@ -175,7 +181,7 @@ def write_evaluation(
     Args:
       workdir: the run's folder.
       evaluation: its row, of ``EVALUATION_COLUMNS``.
-      rollouts: returns and lengths ``[K, E]``; None of one that failed.
+      rollouts: what every episode gave, ``[K, E]``; None of one that failed.
       seeds: the ``K`` training seeds.
       episode_seeds: of the ``E`` episodes.
 
@@ -190,8 +196,9 @@ def write_evaluation(
         of = evaluation["total_step"], evaluation["policy"]
         rows: list[Row] = [
             dict(zip(RETURN_COLUMNS, (*of, seed, episode_seed, *values, name), strict=True))
+            | {SUCCESS: "" if np.isnan(success) else int(success)}
             for seed, *of_seed in zip(seeds, *rollouts, strict=True)
-            for episode_seed, *values in zip(episode_seeds, *of_seed, strict=True)
+            for episode_seed, *values, success in zip(episode_seeds, *of_seed, strict=True)
         ]
         returns = CsvTable(workdir / RETURNS_FILE, RETURN_COLUMNS)
         returns.append(rows, keep=lambda row: row["evaluation"] != name)

@@ -24,6 +24,7 @@ from efm_jax.runs.workdir import (
 # Columns that every table has; the others are numbers, each where a phase logs it.
 METRIC_INDEX = ("total_step", "step", "phase", "seed")
 RETURN_COLUMNS = ("total_step", "policy", "seed", "episode_seed", "return", "length", "evaluation")
+SUCCESS = "success"  # of an episode, 0 or 1; empty, or no column in older runs: nothing known
 # What was played: one policy at one step, by one sampler.  A row is written when its episodes are
 # in returns.csv, or when it has failed, with the problem.
 EVALUATION_COLUMNS = (
@@ -114,7 +115,7 @@ def read_result(path: epath.PathLike) -> dict[str, Any] | None:
     result = read_json(file)
     for name, value in result.items():
         kind = name.rpartition("_")[2]
-        if kind in ("return", "score", "seconds"):
+        if kind in ("return", "score", "success", "seconds"):
             fits = _is_number(value)
         elif kind == "interval":
             fits = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))

@@ -5,7 +5,6 @@ other states too has the same optimum, since a factor of a state's own moves no 
 distribution; but it trains mostly the states whose values are high, with few effective samples.
 """
 
-import math
 from typing import final
 
 import jax.numpy as jnp
@@ -51,7 +50,7 @@ class PooledQIPO(Agent):
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         _, summary = weigh_support(self.config, support, axis_name)
         logits = w.boltzmann_logits(-support.q_values, summary["beta"])
-        logits = logits.at[..., 0].add(math.log(self.config.data_copies))
+        logits = logits.at[..., 0].add(jnp.log(self.config.data_copies))
         log_weights = logits - w.log_normalizer(-logits.ravel(), 1.0, axis_name=axis_name)
         ess = w.effective_sample_size(jnp.exp(log_weights).ravel(), axis_name=axis_name)
         share = ess / w.psum_if(jnp.asarray(logits.size, ess.dtype), axis_name)

@@ -19,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from efm_jax.data import BUILTIN_DATASET, fit_normalizer, load_dataset, preprocess
 from efm_jax.data.dataset import Dataset
-from efm_jax.envs import dataset_references, evaluate, normalized_score
+from efm_jax.envs import dataset_references, evaluate, score, specs
 from efm_jax.rl.agents import AgentParams, State, player
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.trainer import Hooks, Trainer
@@ -219,14 +219,17 @@ class Evaluation(Progress):
         agent, keys, episodes = self._trainer.agent, self._trainer.keys, self._episodes
         act = player(agent, "policy", params, self._problem.normalizer, keys, episodes)
         how = {"num_policies": len(keys), "episode_seeds": episodes}
-        returns, lengths = evaluate(act, self._problem.dataset.env_spec, **how)
-        known = self._references is not None
-        scores = normalized_score(returns, self._references) if known else returns
+        returns, lengths, successes = evaluate(act, self._problem.dataset.env_spec, **how)
+        env_id = specs.id_of(self._problem.dataset.env_spec) or ""
+        pairs = zip(returns.ravel(), successes.ravel(), strict=True)
+        found = [score(*pair, self._references, env_id) for pair in pairs]
+        scores = returns if None in found else np.reshape(found, returns.shape)
         seconds = round(time.perf_counter() - self._started, 1)
         columns = {"dataset": self.dataset, "method": self.method}
         columns |= {"seed": np.repeat(range(len(keys)), len(episodes)), "step": step}
         columns |= {"final": int(final), "episode_seed": np.tile(episodes, len(keys))}
         columns |= {"return": returns.ravel(), "length": lengths.ravel(), "score": scores.ravel()}
+        columns |= {"success": successes.ravel()}
         rows = pd.DataFrame(columns | {"seconds": seconds})
         results.append_rows(self._out / "returns.csv", rows)
         means = " ".join(f"{mean:.1f}" for mean in scores.mean(axis=1))

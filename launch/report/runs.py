@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from efm_jax.envs import mean_and_interval, normalized_score, specs
-from efm_jax.runs.reader import METRIC_INDEX, Run
+from efm_jax.envs import mean_and_interval, normalized_score, score, specs
+from efm_jax.runs.reader import METRIC_INDEX, SUCCESS, Run
 from efm_jax.runs.workdir import CONFIG_FILE, RunInfo, read_json
 
 _VIDEO_TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
@@ -48,6 +48,7 @@ class Evaluation:
     over: str | None  # what the interval is over; None where one episode has no interval
     score: float | None  # of the mean, normalized to 0-100
     mean_length: float
+    success: float | None  # share of its episodes, in percent; None where nothing is known
 
     @property
     def own(self) -> bool:
@@ -212,10 +213,15 @@ def _evaluations(run: Run) -> list[Evaluation]:
             [values] = returns
             over = f"over {len(values)} episodes" if len(values) > 1 else None
         interval = mean_and_interval(values)
-        score = normalized_score(interval[0], run.info.reference_scores)
+        known = [int(each[SUCCESS]) for each in rows if each.get(SUCCESS)]
+        rate = float(np.mean(known)) if known else np.nan
+        env_id = specs.id_of(run.info.env_spec) or ""
+        scored = score(interval[0], rate, run.info.reference_scores, env_id)
+        success = 100 * rate if known else None
         length = float(np.mean([int(each["length"]) for each in rows] or np.nan))
         step = int(row["total_step"])
-        found.append(Evaluation(row, row["policy"], step, returns, interval, over, score, length))
+        of = row["policy"], step, returns, interval, over, scored, length, success
+        found.append(Evaluation(row, *of))
     # In order of their names: the behavior model comes before what is compared with it.
     return sorted(found, key=lambda each: (each.policy, each.step, each.row["evaluation"]))
 

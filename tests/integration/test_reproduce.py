@@ -48,7 +48,7 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
     assert result.line == {"jobs": 1, "done": 1, "failed": 0, "results": str(root / "results.csv")}
     [row] = table(root / "results.csv")
     assert (row["task"], row["algorithm"], row["published"]) == (TASK, "qipo_diff", "54.2")
-    [workdir] = root.glob(f"{TASK}-qipo_diff-2seeds-*")
+    [workdir] = root.glob(f"{TASK}-qipo_diff-paper-2seeds-*")
     saved = json.loads((workdir / "config.json").read_text())
     assert (saved["num_seeds"], saved["seed"], saved["config"]["network"]) == (2, 0, "unet")
     assert saved["config"]["path"] == "vp"

@@ -24,7 +24,7 @@ WRONG_VALUES = {
     "dtype": ["float16", "bf16"],
     "learning_rate_schedule": ["linear"],
     "action_selection": ["greedy"],
-    "data_copies": [0.0, -1.0, np.nan, np.inf],
+    "data_copies": [-1.0, np.nan, np.inf],
     "target_ess": [-0.1, 1.0, np.nan],
     "pessimism": [-1.0, np.nan, np.inf],
     "eval_sample_steps": [-1],
@@ -35,6 +35,7 @@ WRONG_VALUES = {
     "learning_rate": [0.0, -1e-3, np.nan, np.inf],
     **{name: [-1e-3, np.nan, np.inf] for name in PHASE_RATES},
     "max_grad_norm": [-1.0, np.nan, np.inf],
+    "table_polyak": [-0.1, 1.5, np.nan],
     "ema_decay": [-0.1, 1.0, 1.5, np.nan],
     "beta": [-1.0, np.nan, np.inf],
     "beta_q": [-1.0, np.nan, np.inf],
@@ -55,6 +56,7 @@ WRONG_VALUES = {
 }  # fmt: skip
 BOUNDARIES = {
     "max_grad_norm": 0.0, "ema_decay": 0.0, "beta": 0.0, "beta_q": 0.0, "discount": 1.0,
+    "data_copies": 0.0, "table_polyak": 1.0,
     "critic_learning_rate": 0.0, "critic_batch_size": 0, "polyak": 1.0,
     "eval_every": 0, "batch_size": 1, "support_size": 1, "time_features": 2, "hidden_dims": (1,),
     "learning_rate": 1, "pessimism": 0.0, "target_ess": 0.0, "eval_sample_steps": 0,
@@ -107,7 +109,12 @@ def test_from_dict_refuses_what_validate_refuses():
 
 @pytest.mark.parametrize(
     ("preset", "name", "path"),
-    [("qipo_ot", "qipo_ot", "ot"), ("qipo_diff", "qipo_diff", "vp"), ("quick", "qipo_ot", "ot")],
+    [
+        ("qipo_ot", "qipo_ot", "ot"),
+        ("qipo_diff", "qipo_diff", "vp"),
+        ("quick", "qipo_ot", "ot"),
+        ("ogbench", "qipo_ot", "ot"),
+    ],
 )
 def test_presets(preset, name, path):
     config = importlib.import_module(f"experiments.configs.{preset}").get_config().validate()

@@ -16,6 +16,7 @@ from efm_jax.envs import (
     mean_and_interval,
     normalized_score,
     reference_scores,
+    score,
 )
 
 SEEDS = [3, 11, 7]
@@ -47,6 +48,14 @@ class Countdown(gymnasium.Env):
         Countdown.closed += 1
 
 
+class Passing(Countdown):
+    """A success at step 4 alone."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"is_success": np.bool_(self.steps == 4)}
+
+
 class Maze(gymnasium.Env):
     """Dict observations; the reward is the action."""
 
@@ -75,6 +84,7 @@ class Steered(Maze):
 def _environments():
     made = {
         "efmtest/Countdown-v0": (Countdown, 20),
+        "efmtest/Passing-v0": (Passing, 20),
         "efmtest/Endless-v0": (Countdown, None),
         "efmtest/Maze-v0": (Maze, 4),
         "efmtest/Steered-v0": (Steered, 4),
@@ -215,6 +225,18 @@ def test_what_an_environment_does_is_one_line_with_its_name(how, words):
         evaluate(zeros, "efmtest/Countdown-v0", episode_seeds=[11, 12], make=make)
     assert "environment efmtest/Countdown-v0" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_episode_with_a_success_at_any_step_is_one():
+    seeds = [1, 2, 3]  # 3, 4 and 5 steps
+    rollouts = evaluate(zeros, "efmtest/Passing-v0", episode_seeds=seeds, num_policies=2)
+    assert_array_equal(rollouts.successes, [[0, 1, 1]] * 2)
+    untold = evaluate(zeros, "efmtest/Countdown-v0", episode_seeds=seeds).successes
+    assert_array_equal(untold, [[np.nan] * 3])
+    rate = rollouts.successes.mean()
+    assert score(-7.0, rate, None, "cube-single-singletask-task2-v0") == pytest.approx(200 / 3)
+    assert score(-7.0, rate, None, "cube-single-v0") is None
+    assert score(1.0, rate, (0.0, 2.0), "AntMaze_UMaze-v5") == 50
 
 
 def test_dict_observations_are_flattened_by_key_and_actions_clipped():

@@ -19,9 +19,12 @@ def evaluation(policy, step, episodes=1, started_by="train", problem="", name=No
     return dict(zip(EVALUATION_COLUMNS, (name, started_by, policy, step, *how), strict=True))
 
 
-def add_returns(workdir, step, policy, returns, seeds=SEEDS, first_episode=7, **row):
+def add_returns(
+    workdir, step, policy, returns, seeds=SEEDS, first_episode=7, successes=np.nan, **row
+):
     returns = np.asarray(returns)
-    rollouts = Rollouts(returns, np.full(returns.shape, 3))
+    successes = np.broadcast_to(successes, returns.shape)
+    rollouts = Rollouts(returns, np.full(returns.shape, 3), successes)
     episodes = range(first_episode, first_episode + returns.shape[1])
     row = evaluation(policy, step, len(episodes), **row)
     write_evaluation(workdir, row, rollouts, seeds, episodes)
@@ -81,11 +84,11 @@ def test_repeated_evaluation_replaces_its_rows(tmp_path):
     add_returns(tmp_path, 10, "policy", [[5.0, 6.0]], [5])
     add_returns(tmp_path, 10, "behavior", [[1.5, 1 / 3]], [5])
     assert (tmp_path / "returns.csv").read_text() == (
-        "total_step,policy,seed,episode_seed,return,length,evaluation\n"
-        "10,policy,5,7,5.0,3,train-policy-10\n"
-        "10,policy,5,8,6.0,3,train-policy-10\n"
-        "10,behavior,5,7,1.5,3,train-behavior-10\n"
-        f"10,behavior,5,8,{1 / 3!r},3,train-behavior-10\n"
+        "total_step,policy,seed,episode_seed,return,length,evaluation,success\n"
+        "10,policy,5,7,5.0,3,train-policy-10,\n"
+        "10,policy,5,8,6.0,3,train-policy-10,\n"
+        "10,behavior,5,7,1.5,3,train-behavior-10,\n"
+        f"10,behavior,5,8,{1 / 3!r},3,train-behavior-10,\n"
     )
     names = [row["evaluation"] for row in read_table(tmp_path / "evaluations.csv")]
     assert names == ["train-policy-10", "train-behavior-10"]
@@ -99,7 +102,7 @@ def test_another_evaluation_of_the_same_policy_replaces_nothing(tmp_path):
     write_evaluation(tmp_path, failed, None, [5], [7])
     assert (
         tmp_path / "returns.csv"
-    ).read_text() == before + "10,policy,5,7,9.0,3,evaluate-policy-10\n"
+    ).read_text() == before + "10,policy,5,7,9.0,3,evaluate-policy-10,\n"
     found = [
         (row["evaluation"], row["problem"]) for row in read_table(tmp_path / "evaluations.csv")
     ]
@@ -138,7 +141,7 @@ def test_bad_input_is_refused(tmp_path):
         writer.write(1, "policy", 1, {"loss": [1.0, 2.0], "ess": [1.0]})
     with pytest.raises(ValueError, match="'seed' is an index column"):
         writer.write(1, "policy", 1, {"seed": [1.0, 2.0]})
-    rollouts = Rollouts(np.ones((2, 1)), np.ones(2))
+    rollouts = Rollouts(np.ones((2, 1)), np.ones(2), np.ones((2, 1)))
     with pytest.raises(ValueError, match="lengths: expected shape"):
         write_evaluation(tmp_path, evaluation("policy", 1), rollouts, SEEDS, [0])
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
@@ -146,3 +149,13 @@ def test_bad_input_is_refused(tmp_path):
         ValueError, match=r"metrics\.csv: expected a table with a column 'total_step'"
     ):
         MetricsWriter(tmp_path, SEEDS, 5)
+
+
+def test_success_is_a_cell_that_is_empty_where_nothing_is_known(tmp_path):
+    add_returns(tmp_path, 5, "behavior", [[-1.0], [-2.0]])
+    table = tmp_path / "returns.csv"
+    assert [row["success"] for row in read_table(table)] == ["", ""]
+    # Of an earlier version, without the column.
+    table.write_text(table.read_text().replace(",success", "").replace(",\n", "\n"))
+    add_returns(tmp_path, 6, "policy", [[-1.0], [-2.0]], successes=[[1.0], [0.0]])
+    assert [row["success"] for row in read_table(table)] == ["", "", "1", "0"]

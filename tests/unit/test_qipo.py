@@ -123,7 +123,7 @@ def test_summary_of_a_support_set():
     chex.assert_trees_all_close(weigh(halves), both, rtol=1e-5)
 
 
-@pytest.mark.parametrize("copies", [1.0, 5.0])
+@pytest.mark.parametrize("copies", [0.0, 1.0, 5.0])
 def test_data_copies_are_copies(copies):
     """The same weights and effective sample size as with the data action written `copies` times."""
     q = np.random.default_rng(1).standard_normal((7, M + 1))

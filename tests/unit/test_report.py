@@ -126,7 +126,10 @@ def write(folder, *, result=RESULT, phases=None, returns=None, **changes):
                 writer.write(total + step, phase, step, values)
             total += points[-1][0]
     for (policy, step), values in (returns or {}).items():
-        rollouts = Rollouts(np.asarray(values, float), np.full(np.shape(values), 200))
+        shape = np.shape(values)
+        # A success in the first seed, in no other.
+        successes = np.broadcast_to(np.eye(shape[0])[:, :1], shape)
+        rollouts = Rollouts(np.asarray(values, float), np.full(shape, 200), successes)
         episodes = range(np.shape(values)[1])
         row = evaluation(policy, step, len(episodes))
         write_evaluation(folder, row, rollouts, info.seeds, episodes)
@@ -169,6 +172,8 @@ def test_everything_of_a_run_is_there(run):
     shown = {"loss": 3, "steps_per_second": 0, "grad_norm": 1, "q_mean": 1}
     shown |= dict.fromkeys(WEIGHTS, 1)
     assert {metric: page.texts("h4").count(metric) for metric in shown} == shown
+    assert page.texts("th").count("success %") == 3  # of two policies, and of all evaluations
+    assert page.texts("td").count("50.0") == 2 + len(RETURNS)
     for words in (
         "qipo_ot on some/data-v0, 2 seeds (5 to 6), 600 gradient steps; they took 35 s.",
         "The dataset's mean return is -424.8 (score 57.5).",
@@ -201,7 +206,7 @@ def test_one_seed_has_an_interval_over_episodes_and_one_episode_has_none(tmp_pat
     )
     assert "Behavior model: mean return 7.0, score 100.7 (one episode, no interval)." in page.text
     behavior, policy = page.rows("All evaluations")[1:]
-    expected = ["a", "behavior", "5", "7.0", "none", "none", "100.7", "1", "200.0"]
+    expected = ["a", "behavior", "5", "7.0", "none", "none", "100.7", "100.0", "1", "200.0"]
     assert behavior == [*expected, "train-behavior-5", "midpoint, 10 steps"]
     assert policy[3:6] == ["20.0", interval, "over 3 episodes"]
 

@@ -26,17 +26,27 @@ def test_tasks_are_d4rls():
 
 
 @pytest.mark.parametrize(("path", "algorithm"), [("ot", "qipo_ot"), ("vp", "qipo_diff")])
+@pytest.mark.parametrize("settings", ["", "_code"])
 @pytest.mark.parametrize("name", ["locomotion", "antmaze"])
-def test_presets_are_the_papers(name, path, algorithm):
-    config = dataclasses.replace(preset(name), path=path).validate()
+def test_presets_are_the_papers_and_its_codes(name, settings, path, algorithm):
+    config = dataclasses.replace(preset(name + settings), path=path).validate()
     agent = make_agent(config, 17, 6)
     assert agent.name == algorithm
     assert list(agent.phase_steps.values()) == [600_000, 500_000, 100_000]
     assert (config.beta, config.support_size) == (3.0, 64)
-    assert (config.sample_steps, config.batch_size) == (15, 4096)
+    batches = [config.of_phase("batch_size", phase) for phase in agent.phase_steps]
+    assert (config.sample_steps, batches) == (15, [4096, 256, 256])
+    tables = range(0, config.policy_steps, config.renew_every)
+    assert (len(tables), config.eval_every, config.eval_episodes) == (10, 5000, 100)
     assert (config.critic, config.num_critics) == ("softmax_q", 2)
     assert config.critic_hidden_dims == (256, 256, 256)
-    assert (config.discount, config.polyak, config.beta_q) == (0.99, 0.005, 1.0)
+    beta_q = {"locomotion": 1.0, "antmaze": 20.0}[name]
+    assert (config.discount, config.polyak, config.beta_q) == (0.99, 0.005, beta_q)
+    code = settings == "_code"
+    assert (config.data_copies, config.table_polyak) == ((0.0, 0.005) if code else (1.0, 0.0))
+    model = agent.model.prediction, agent.model.solver
+    velocity = path == "ot" and not code
+    assert model == (("velocity", "midpoint") if velocity else ("noise", "dpmpp"))
     assert (config.learning_rate, config.critic_learning_rate) == (1e-4, 3e-4)
     assert config.reward_transform == name
 

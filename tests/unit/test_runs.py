@@ -287,7 +287,7 @@ def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, fresh_state(7.0))
     writer.renewal({"ess": np.full(2, 1.5)})
     writer.metrics("policy", 2, {"loss": np.ones(2)})
-    rollouts = Rollouts(np.ones((2, 1)), np.ones((2, 1), int))
+    rollouts = Rollouts(np.ones((2, 1)), np.ones((2, 1), int), np.ones((2, 1)))
     writer.evaluation(evaluation("policy", 12), rollouts, [0])
     writer.finish({"steps": 15, "policy_return": math.nan})
     writer.close()

@@ -65,10 +65,12 @@ class State(struct.PyTreeNode):
     critic: TrainState
     policy: TrainState
     renewed_params: Params  # the policy's, when its table was last computed
+    average_acts: bool = struct.field(pytree_node=False, default=True)  # or the last policy
 
     def params(self, *, renewed: bool = False) -> AgentParams:
         """The parameters that act, or with the policy's of the last renewal."""
-        policy = self.renewed_params if renewed else self.policy.average
+        policy = self.policy.average if self.average_acts else self.policy.params
+        policy = self.renewed_params if renewed else policy
         return AgentParams(self.behavior.average, self.critic.average, policy)
 
 
@@ -196,6 +198,7 @@ class Agent(abc.ABC):
             critic=self._fresh("critic", self.critic.init(critic_key, *sizes)),
             policy=self._fresh("policy", policy),
             renewed_params=jax.tree.map(jnp.copy, policy),
+            average_acts=not self.config.table_polyak,
         )
 
     def begin_policy(self, state: State) -> State:
@@ -247,10 +250,11 @@ class Agent(abc.ABC):
             return self.policy_loss(params, key, batch, axis_name)
 
         width = max(config.hidden_dims)
+        table_rate = config.table_polyak or 1.0 - config.ema_decay
         loss, rate, numbers = {
             "behavior": (behavior, 1.0 - config.ema_decay, width),
             "critic": (critic, config.polyak, max(config.critic_hidden_dims) * config.num_critics),
-            "policy": (policy, 1.0 - config.ema_decay, width * self.actions_per_state),
+            "policy": (policy, table_rate, width * self.actions_per_state),
         }[phase]
         return make_step(
             loss,

@@ -144,7 +144,8 @@ def support_weights(q_values: Array, beta: Array | float, data_copies: float = 1
       beta: guidance scale >= 0; at 0 an infinite Q-value does not count.
       data_copies: ``c_0``, as many support actions as the data action stands for; other c are 1.
     """
-    logits = boltzmann_logits(-q_values, beta).at[..., 0].add(math.log(data_copies))
+    log_copies = math.log(data_copies) if data_copies else -math.inf
+    logits = boltzmann_logits(-q_values, beta).at[..., 0].add(log_copies)
     return q_values.shape[-1] * jax.nn.softmax(logits, axis=-1)
 
 
@@ -155,5 +156,5 @@ def effective_actions(weights: Array, data_copies: float = 1.0) -> Array:
     """
     squares = weights**2
     # c weights of w / c: their squares sum to c (w / c)^2 = w^2 / c.
-    surplus = (1 - 1 / data_copies) * squares[..., 0]
+    surplus = (1 - 1 / data_copies) * squares[..., 0] if data_copies else 0.0
     return weights.sum(-1) ** 2 / (squares.sum(-1) - surplus)
