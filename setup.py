@@ -29,7 +29,6 @@ VIDEO = [
     "imageio[ffmpeg]>=2.28,<3",  # H.264 and GIF for launch.evaluate --video
     "pygame-ce>=2.5,<3",  # which Gymnasium draws Pendulum with
 ]
-OGBENCH = ["ogbench>=1.1,<2"]  # its environments, and the rewards of its single tasks
 # Loggers of launch.train beside CSV and TensorBoard.
 WANDB = ["wandb>=0.19.10,<1"]  # since then several runs in one process
 MLFLOW = [
@@ -119,7 +118,6 @@ setup(
     extras_require={
         "mujoco": MUJOCO,
         "robotics": ROBOTICS,
-        "ogbench": OGBENCH,
         "video": VIDEO,
         "ogbench": OGBENCH,
         "wandb": WANDB,

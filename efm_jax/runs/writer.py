@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from efm_jax.envs import Rollouts, normalized_score
+from efm_jax.envs import Rollouts, score, specs
 from efm_jax.errors import reason
 from efm_jax.files import write_whole
 from efm_jax.rl.agents import State
@@ -192,10 +192,17 @@ class RunWriter:
         if hosts.index() == 0:
             write_evaluation(self._workdir, record, rollouts, self._info.seeds, episode_seeds)
         if self._loggers is not None and rollouts is not None:
-            means = {"return": rollouts.returns.mean(1), "length": rollouts.lengths.mean(1)}
-            scores = normalized_score(means["return"], self._info.reference_scores)
-            means |= {} if scores is None else {"score": scores}
-            curves = {f"{record['policy']}/{name}": mean for name, mean in means.items()}
+            returns, lengths, successes = (values.mean(1) for values in rollouts)
+            of = self._info.reference_scores, specs.id_of(self._info.env_spec) or ""
+            scores = [score(*pair, *of) for pair in zip(returns, successes, strict=True)]
+            means = {"return": returns, "length": lengths, "success": successes, "score": scores}
+            # What is not known has no curve.
+            known = {name: np.array(mean, float) for name, mean in means.items()}
+            curves = {
+                f"{record['policy']}/{name}": mean
+                for name, mean in known.items()
+                if np.isfinite(mean).all()
+            }
             self._loggers.write(record["total_step"], curves)
 
     def checkpoint(self, state: State) -> None:
