@@ -1,9 +1,9 @@
-# make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff, pyright.
+# make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff, pyright.   make docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 NEEDS := requirements.lock requirements.txt setup.py
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/.installed
 	$(BIN)/python -m launch.train
@@ -16,6 +16,14 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+.venv/.installed-docs: $(NEEDS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[docs]'
+	touch $@ .venv/.installed
 
 .venv/.installed: $(NEEDS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e .

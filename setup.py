@@ -39,6 +39,14 @@ H100_COMPILE = [
     "nvidia-cuda-nvcc-cu12>=12.6,<13",  # ptxas
 ]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
+DIGITS = ["scikit-learn>=1.4,<2"]  # the images of experiments.examples.digits
+DOCS = [
+    "mkdocs>=1.6,<2",  # the site; version 2 is another program
+    "mkdocs-material>=9.6,<10",  # its theme
+    "mkdocstrings[python]>=1,<2",  # the API from docstrings
+    "latex2mathml>=3.78,<4",  # formulas without a script
+    *DIGITS,
+]
 TEST = [
     "pytest>=8,<10",  # test runner
     "pytest-xdist>=3.6,<4",  # tests on every core
@@ -50,6 +58,7 @@ TEST = [
     "pyright[nodejs]>=1.1.400,<2",  # lint: types; with node in a wheel
     "pandas-stubs>=2.2,<4",  # types of pandas, for pyright
     "pyyaml>=6,<7",  # reads the job files of clusters
+    *DIGITS,
     *ROBOTICS,
     *VIDEO,
     *EXPORT,
@@ -75,6 +84,7 @@ setup(
         "export": EXPORT,
         "study": STUDY,
         "gcs": GCS,
+        "docs": DOCS,
         "tpu-compile": TPU_COMPILE,
         "h100-compile": H100_COMPILE,
         "test": TEST,

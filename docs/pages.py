@@ -13,14 +13,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = FOLDER.parent / "experiments" / "examples"
+TUTORIALS = ("tutorial", "digits")
 _CELL = re.compile(r"^# %%(.*)\n((?:(?!# %%).*\n)*)", re.M)
 INSTALL = """\
-# In Colab or another fresh kernel: where efm_jax comes from, a package, wheel or git+https address.
+# In Colab or another fresh kernel: upload the wheel that `pip wheel --no-deps .` makes of the
+# repository, or name another place that pip knows.
 import importlib.util
 
-SOURCE = "efm-jax[docs]"
+SOURCE = "efm_jax-0.1.0-py3-none-any.whl"
 if importlib.util.find_spec("efm_jax") is None:
-    %pip install --quiet "{SOURCE}"
+    %pip install --quiet {SOURCE}
 %matplotlib inline"""
 
 
@@ -46,7 +48,9 @@ def notebook(name: str) -> str:
     ]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     book = {"cells": content, "metadata": {"kernelspec": kernel}}
-    return json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False)
+    return (
+        json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def page(name: str) -> str:
@@ -74,11 +78,11 @@ def page(name: str) -> str:
 
 def main() -> None:
     """Write the pages that are named, and the notebooks of all."""
+    names = sys.argv[1:]
     sys.path.insert(0, str(FOLDER.parent))
-    for source in ("tutorial", "digits"):
-        (FOLDER / "notebooks").mkdir(exist_ok=True)
-        (FOLDER / "notebooks" / f"{source}.ipynb").write_text(notebook(source) + "\n")
-    for name in sys.argv[1:].copy():
+    for name in TUTORIALS:
+        (FOLDER / "notebooks" / f"{name}.ipynb").write_text(notebook(name))
+    for name in names:
         (FOLDER / f"{name}.md").write_text(page(name))
 
 
