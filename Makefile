@@ -1,10 +1,10 @@
 # make demo: train and evaluate QIPO on a dataset recorded here.   make test: the tests.   make lint: ruff, pyright.
-# make wheel: sdist and wheel in dist/, and a training from them.
+# make wheel: sdist and wheel in dist/, and a training from them.   make docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 NEEDS := requirements.lock requirements.txt setup.py
 
-.PHONY: demo test lint wheel
+.PHONY: demo test lint wheel docs
 
 demo: .venv/.installed
 	$(BIN)/python -m launch.train
@@ -30,6 +30,14 @@ wheel: .venv/.installed-test
 		$(CURDIR)/.venv/wheel/bin/efm-train --config=quick --config.behavior_steps=1 --config.critic_steps=1 \
 			--config.policy_steps=1 --config.eval_every=0 && \
 		rm -r $$folder
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+.venv/.installed-docs: $(NEEDS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[docs]'
+	touch $@ .venv/.installed
 
 .venv/.installed: $(NEEDS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e .

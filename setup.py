@@ -48,6 +48,14 @@ H100_COMPILE = [
     "nvidia-cuda-nvcc-cu12>=12.6,<13",  # ptxas
 ]
 GCS = ["etils[epath-gcs]>=1.12,<2"]  # work directories and files on gs://
+DIGITS = ["scikit-learn>=1.4,<2"]  # the images of experiments.examples.digits
+DOCS = [
+    "mkdocs>=1.6,<2",  # the site; version 2 is another program
+    "mkdocs-material>=9.6,<10",  # its theme
+    "mkdocstrings[python]>=1,<2",  # the API from docstrings
+    "latex2mathml>=3.78,<4",  # formulas without a script
+    *DIGITS,
+]
 TEST = [
     "pytest>=8,<10",  # test runner
     "pytest-xdist>=3.6,<4",  # tests on every core
@@ -61,6 +69,7 @@ TEST = [
     "pyyaml>=6,<7",  # reads the job files of clusters
     "build>=1.2,<2",  # make wheel: sdist and wheel
     "setuptools>=77,<90",  # make wheel, without a download; what setup.py says, in a test
+    *DIGITS,
     *ROBOTICS,
     *OGBENCH,
     *VIDEO,
@@ -125,6 +134,7 @@ setup(
         "export": EXPORT,
         "study": STUDY,
         "gcs": GCS,
+        "docs": DOCS,
         "tpu-compile": TPU_COMPILE,
         "h100-compile": H100_COMPILE,
         "test": TEST,

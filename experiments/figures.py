@@ -28,6 +28,10 @@ _NAMES |= {
     "black": "bc-diff",
     "brown": "monte_carlo best-of-n",
 }
+# Methods of offline RL by the words that figures call them.
+WORDS = {"bc": "cloning, OT", "bc-diff": "cloning, diffusion", "best-of-n": "best of N"}
+WORDS |= {"qipo-ot": "QIPO-OT", "qipo-diff": "QIPO-Diff", "reweight": "reweighting, once"}
+WORDS |= {"gaussian": "IQL's Gaussian", "qgpo": "QGPO"}
 METHODS = {method: COLORS[color] for color, names in _NAMES.items() for method in names.split()}
 
 STYLE: dict[str, Any] = {"figure.dpi": 100, "figure.constrained_layout.use": True}

@@ -8,7 +8,7 @@ Energy-weighted flow matching (Zhang, Zhang, Gu; ICLR 2025) trains a flow for `q
 `p`: the loss of each is weighted by `exp(-beta E)`, without a gradient of `E` or a second network.
 
 This page is a script of cells for VS Code and Jupyter (by jupytext). In a terminal it is
-`python -m experiments.examples.tutorial`, a minute; `python docs/tutorial_page.py` writes the page.
+`python -m experiments.examples.tutorial`, a minute; `docs/pages.py tutorial` makes the page.
 """
 
 # %%

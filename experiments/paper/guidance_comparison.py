@@ -25,6 +25,7 @@ import functools
 import itertools
 import json
 import pathlib
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -436,15 +437,17 @@ def _draw_samples(output: pathlib.Path, problem: Problem, rows: pd.DataFrame) ->
         samples |= results.read_arrays(file)
     limit = float(np.abs(problem.target(jax.random.key(1), 2000, 0.0)).max()) * 1.1
     window = {"xlim": (-limit, limit), "ylim": (-limit, limit), "xticks": [], "yticks": []}
-    size = 1.5 * (1 + len(methods)), 1.5 * len(betas) + 0.4
+    names = [textwrap.fill(_METHODS["label"][m].split(" (")[0], 19) for m in methods]
+    size = 1.5 * (1 + len(methods)), 1.5 * len(betas) + 0.6
     with figures.drawn(output / f"samples_{problem.name}.png", *size) as figure:
         panels = figure.subplots(len(betas), 1 + len(methods), squeeze=False)
         for row, beta in zip(panels, betas, strict=True):
             samples[f"truth/{beta:g}"] = np.asarray(problem.target(jax.random.key(0), 2000, beta))
-            for axes, method in zip(row, ["truth", *methods], strict=True):
+            columns = zip(row, ["truth", *methods], ["truth", *names], strict=True)
+            for axes, method, name in columns:
                 points = samples.get(f"{method}/{beta:g}", np.zeros((0, 2)))
                 axes.plot(*points.T, ",", color=figures.COLORS["blue"], alpha=0.6)
-                axes.set(**window, aspect="equal", title=method if beta == betas[0] else "")
+                axes.set(**window, aspect="equal", title=name if beta == betas[0] else "")
             row[0].set_ylabel(_scale(beta))
 
 

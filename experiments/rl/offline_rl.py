@@ -130,7 +130,7 @@ def aggregates(runs: dict[str, np.ndarray]) -> Aggregates:
 def plot_aggregates(found: Aggregates, path: pathlib.Path) -> None:
     """Draw IQM and probability of improvement of every method, with their intervals."""
     titles = {"iqm": "Interquartile mean of scores"}
-    titles |= {"reference_better": f"P({REFERENCE} better than this row)"}
+    titles |= {"reference_better": f"P({figures.WORDS[REFERENCE]} better than this row)"}
     with figures.drawn(path, 10, 0.42 * len(found) + 1.4) as figure:
         panels = figure.subplots(1, 2)
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
@@ -140,9 +140,10 @@ def plot_aggregates(found: Aggregates, path: pathlib.Path) -> None:
                     color = figures.METHODS.get(method)
                     axes.barh(i, high - low, left=low, height=0.6, color=color, alpha=0.35)
                     axes.vlines(value, i - 0.3, i + 0.3, color=color, linewidth=2)
-            axes.set_yticks(range(len(found)), found)
+            axes.set_yticks(range(len(found)), [figures.WORDS.get(name, name) for name in found])
             axes.set(title=title, ylim=(len(found) - 0.5, -0.5))
             axes.grid(visible=False, axis="y")
+        panels[0].set_xlim(left=0)  # bars that start elsewhere look more different than they are
         panels[1].axvline(0.5, **figures.REFERENCE)
         panels[1].set_xlim(0, 1)
 
@@ -156,7 +157,8 @@ def plot_profiles(runs: dict[str, np.ndarray], path: pathlib.Path) -> None:
     with figures.drawn(path, 7.5, 4.2) as figure:
         axes = figure.subplots()
         for method in runs:
-            style = {"color": figures.METHODS.get(method), "label": method, "marker": ""}
+            style = {"color": figures.METHODS.get(method), "marker": ""}
+            style["label"] = figures.WORDS.get(method, method)
             figures.banded(axes, taus, profiles[method], *intervals[method], **style)
         axes.set(xlabel="normalized score tau", ylabel="share of runs above tau")
         axes.set_ylim(-0.02, 1.02)

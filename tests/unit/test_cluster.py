@@ -95,7 +95,13 @@ def test_every_file_is_checked():
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted(CLUSTER.iterdir()), REPOSITORY / "README.md"], ids=lambda p: p.name
+    "path",
+    [
+        *sorted(CLUSTER.iterdir()),
+        REPOSITORY / "README.md",
+        *sorted(REPOSITORY.glob("docs/**/*.md")),
+    ],
+    ids=lambda path: path.name,
 )
 def test_commands_name_flags_that_exist(path):
     for module, words in commands(path.read_text()):
