@@ -144,6 +144,17 @@ def test_second_run_does_nothing_again(launcher, dataset, finished, copy):
     assert sorted(map(str, table(copy / "returns.csv"))) == sorted(map(str, before[1]))
 
 
+def test_a_finished_run_is_extended(launcher, dataset, copy):
+    flags = train_flags(dataset, copy, *SEEDS, policy_steps=STEPS["policy"] + 10)
+    result = launcher.run("train", *flags)
+    assert result.status == 2
+    assert "asked for 70; give --extend" in result.complaints[0]
+    result = launcher.run("train", *flags, "--extend")
+    assert (result.status, result.line["steps"]) == (0, TOTAL + 10)
+    assert int(table(copy / "metrics.csv")[-1]["total_step"]) == TOTAL + 10
+    assert json.loads((copy / "config.json").read_text())["config"]["policy_steps"] == 70
+
+
 def test_evaluations_keep_names_of_their_own(launcher, finished, copy):
     before = (copy / "returns.csv").read_text()
     result = launcher.run("evaluate", f"--workdir={copy}")
