@@ -287,7 +287,7 @@ BAD_FLAGS = {
     "seed above 64 bits": (["--seed=99999999999999999999999"], ["--seed", "4294967295"]),
     "second seed above 32 bits": (
         ["--seed=4294967295", "--num_seeds=2"],
-        ["--num_seeds", "4294967295", "4294967296"],
+        ["num_seeds", "4294967295", "4294967296"],
     ),
     "seeds": (["--num_seeds=0"], ["num_seeds"]),
     "preset": (["--config=experiments/configs/nosuch.py"], ["nosuch.py"]),
