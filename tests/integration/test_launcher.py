@@ -142,6 +142,17 @@ def test_second_run_does_nothing_again(launcher, dataset, finished, copy, tmp_pa
     assert sorted(map(str, table(copy / "returns.csv"))) == sorted(map(str, before[1]))
 
 
+def test_a_finished_run_is_extended(launcher, dataset, copy):
+    flags = train_flags(dataset, copy, *SEEDS, policy_steps=STEPS["policy"] + 10)
+    result = launcher.run("train", *flags)
+    assert result.status == 2
+    assert "asked for 70; give --extend" in result.complaints[0]
+    result = launcher.run("train", *flags, "--extend")
+    assert (result.status, result.line["steps"]) == (0, TOTAL + 10)
+    assert int(table(copy / "metrics.csv")[-1]["total_step"]) == TOTAL + 10
+    assert json.loads((copy / "config.json").read_text())["config"]["policy_steps"] == 70
+
+
 def test_evaluations_keep_names_of_their_own_and_are_filmed(launcher, finished, copy, tmp_path):
     before = (copy / "returns.csv").read_text()
     result = launcher.run("evaluate", f"--workdir={copy}")
@@ -282,7 +293,7 @@ BAD_FLAGS = {
     "seed above 64 bits": (["--seed=99999999999999999999999"], ["--seed", "4294967295"]),
     "second seed above 32 bits": (
         ["--seed=4294967295", "--num_seeds=2"],
-        ["--num_seeds", "4294967295", "4294967296"],
+        ["num_seeds", "4294967295", "4294967296"],
     ),
     "seeds": (["--num_seeds=0"], ["num_seeds"]),
     "logger": (["--loggers=tensorbord"], ["tensorbord", "did you mean tensorboard?"]),
