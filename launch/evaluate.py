@@ -101,7 +101,7 @@ def main(_: list[str]) -> int:
         act = evaluator.act("policy", params, episodes[:1], seeds=slice(1))
         with cli.usage_errors():
             path = epath.Path(_VIDEO.value).expanduser()
-            record_video(act, info.env_spec, path, seed=episodes[0])
+            record_video(act, env, path, seed=episodes[0])
     rollouts, played, failed = {}, [], []
     for name, step in steps.items():
         of, problem = ("evaluate", name, step, episodes), None

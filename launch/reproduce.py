@@ -190,7 +190,7 @@ def _markdown(table: pd.DataFrame) -> str:
     for labels, rows in table.groupby(["algorithm", "settings"], sort=False):
         both = rows[["last_difference", "best_difference"]].dropna()
         done = f"{rows['seeds'].count()} of {len(rows)} tasks done"
-        text = f"{', '.join(labels)}: {done}, {len(both)} of them published"
+        text = f"{', '.join(map(str, labels))}: {done}, {len(both)} of them published"
         if len(both):
             text += "; mean difference {:+.1f} (last), {:+.1f} (best)".format(
                 *both.to_numpy().mean(axis=0)

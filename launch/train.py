@@ -179,8 +179,12 @@ class _Run(Session):
         self._memory, self._is_first = data.memory, hosts.index() == 0
         with multihost.agreed_errors():
             workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
-        of, more = (data, trainer, workdir, self._say, began), {"loggers": _LOGGERS.value}
-        super().__init__(*of, **more, extend=_EXTEND.value, agreed=multihost.agreed_errors)
+        super().__init__(
+            *(data, trainer, workdir, self._say, began),
+            extend=_EXTEND.value,
+            loggers=_LOGGERS.value,
+            agreed=multihost.agreed_errors,
+        )
         self._bar = tqdm(disable=True)  # until a phase begins
         self._table: tqdm | None = None
         self._stop = multihost.StopSignal()

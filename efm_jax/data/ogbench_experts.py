@@ -238,7 +238,7 @@ def _expert(name: str, style: str) -> Callable[..., Any]:
 def _walk(env: gymnasium.Env, task: Task, seed: int) -> tuple[np.ndarray, dict, Act]:
     """Begin an episode of *navigate* or *stitch*."""
     world: Any = env.unwrapped
-    free = [tuple(cell) for cell in np.argwhere(world.maze_map == 0).tolist()]
+    free: list[Cell] = [(row, column) for row, column in np.argwhere(world.maze_map == 0).tolist()]
     start = _one_of(free)
     goals = [cell for cell in free if not _in_corridor(cell, free)]
     if task.kind == "stitch":

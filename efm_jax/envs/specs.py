@@ -139,10 +139,10 @@ def stated(source: str, text: str) -> EnvSpec:
     return asked
 
 
-def id_of(text: str) -> str | None:
+def id_of(text: str | None) -> str | None:
     """The id in the JSON of a spec, known or not; None for a text that is no such JSON."""
     try:
-        env_id = json.loads(text)["id"]
+        env_id = json.loads(text or "")["id"]
     except _NOT_A_SPEC:
         return None
     return env_id if isinstance(env_id, str) else None

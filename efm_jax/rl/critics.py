@@ -224,7 +224,7 @@ class EnsembleLCB(FoldedCritic):
         next_value = apply(self.v_network, params["v"], batch.next_observations)
         errors, q = _temporal_differences(self.q_network, params, batch, next_value)
         errors += _expectile_loss(target_q - value, self.expectile)
-        if self.folds > 1:
+        if batch.folds is not None:
             errors *= self.folds * self.learns(batch.folds)
         aux = {
             "q_mean": global_mean(q, axis_name),

@@ -127,9 +127,8 @@ class Programs:
         s, a = (number.update(shape=(rows, n)) for n in (agent.observation_size, agent.action_size))
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(agent.init, key)
-        data = Batch(s, a, number, s, number)
-        if self.config.critic_folds > 1:
-            data = data._replace(folds=number.update(dtype=jnp.int32))
+        folds = number.update(dtype=jnp.int32) if self.config.critic_folds > 1 else None
+        data = Batch._make((s, a, number, s, number, None, None, folds))
         inputs = state.params(), key, 0, data, jax.ShapeDtypeStruct((rows,), jnp.int32)
         if phase == "critic" and agent.critic.uses_next_actions:
             data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
@@ -143,7 +142,7 @@ class Programs:
     def _data_axes(self) -> Any:
         """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
         if self.layout.on_cpu:
-            return Batch(None, None, None, None, None, next_actions=0, support=0, folds=None)
+            return Batch._make((None, None, None, None, None, 0, 0, None))
         data = jax.eval_shape(TiledData.from_rows, with_tables(self.shapes()[2], None, None))
         shared = jax.tree.map(lambda _: None, data)
         return shared.replace(next_actions=0, support=0)

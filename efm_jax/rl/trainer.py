@@ -165,9 +165,8 @@ class Trainer:
         self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self.keys)
         targets = n_step(data, config.n_step, config.discount)
-        rows = Batch(data.observations, data.actions, *targets)
-        if config.critic_folds > 1:
-            rows = rows._replace(folds=episode_folds(data, config.critic_folds))
+        folds = episode_folds(data, config.critic_folds) if config.critic_folds > 1 else None
+        rows = Batch._make((data.observations, data.actions, *targets, None, None, folds))
         self.data = self.programs.store(self.layout.put_rows(rows))
         # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}

@@ -153,7 +153,7 @@ def _rows(dataset: Dataset, part: slice) -> Dataset:
 def _frame(rows: Rows, columns: Sequence[str]) -> pd.DataFrame:
     """A table of a run with numbers as numbers; an empty cell is NaN."""
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=pd.Index(columns))
-    names = ("phase", "policy", "evaluation")
+    names = ["phase", "policy", "evaluation"]
     return frame.assign(
         **{name: pd.to_numeric(frame[name]) for name in frame.columns.difference(names)}
     )
