@@ -63,7 +63,7 @@ def test_a_trained_policy(launcher, minari, finished):
     )
     assert result.status == 2
     assert len(result.complaints) == 1
-    assert "observations: expected shape (1, 3)" in result.err
+    assert "observations: expected shape (3,) or (..., 3)" in result.err
 
 
 RANDOM = ("--env=Pendulum-v1", "--policy=random")
@@ -72,7 +72,7 @@ RANDOM = ("--env=Pendulum-v1", "--policy=random")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--env=Pendulum-v1",), "--policy: expected random, waypoints or a work directory"),
+        (("--env=Pendulum-v1",), "--policy: expected random, waypoints, ogbench or a "),
         (("--policy=random",), "--env: expected a Gymnasium id"),
         (("--env=NoSuch-v0", "--policy=random"), "'NoSuch-v0' is not known to Gymnasium"),
         (
@@ -81,7 +81,7 @@ RANDOM = ("--env=Pendulum-v1", "--policy=random")
         ),
         (
             ("--env=Pendulum-v1", "--policy=no/such"),
-            "--policy=no/such: expected random, waypoints or",
+            "--policy=no/such: expected random, waypoints, ogbench or",
         ),
         (("--env=Pendulum-v1", "--policy=efm_jax"), "holds no run"),
         (("--policy=efm_jax",), "holds no run"),

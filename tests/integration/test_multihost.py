@@ -118,7 +118,7 @@ def test_two_hosts_equal_one_and_go_on_after_a_preemption(launcher, dataset, tmp
     assert [
         line for line in results[1].out.splitlines() if not re.search("Gloo|peer ranks", line)
     ] == []
-    assert "4 devices, 2 hosts" in results[0].out
+    assert "4 devices (cpu), 2 hosts" in results[0].out
     check_preemption(launcher, dataset, tmp_path / "again", workdir)
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from efm_jax.data.d4rl_files import D4RL_FILES
 from efm_jax.envs import mean_and_interval, reference_scores
+from efm_jax.rl.config import PHASES
 from tests.integration.runs import CONFIG, table
 from tests.markdown import cells
 
 TASK = "halfcheetah-medium-v2"
 # The settings of the paper, shrunken.
 FIELDS = CONFIG | {"reward_transform": "none", "time_features": 4}
+FIELDS |= {f"{phase}_batch_size": 0 for phase in PHASES}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,8 @@ def test_tables_beside_the_published_numbers(launcher, files, tmp_path):
         "{last:.1f} ({last_low:.1f} to {last_high:.1f})|{best:.1f} ({best_low:.1f} to "
         "{best_high:.1f})|54.2|{last_difference:+.1f}|{best_difference:+.1f}"
     ).format(**row)
-    assert shown[4:] == expected.split("|")
-    assert "qipo_diff: 1 of 1 tasks done, 1 of them published; mean difference " in text
+    assert shown[5:] == expected.split("|")
+    assert "qipo_diff, paper: 1 of 1 tasks done, 1 of them published; mean difference " in text
     # Again: nothing is left to do.  More tasks, only collected: empty rows, one without a published
     # number.
     logs = {path: path.stat() for path in (root / "logs").iterdir()}
@@ -89,18 +91,18 @@ def test_job_list_of_everything(launcher, tmp_path):
     assert lines[0].startswith("python -m launch.train --dataset=halfcheetah-medium-expert-v2 ")
     flags = "--config=experiments/configs/d4rl/locomotion.py --seed=0 "
     assert f"{flags}--num_seeds=8 --config.path=ot --workdir=" in lines[0]
-    assert lines[0].endswith("/halfcheetah-medium-expert-v2-qipo_ot-8seeds")
+    assert lines[0].endswith("/halfcheetah-medium-expert-v2-qipo_ot-paper-8seeds")
     antmaze = [line for line in lines if "antmaze.py" in line]
     assert len(antmaze) == 12
     assert "--dataset=D4RL/antmaze/umaze-diverse-v1 " in antmaze[2]
     assert " --num_seeds=8 --config.path=vp --workdir=" in antmaze[3]
-    assert antmaze[3].endswith("/antmaze-umaze-diverse-v2-qipo_diff-8seeds")
+    assert antmaze[3].endswith("/antmaze-umaze-diverse-v2-qipo_diff-paper-8seeds")
 
 
 BAD_FLAGS = {
     "task": (["--tasks=hopper-medium-v0"], ["--tasks", "hopper-medium-v2", "'hopper-medium-v0'"]),
     "no task": (["--tasks="], ["--tasks", "got ''"]),
-    "twice": (["--tasks=locomotion,hopper-medium-v2"], ["named hopper-medium-v2-qipo_ot-8seeds"]),
+    "twice": (["--tasks=locomotion,hopper-medium-v2"], ["named hopper-medium-v2-qipo_ot-paper-"]),
     "algorithm": (["--algorithms=qgpo"], ["--algorithms", "qipo_ot", "'qgpo'"]),
     "seeds": (["--seeds=0"], ["seeds", "0"]),
     "no file": (["--tasks=hopper-expert-v2", "--files=nosuch"], ["--tasks"]),

@@ -39,6 +39,7 @@ WRONG_VALUES = {
     "ema_decay": [-0.1, 1.0, 1.5, np.nan],
     "beta": [-1.0, np.nan, np.inf],
     "beta_q": [-1.0, np.nan, np.inf],
+    "guard": [-1.0, np.nan, np.inf],
     "discount": [-0.1, 1.1, np.nan],
     "polyak": [0.0, -0.1, 1.1, np.nan],
     "expectile": [0.0, 1.0, -0.5, np.nan],
@@ -50,7 +51,7 @@ WRONG_VALUES = {
         for name in (
             "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps",
             "critic_steps", "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
-            "num_critics", "n_step", "num_candidates",
+            "num_critics", "n_step", "num_candidates", "critic_folds",
         )
     },
 }  # fmt: skip
@@ -59,7 +60,7 @@ BOUNDARIES = {
     "data_copies": 0.0, "table_polyak": 1.0,
     "critic_learning_rate": 0.0, "critic_batch_size": 0, "polyak": 1.0,
     "eval_every": 0, "batch_size": 1, "support_size": 1, "time_features": 2, "hidden_dims": (1,),
-    "learning_rate": 1, "pessimism": 0.0, "target_ess": 0.0, "eval_sample_steps": 0,
+    "learning_rate": 1, "pessimism": 0.0, "guard": 0.0, "target_ess": 0.0, "eval_sample_steps": 0,
 }  # fmt: skip
 
 

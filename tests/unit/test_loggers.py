@@ -76,21 +76,21 @@ def test_a_registered_logger_is_given_a_runs_points_once(tmp_path, monkeypatch):
     folder, normalizer, log = epath.Path(tmp_path) / "run", None, Recorder()
     monkeypatch.setitem(LOGGERS, "mine", lambda run: log)
     known = dataclasses.replace(info(), reference_scores=(0.0, 10.0))
-    rollouts = Rollouts(np.array([[1.0, 3.0], [4.0, 4.0]]), np.full((2, 2), 7))
+    rollouts = Rollouts(np.array([[1.0, 3.0], [4.0, 4.0]]), np.full((2, 2), 7), np.eye(2))
     for _ in range(2):
-        writer = RunWriter(folder, known, normalizer, print, 0.0, ["mine"])
+        writer = RunWriter(folder, known, normalizer, print, 0.0, loggers=["mine"])
         writer.start(fresh_state(0.0))
         writer.metrics("critic", 5, {"loss": np.array([0.5, 0.25])})
         writer.evaluation(evaluation("policy", 12), rollouts, [0, 1])
         writer.evaluation(evaluation("policy", 13, problem="boom"), None, [0, 1])
         writer.close()
     step = info().phase_steps["behavior"] + 5
-    of = "policy/return", "policy/length", "policy/score"
+    of = "policy/return", "policy/length", "policy/success", "policy/score"
     assert log.points == [
         (3, step, {"critic/loss": 0.5}),
         (4, step, {"critic/loss": 0.25}),
-        (3, 12, dict(zip(of, (2.0, 7.0, 20.0), strict=True))),
-        (4, 12, dict(zip(of, (4.0, 7.0, 40.0), strict=True))),
+        (3, 12, dict(zip(of, (2.0, 7.0, 0.5, 20.0), strict=True))),
+        (4, 12, dict(zip(of, (4.0, 7.0, 0.5, 40.0), strict=True))),
     ]
     assert log.closed == 2
 

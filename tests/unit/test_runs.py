@@ -157,7 +157,7 @@ def test_returns_that_no_finished_evaluation_explains_are_left_out(tmp_path):
     sample_run(epath.Path(tmp_path), ["behavior"], 2, True)
     add_returns(tmp_path, 1000, "behavior", np.ones((2, 1)), started_by="evaluate")
     with (tmp_path / "returns.csv").open("a") as file:
-        file.write("1000,policy,3,7,1.0,3,evaluate-2-policy\n")  # of a process that died
+        file.write("1000,policy,3,7,1.0,3,evaluate-2-policy,\n")  # of a process that died
     run = Run.read(tmp_path)
     assert (len(run.returns), len(run.own_returns)) == (10, 8)
     assert {row["evaluation"] for row in run.own_returns} == {"train-behavior-1000"}
