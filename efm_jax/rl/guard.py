@@ -32,7 +32,7 @@ def guard(
     num_devices: int = 1,
     axis_name: AxisName = None,
 ) -> tuple[State, dict[str, Array]]:
-    """Keep the policy, or go back to that of the last table.
+    """Keep the policy that acts, or go back to that of the last table.
 
     Member k's gain is the mean of ``Q_k(s, pi(s)) - Q_k(s, pi'(s))`` over states of its own fold;
     the policy stays if the mean gain is above ``config.guard`` standard errors over members.
@@ -53,8 +53,9 @@ def guard(
     size *= max(min(_STATES, rows) // size, 1)
     index = sample_rows(key, size, rows, num_devices=num_devices, axis_name=axis_name)
     batch = gather(with_tables(data, None, None), index)
-    critic, params = agent.critic, state.critic.average
-    assert isinstance(critic, FoldedCritic)
+    critic, params, acting = agent.critic, state.critic.average, state.params()
+    if not isinstance(critic, FoldedCritic):
+        raise TypeError(f"agent: expected one whose critic has folds; got {type(critic).__name__}")
     learns = critic.learns(batch.folds)
     keys_at = index if axis_name is None else index + lax.axis_index(axis_name) * data.size
 
@@ -62,14 +63,13 @@ def guard(
         """``[num, b]``, of the action that plays or the mean of those drawn."""
         config, states = agent.config, batch.observations[:, None]
         noise = draw_noise(key, keys_at, (config.num_candidates, agent.action_size))
-        acting = state.params()._replace(policy=policy)
+        of = agent.acting_model, acting._replace(policy=policy), states, noise
         if config.action_selection == "mean":
-            actions = agent.mean(agent.acting_model, acting, states, noise)
-            return critic.members(params, batch.observations, actions)
-        actions = agent.sample(agent.acting_model, acting, states, noise)
+            return critic.members(params, batch.observations, agent.mean(*of))
+        actions = agent.sample(*of)
         return critic.members(params, states, actions).mean(-1)
 
-    gains = jnp.where(learns, values(state.policy.average) - values(state.renewed_params), 0.0)
+    gains = jnp.where(learns, values(acting.policy) - values(state.renewed_params), 0.0)
     total, count = psum_if((gains.sum(1), learns.sum(1)), axis_name)
     gains = total / jnp.maximum(count, 1)
     gain, error = gains.mean(), gains.std(ddof=1) / math.sqrt(gains.size)

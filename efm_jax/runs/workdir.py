@@ -205,7 +205,8 @@ class RunInfo:
           other: what the folder holds.
           workdir: the folder, for messages.
           extend: let ``EXTENDABLE`` fields differ, where more steps are those that a longer run
-            would have taken: not under a schedule of the learning rate that ends with the run.
+            would have taken: not under a schedule of the learning rate that ends with the run, nor
+            where the guard has judged a table before its time.
         """
         mine, theirs = self.config.to_dict(), other.config.to_dict()
         free = EXTENDABLE if extend else ()
@@ -234,6 +235,12 @@ class RunInfo:
             raise ValueError(
                 f"workdir {workdir}: a run of {before} policy steps cannot be extended to {now}: "
                 f"its learning_rate_schedule is {schedule}, over all of them"
+            )
+        every = self.config.renew_every
+        if before != now and self.config.guard and before % every:
+            raise ValueError(
+                f"workdir {workdir}: a run of {before} policy steps cannot be extended to {now}: "
+                f"its guard has judged a table before its {every} steps were over"
             )
         if now < before:
             raise ValueError(

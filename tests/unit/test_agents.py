@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from efm_jax.rl.agents import make_agent
+from efm_jax.rl.agents.qipo import WeightedSupport
 from efm_jax.rl.agents.reweighting import advantages, weigh_advantages
 from efm_jax.rl.batch import Batch
 from efm_jax.rl.config import QIPOConfig
@@ -95,6 +96,22 @@ def test_without_a_value_network_the_behaviors_mean_is_the_value():
     drawn = jax.jit(agent.model.sample)(params.behavior, observations[:, None], noise)
     every = q_values(params.critic, observations[:, None], drawn)
     assert_allclose(found, q - every.mean(1), atol=5 * float(every.std(1).max()) / 8)
+
+
+def test_an_average_draws_the_tables_while_the_last_policy_acts():
+    agent = make_agent(tiny.config(table_polyak=0.25, ema_decay=0.9), 3, 2)
+    state = jax.jit(agent.init)(jax.random.key(0))
+    draw = np.random.default_rng(0).standard_normal
+    support = WeightedSupport(draw((6, 4, 2)).astype(np.float32), np.ones((6, 4), np.float32))
+    batch = Batch(draw((6, 3)).astype(np.float32), None, None, None, None, support=support)
+    step = jax.jit(agent.step("policy", in_parts=False))
+    after, _ = step(state.policy, jax.random.key(1), batch)
+    pairs = state.policy.params, after.params
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, *pairs)
+    chex.assert_trees_all_close(after.average, expected, rtol=1e-4, atol=1e-7)
+    state = state.replace(policy=after)
+    chex.assert_trees_all_equal(state.params().policy, after.params)
+    chex.assert_trees_all_equal(state.params(renewed=True).policy, state.renewed_params)
 
 
 def test_names_and_phases():

@@ -57,11 +57,12 @@ def test_what_is_kept(errors, new, kept, rule):
     folds = np.arange(ROWS) % 2
     states = np.repeat(folds[:, None], S, 1).astype(np.float32)
     data = Batch(states, np.zeros((ROWS, 1)), np.zeros(ROWS), states, np.zeros(ROWS), folds=folds)
+    data = jax.tree.map(jnp.asarray, data)
     empty = TrainState(jnp.asarray(7), (), (), ())
     policy = TrainState(jnp.asarray(7), jnp.asarray(0.9), jnp.asarray(new), "moments")
     state = State(empty, empty, policy, jnp.asarray(0.2))
 
-    after, summary = guard(agent, state, jax.random.key(0), jax.tree.map(jnp.asarray, data))
+    after, summary = guard(agent, state, jax.random.key(0), data)
     gains = (np.float32(new) - np.float32(0.2)) * SLOPES
     assert_allclose(summary["guard_gain"], gains.mean(), rtol=1e-5)
     assert_allclose(summary["guard_error"], gains.std(ddof=1) / 2, rtol=1e-5)
@@ -69,6 +70,8 @@ def test_what_is_kept(errors, new, kept, rule):
     expected = (0.9, new) if kept else (0.2, 0.2)
     assert_allclose((after.policy.params, after.policy.average), expected)
     assert (after.policy.opt_state, int(after.policy.step)) == ("moments", 7)
+    last = guard(agent, state.replace(average_acts=False), jax.random.key(0), data)
+    assert_allclose(last[1]["guard_gain"], (0.9 - 0.2) * SLOPES.mean(), rtol=1e-5)
 
 
 def test_members_learn_from_their_fold_alone():

@@ -117,6 +117,19 @@ def test_a_run_is_not_extended_unasked_or_under_a_schedule(page):
     info.check_same(info, folder, extend=True)
 
 
+def test_a_run_whose_guard_judged_early_is_not_extended(page):
+    info = RunInfo.read(resolve(page[1] / "runs/python"))
+
+    def run(steps):
+        config = dataclasses.replace(info.config, guard=1.0, renew_every=40, policy_steps=steps)
+        phases = info.phase_steps | {"policy": steps}
+        return dataclasses.replace(info, config=config, phase_steps=phases)
+
+    run(120).check_same(run(80), page[1], extend=True)
+    with pytest.raises(ValueError, match="60 policy steps cannot be extended to 80: its guard"):
+        run(80).check_same(run(60), page[1], extend=True)
+
+
 def arrays(**more):
     names = ["observations", "actions", "rewards", "next_observations", "terminated"]
     data = dict(zip(names, tiny.transitions(), strict=True))
