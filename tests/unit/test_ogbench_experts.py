@@ -1,6 +1,7 @@
-"""Data of OGBench's own experts, regenerated; needs the extra `ogbench`."""
+"""Data of OGBench's own experts, regenerated; needs the package."""
 
 import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ MAZE = "pointmaze-medium-stitch-v0.npz"
 @pytest.fixture
 def short(monkeypatch):
     """Episodes of five steps."""
-    pytest.importorskip("ogbench")
+    if sys.version_info >= (3, 13):  # the extra `test` has it where it has wheels
+        pytest.importorskip("ogbench")
     whole = parse_name
     monkeypatch.setattr(ogbench_experts, "parse_name", lambda name: whole(name)._replace(steps=5))
 
