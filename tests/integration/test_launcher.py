@@ -53,9 +53,12 @@ def cut(workdir, step):
 
 
 def contents(folder):
-    """Every file and folder, with its bytes, but for the lock, in which a number goes up."""
-    paths = [path for path in folder.rglob("*") if path.name != "lock"]
-    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+    """Every file and folder, with its bytes; of the lock, in which a number goes up, that it is."""
+
+    def read(path):
+        return path.read_bytes() if path.is_file() and path.name != "lock" else None
+
+    return {path: read(path) for path in folder.rglob("*")}
 
 
 def test_train_prints_the_contract_line(finished):

@@ -186,6 +186,11 @@ def test_an_item_prints_its_tables(capsys):
 
 
 def test_items_of_other_processes_end_as_they_do(monkeypatch, tmp_path):
+    done = item.run("acting", "quick", 300, {})
+    assert (done["status"], done["reason"]) == ("done", None)
+    (rows,) = done["tables"].values()
+    assert {row["method"] for row in rows} >= {"EFM", "ED", "CEP-guided"}
+    assert all(row["ms, best"] > 0 for row in rows)
     failed = item.run("no_such", "smoke", 300, {})
     assert failed["status"] == "failed"
     assert failed["reason"].startswith("ModuleNotFoundError: No module named 'experiments")
