@@ -158,7 +158,7 @@ def load_runs(workdirs: Sequence[str]) -> list[ReportRun]:
             index=index,
             name=name,
             run=run,
-            environment=specs.id_of(run.info.env_spec or "") or "",
+            environment=specs.id_of(run.info.env_spec) or "",
             curves=_curves(run),
             evaluations=_evaluations(run),
             videos=_videos(run.path),
