@@ -161,12 +161,9 @@ def n_step(data: Transitions, n: int, discount: float) -> tuple[np.ndarray, np.n
     return total.astype(dtype), next_observations, np.where(ended[last], 0.0, factor).astype(dtype)
 
 
-def episode_folds(data: Transitions, folds: int) -> np.ndarray:
-    """The fold of every row's episode, ``[N]`` int32: episodes take turns, as :func:`n_step` finds
-    them.
-    """
-    begins = np.concatenate([[False], ~_goes_on(data)[:-1]])
-    return (np.cumsum(begins) % folds).astype(np.int32)
+def first_rows(data: Transitions) -> np.ndarray:
+    """The rows with which episodes begin, as :func:`n_step` finds them."""
+    return np.flatnonzero(np.concatenate([[True], ~_goes_on(data)[:-1]]))
 
 
 def _goes_on(data: Transitions) -> np.ndarray:

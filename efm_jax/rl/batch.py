@@ -26,7 +26,6 @@ class Batch(NamedTuple):
     discounts: Array  # [B], discount ** n, or 0 where the episode terminated within the n steps
     next_actions: Array | None = None  # [B, M, A] of the behavior model, for critics that ask
     support: Any = None  # an agent's own rows, such as support sets; policy phase only
-    folds: Array | None = None  # [B], the fold of each row's episode, for critics that ask
 
     @property
     def size(self) -> int:
@@ -82,14 +81,12 @@ class TiledData(struct.PyTreeNode):
     observation_size: int = struct.field(pytree_node=False)
     next_actions: Any = None  # as in Batch
     support: Any = None  # as in Batch
-    folds: Any = None  # as in Batch
 
     @classmethod
     def from_rows(cls, rows: Batch) -> "TiledData":
         """The dataset without its tables."""
         numbers = jnp.concatenate([leaf.reshape(rows.size, -1) for leaf in rows[:5]], axis=1)
-        folds = None if rows.folds is None else TiledRows.from_rows(rows.folds)
-        return cls(TiledRows.from_rows(numbers), rows.observations.shape[1], folds=folds)
+        return cls(TiledRows.from_rows(numbers), rows.observations.shape[1])
 
     @property
     def size(self) -> int:
@@ -100,7 +97,7 @@ class TiledData(struct.PyTreeNode):
         rows, size = self.numbers[indices], self.observation_size
         action_size = rows.shape[1] - 2 * size - 2
         s, a, r, following, d = jnp.split(rows, np.cumsum([size, action_size, 1, size]), axis=1)
-        tables = gather((self.next_actions, self.support, self.folds), indices)
+        tables = gather((self.next_actions, self.support), indices)
         return Batch(s, a, r[:, 0], following, d[:, 0], *tables)
 
 

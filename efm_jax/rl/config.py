@@ -68,9 +68,11 @@ class QIPOConfig:
     # qipo: a Polyak average of the policy at this rate draws the tables, and the last parameters
     # act (ema_decay is the behavior model's alone then); 0: the parameters that act draw.
     table_polyak: float = 0.0
-    # qipo: what came of a table stands only if critics of other episodes find it better by so many
-    # standard errors, else training goes back to the policy before it; 0: it stands.
+    # qipo: what came of a table stands only if it plays better than the policy before by so many
+    # standard errors over learned models of the environment; 0: it stands.
     guard: float = 0.0
+    guard_steps: int = 4_000  # gradient steps of the models
+    guard_length: int = 400  # steps of an episode in them
     estimator: str = "full"  # full: all support actions a step; resample: one, drawn by its weight
 
     # Critic.
@@ -88,7 +90,6 @@ class QIPOConfig:
     polyak: float = 0.02  # Polyak rate: the step of target networks toward the critic
     beta_q: float = 1.0  # softmax_q: inverse temperature over the next state's support actions
     expectile: float = 0.7  # iql, ensemble: of the value regression; above 0.5 the better actions
-    critic_folds: int = 1  # ensemble: parts of the episodes, each with members of its own
 
     # Acting.
 
@@ -137,7 +138,7 @@ class QIPOConfig:
         for minimum, names in (
             (1, "batch_size sample_steps support_size renew_every behavior_steps critic_steps"),
             (1, "policy_steps log_every checkpoint_every eval_episodes num_critics n_step"),
-            (1, "num_candidates critic_folds"),
+            (1, "num_candidates guard_steps guard_length"),
             (0, "behavior_batch_size critic_batch_size policy_batch_size max_transitions"),
             (0, "eval_every eval_sample_steps"),
             (2, "time_features"),
@@ -164,11 +165,6 @@ class QIPOConfig:
             checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=open_minimum)
             if value == 1:
                 raise ValueError(f"{name}: expected a number below 1; got 1")
-        if self.critic_folds > self.num_critics:
-            raise ValueError(
-                f"critic_folds: expected at most the {self.num_critics} of num_critics; got "
-                f"{self.critic_folds}"
-            )
         for name, options in self.options.items():
             _check_types(options, f"{name}.")
             if hasattr(options, "validate"):

@@ -57,26 +57,6 @@ class Critic(abc.ABC):
         """
 
 
-class FoldedCritic(Critic):
-    """A critic of members that may each learn from a part of the episodes, so that others judge."""
-
-    folds: int  # parts of the episodes; 1: every member learns from all
-
-    @abc.abstractmethod
-    def q_values(
-        self, params: Params, observations: Array, actions: Array, unseen: Array | None = None
-    ) -> Array:
-        """As of :class:`Critic`; by members to which the fold ``unseen``, ``[B]``, is unseen."""
-
-    @abc.abstractmethod
-    def members(self, params: Params, observations: Array, actions: Array) -> Array:
-        """``Q(s, a)`` by each member, ``[num, ...]``."""
-
-    @abc.abstractmethod
-    def learns(self, fold: Array) -> Array:
-        """Whether each member learns from a fold, ``[...] -> [num, ...]``."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SoftmaxQ(Critic):
     """In-support softmax Q-learning (Lu et al. 2023, arXiv 2304.12824, eq. 18).
@@ -164,7 +144,7 @@ class IQL(Critic):
 
 
 @dataclasses.dataclass(frozen=True)
-class EnsembleLCB(FoldedCritic):
+class EnsembleLCB(Critic):
     """Members that share nothing, each with an in-sample target of its own; their lower bound.
 
     Member k is implicit Q-learning with a Q-network, a target network and a value network of its
@@ -174,44 +154,27 @@ class EnsembleLCB(FoldedCritic):
     ``mean_k A_k - pessimism std_k A_k`` with ``A_k = Q_k(s, a) - V_k(s)``, plus ``mean_k V_k(s)``:
     the spread of Q itself would also count the members' disagreement about the state, whatever the
     action.
-
-    With folds, member k learns from the episodes of fold ``k mod folds`` alone, so that members of
-    other folds can judge what it chose.
     """
 
     q_network: QEnsemble
     v_network: ValueEnsemble
     expectile: float
     pessimism: float
-    folds: int = 1
 
     @classmethod
     def from_config(cls, config: QIPOConfig) -> "EnsembleLCB":
         dims, layer_norm = config.critic_hidden_dims, config.critic_layer_norm
         v_network = ValueEnsemble(dims, config.num_critics, layer_norm=layer_norm)
-        numbers = config.expectile, config.pessimism, config.critic_folds
-        return cls(_q_network(config), v_network, *numbers)
+        return cls(_q_network(config), v_network, config.expectile, config.pessimism)
 
     def init(self, key: Array, observation_size: int, action_size: int) -> Params:
         return _init_q_and_v(self, key, observation_size, action_size)
 
-    def q_values(
-        self, params: Params, observations: Array, actions: Array, unseen: Array | None = None
-    ) -> Array:
+    def q_values(self, params: Params, observations: Array, actions: Array) -> Array:
         """The lower confidence bound of ``Q(s, a)``."""
         values = apply(self.v_network, params["v"], observations)
         advantages = apply(self.q_network, params["q"], observations, actions) - values
-        members = None
-        if unseen is not None:
-            members = ~self.learns(unseen.reshape(unseen.shape + (1,) * (values.ndim - 2)))
-        spread = self.pessimism * advantages.std(0, where=members)
-        return values.mean(0, where=members) + advantages.mean(0, where=members) - spread
-
-    def learns(self, fold: Array) -> Array:
-        return jax.vmap(lambda member: member % self.folds == fold)(jnp.arange(self.q_network.num))
-
-    def members(self, params: Params, observations: Array, actions: Array) -> Array:
-        return apply(self.q_network, params["q"], observations, actions)
+        return values.mean(0) + advantages.mean(0) - self.pessimism * advantages.std(0)
 
     def values(self, params: Params, observations: Array) -> Array:
         return apply(self.v_network, params["v"], observations).mean(0)
@@ -224,8 +187,6 @@ class EnsembleLCB(FoldedCritic):
         next_value = apply(self.v_network, params["v"], batch.next_observations)
         errors, q = _temporal_differences(self.q_network, params, batch, next_value)
         errors += _expectile_loss(target_q - value, self.expectile)
-        if batch.folds is not None:
-            errors *= self.folds * self.learns(batch.folds)
         aux = {
             "q_mean": global_mean(q, axis_name),
             "v_mean": global_mean(value, axis_name),

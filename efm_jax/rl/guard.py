@@ -1,86 +1,150 @@
-"""The guard: a policy stands only if critics that did not choose its weights prefer it.
+"""The guard: a policy stands only if it does better in learned models of the environment.
 
-Weights select what the critic overestimates, so the critic that made them thinks well of every
-policy.  Here the members of an ensemble are split into folds of episodes
-(``critic_folds``): in a state, weights are made by the members that never saw its episode, and
-what came of them is judged by those that did.  The mean advantage of a policy over another in the
-data's states is the first-order term of its gain in return (Kakade and Langford 2002).
+A critic values an action by what the data's agents did next; a policy that acts otherwise lives in
+other states, and weights prefer what the critic overestimates.  Models of the dynamics know nothing
+of the critic: an ensemble is fitted to the data's transitions, both policies play from the data's
+first states in every member, and the new one stays if the mean gain is above so many standard
+errors over members.  Rollouts in learned models are among the better ways to evaluate policies
+offline (Fu et al. 2021, arXiv 2103.16596; Zhang et al. 2021, arXiv 2104.13877).
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax import Array, lax
 
-from efm_jax.rl.agents.agent import Agent, Purpose, State
-from efm_jax.rl.batch import Batch, TiledData, draw_noise, gather, with_tables
-from efm_jax.rl.critics import FoldedCritic
-from efm_jax.training.step import sample_rows
-from efm_jax.types import Params
-from efm_jax.weights import AxisName, psum_if
+from efm_jax.data.preprocess import first_rows
+from efm_jax.networks import MLP
+from efm_jax.rl.agents.agent import Agent, AgentParams
+from efm_jax.rl.config import QIPOConfig
+from efm_jax.types import Normalizer, Params, Transitions
 
-_STATES = 4096  # or all there are
+MEMBERS = 7
+EPISODES = 64  # from as many of the data's first states, in every member
+_RATE, _CHUNK = 1e-3, 250
 
 
-def guard(
-    agent: Agent,
-    state: State,
-    key: Array,
-    data: Batch | TiledData,
-    *,
-    num_devices: int = 1,
-    axis_name: AxisName = None,
-) -> tuple[State, dict[str, Array]]:
-    """Keep the policy that acts, or go back to that of the last table.
+class Models(NamedTuple):
+    """Members that predict the change of state, the reward, and whether the episode terminates."""
 
-    Member k's gain is the mean of ``Q_k(s, pi(s)) - Q_k(s, pi'(s))`` over states of its own fold;
-    the policy stays if the mean gain is above ``config.guard`` standard errors over members.
+    params: Params  # [MEMBERS, ...]
+    mean: Array  # [S + 1], of what they predict
+    std: Array  # [S + 1]
+    low: Array  # [S], the range of the data's states: what is predicted stays in it
+    high: Array  # [S]
+    starts: Array  # [EPISODES, S], first states of episodes
+
+
+def fit(
+    config: QIPOConfig, data: Transitions, report: Callable[[int, int], None] | None = None
+) -> Models:
+    """Fit the models to a dataset, whatever the seeds of the run.
 
     Args:
-      agent: whose critic has folds.
-      state: of one seed, ``renewed_params`` the policy to go back to.
-      key: root key of the seed.
-      data: this device's rows.
-      num_devices: devices that share the rows.
-      axis_name: their mapped axis.
+      config: has ``guard_steps``, of each member, and its ``hidden_dims`` and ``batch_size``.
+      data: normalized transitions.
+      report: told of ``(done, steps)``; may raise to stop.
+    """
+    states, actions = jnp.asarray(data.observations), jnp.asarray(data.actions)
+    changes = jnp.column_stack([data.next_observations - data.observations, data.rewards])
+    mean, std = changes.mean(0), changes.std(0) + 1e-6
+    rows = states, actions, (changes - mean) / std, jnp.asarray(data.terminated, states.dtype)
+    steps = config.guard_steps
+    keys = jax.random.split(jax.random.key(0), (MEMBERS, steps + 1))
+    network = _network(config, states.shape[1])
+    params = jax.vmap(lambda key: network.init(key, states[:1], actions[:1]))(keys[:, 0])
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
+    carry = params, jax.vmap(optimizer.init)(params)
+    for done in range(0, steps, _CHUNK):
+        if report is not None:
+            report(done, steps)
+        some = keys[:, 1 + done :][:, :_CHUNK]
+        carry = _train(config.batch_size, network, optimizer, carry, some, rows)
+    begins = first_rows(data)
+    starts = states[begins[np.linspace(0, begins.size - 1, EPISODES).astype(int)]]
+    return Models(carry[0], mean, std, states.min(0), states.max(0), starts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _train(
+    size: int,
+    network: MLP,
+    optimizer: optax.GradientTransformation,
+    carry: tuple,
+    keys: Array,
+    rows: tuple[Array, ...],
+) -> tuple:
+    """Parameters and moments of all members after a step for each of their ``keys``."""
+
+    def loss(params: Params, batch: tuple[Array, ...]) -> Array:
+        states, actions, targets, ended = batch
+        predicted = network.apply(params, states, actions)
+        ends = optax.sigmoid_binary_cross_entropy(predicted[:, -1], ended).mean()
+        return optax.huber_loss(predicted[:, :-1], targets).mean() + 0.1 * ends
+
+    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+        params, state = carry
+        index = jax.random.randint(key, (size,), 0, len(rows[0]))
+        batch = tuple(row[index] for row in rows)
+        updates, state = optimizer.update(jax.grad(loss)(params, batch), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.vmap(lambda carry, keys: lax.scan(step, carry, keys)[0])(carry, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def returns(agent: Agent, models: Models, params: AgentParams, key: Array) -> Array:
+    """Mean undiscounted return of the policy in every member, ``[MEMBERS]``.
+
+    Args:
+      agent: acts as in an evaluation; its configuration is that of the models, and has
+        ``guard_length``, the steps of an episode.
+      models: from :func:`fit`.
+      params: of one seed.
+      key: of the actions' noise; the same for policies that are compared.
+    """
+    episodes, size = models.starts.shape
+    members = jax.tree.leaves(models.params)[0].shape[0]
+    network, zeros = _network(agent.config, size), jnp.zeros(size)
+    ones = jnp.ones(agent.action_size)
+    plain = Normalizer(zeros, zeros + 1, -ones, ones)  # models live in normalized units
+
+    def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], Array]:
+        states, alive = carry  # [members, episodes, S], [members, episodes]
+        keys = jax.random.split(key, members * episodes)
+        actions = agent.act(params, plain, keys, states.reshape(-1, size))
+        actions = actions.reshape(members, episodes, -1)
+        predicted = jax.vmap(network.apply)(models.params, states, actions)
+        changes = predicted[..., :-1] * models.std + models.mean
+        states = jnp.clip(states + changes[..., :-1], models.low, models.high)
+        rewards = alive * changes[..., -1]
+        return (states, alive * (predicted[..., -1] < 0)), rewards
+
+    starts = jnp.broadcast_to(models.starts, (members, episodes, size))
+    carry = starts, jnp.ones((members, episodes))
+    return lax.scan(step, carry, jax.random.split(key, agent.config.guard_length))[1].sum(0).mean(1)
+
+
+def judge(
+    agent: Agent, models: Models, new: AgentParams, old: AgentParams, key: Array
+) -> dict[str, Array]:
+    """Compare two policies of one seed.
 
     Returns:
-      The state, and ``guard_gain``, ``guard_error`` (one standard error) and ``accepted``, ``[]``.
+      ``guard_gain`` and ``guard_error``, the mean gain over members and one standard error of it,
+      and ``accepted``: whether the gain is above ``config.guard`` errors; ``[]`` each.
     """
-    key = jax.random.fold_in(jax.random.fold_in(key, Purpose.GUARD), state.policy.step)
-    size, rows = agent.config.of_phase("batch_size", "policy"), data.size * num_devices
-    size *= max(min(_STATES, rows) // size, 1)
-    index = sample_rows(key, size, rows, num_devices=num_devices, axis_name=axis_name)
-    batch = gather(with_tables(data, None, None), index)
-    critic, params, acting = agent.critic, state.critic.average, state.params()
-    if not isinstance(critic, FoldedCritic):
-        raise TypeError(f"agent: expected one whose critic has folds; got {type(critic).__name__}")
-    learns = critic.learns(batch.folds)
-    keys_at = index if axis_name is None else index + lax.axis_index(axis_name) * data.size
-
-    def values(policy: Params) -> Array:
-        """``[num, b]``, of the action that plays or the mean of those drawn."""
-        config, states = agent.config, batch.observations[:, None]
-        noise = draw_noise(key, keys_at, (config.num_candidates, agent.action_size))
-        of = agent.acting_model, acting._replace(policy=policy), states, noise
-        if config.action_selection == "mean":
-            return critic.members(params, batch.observations, agent.mean(*of))
-        actions = agent.sample(*of)
-        return critic.members(params, states, actions).mean(-1)
-
-    gains = jnp.where(learns, values(acting.policy) - values(state.renewed_params), 0.0)
-    total, count = psum_if((gains.sum(1), learns.sum(1)), axis_name)
-    gains = total / jnp.maximum(count, 1)
+    gains = returns(agent, models, new, key) - returns(agent, models, old, key)
     gain, error = gains.mean(), gains.std(ddof=1) / math.sqrt(gains.size)
-    accepted = gain > agent.config.guard * error
+    accepted = (gain > agent.config.guard * error).astype(gain.dtype)
+    return {"guard_gain": gain, "guard_error": error, "accepted": accepted}
 
-    def chosen(new: Params, old: Params) -> Params:
-        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old)
 
-    policy = state.policy.replace(
-        params=chosen(state.policy.params, state.renewed_params),
-        average=chosen(state.policy.average, state.renewed_params),
-    )
-    summary = {"guard_gain": gain, "guard_error": error, "accepted": accepted.astype(gain.dtype)}
-    return state.replace(policy=policy), summary
+def _network(config: QIPOConfig, observation_size: int) -> MLP:
+    return MLP(tuple(config.hidden_dims), observation_size + 2)

@@ -16,7 +16,6 @@ from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.agent import Purpose, State, acting_inputs, play
 from efm_jax.rl.batch import Batch, Table, TiledData, TiledRows, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
-from efm_jax.rl.guard import guard
 from efm_jax.training.parallel import Layout
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, steps_ahead
@@ -68,10 +67,6 @@ class Programs:
         self.begin_policy = layout.map(agent.begin_policy, donate=(0,))
         self._tile_data = layout.map_devices(TiledData.from_rows)
         self._tile_table = layout.map(self._table)
-        part = {"num_devices": layout.num_shards, "axis_name": layout.axis_name}
-        self.guard = layout.map(
-            functools.partial(guard, agent, **part), in_axes=(0, 0, self._data_axes), donate=(0,)
-        )
         # A copy, because chunks reuse the buffers of what they are given.
         self.copy = layout.map(lambda tree: jax.tree.map(jnp.copy, tree))
 
@@ -127,8 +122,7 @@ class Programs:
         s, a = (number.update(shape=(rows, n)) for n in (agent.observation_size, agent.action_size))
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(agent.init, key)
-        folds = number.update(dtype=jnp.int32) if self.config.critic_folds > 1 else None
-        data = Batch._make((s, a, number, s, number, None, None, folds))
+        data = Batch._make((s, a, number, s, number, None, None))
         inputs = state.params(), key, 0, data, jax.ShapeDtypeStruct((rows,), jnp.int32)
         if phase == "critic" and agent.critic.uses_next_actions:
             data = data._replace(next_actions=jax.eval_shape(agent.next_actions, *inputs))
@@ -142,7 +136,7 @@ class Programs:
     def _data_axes(self) -> Any:
         """For ``vmap``: seeds share the dataset, but not what a seed's parameters computed."""
         if self.layout.on_cpu:
-            return Batch._make((None, None, None, None, None, 0, 0, None))
+            return Batch._make((None, None, None, None, None, 0, 0))
         data = jax.eval_shape(TiledData.from_rows, with_tables(self.shapes()[2], None, None))
         shared = jax.tree.map(lambda _: None, data)
         return shared.replace(next_actions=0, support=0)
@@ -190,8 +184,6 @@ class Programs:
                         yield f"support sets, {name}", 0, Program(*program)
                     rows = self.support.shapes(state.params(), keys, plain)
                     yield "support sets, weigh", 0, Program(self.weigh, (rows,))
-                if agent.guarded:
-                    yield "guard", 0, Program(self.guard, (state, keys, plain))
             for steps in sorted(lengths):
                 inputs = getattr(state, phase), keys, data
                 yield f"{phase}, {steps} steps", steps, Program(self.chunk(phase, steps), inputs)

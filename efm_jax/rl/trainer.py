@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from efm_jax.data.preprocess import episode_folds, n_step
+from efm_jax.data.preprocess import n_step
+from efm_jax.rl import guard
 from efm_jax.rl.agents import Agent, AgentParams, State
+from efm_jax.rl.agents.agent import Purpose
 from efm_jax.rl.batch import Batch, TiledData, with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.programs import Programs
@@ -153,10 +155,10 @@ class Trainer:
                 f"data: expected the {part.stop - part.start} of {num_rows} transitions "
                 f"that are this host's; got {data.size}"
             )
-        for name in ("n_step", "critic_folds"):
-            if getattr(config, name) > 1 and data.size != num_rows:
+        for name, alone in (("n_step", 1), ("guard", 0)):
+            if getattr(config, name) > alone and data.size != num_rows:
                 raise ValueError(
-                    f"{name}: expected 1 where each host holds a part of the data; "
+                    f"{name}: expected {alone} where each host holds a part of the data; "
                     f"got {getattr(config, name)}; with parallel=seeds every host holds all of it"
                 )
         sizes = data.observations.shape[1], data.actions.shape[1]
@@ -165,9 +167,9 @@ class Trainer:
         self.keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         self._device_keys = self.layout.put_seeds(self.keys)
         targets = n_step(data, config.n_step, config.discount)
-        folds = episode_folds(data, config.critic_folds) if config.critic_folds > 1 else None
-        rows = Batch._make((data.observations, data.actions, *targets, None, None, folds))
+        rows = Batch._make((data.observations, data.actions, *targets, None, None))
         self.data = self.programs.store(self.layout.put_rows(rows))
+        self._models = functools.partial(guard.fit, config, data)
         # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}
 
@@ -212,6 +214,8 @@ class Trainer:
                 elif kind == "evaluate":
                     hooks.on_evaluate(start, get(state.params()))
                 elif kind in ("renew", "restore"):
+                    if self.agent.guarded and not isinstance(self._models, guard.Models):
+                        self._models = self._models(functools.partial(report, "models"))
                     if kind == "renew":
                         state = state.replace(
                             renewed_params=self.programs.copy(state.policy.average)
@@ -225,9 +229,8 @@ class Trainer:
                     state = state.replace(**{phase: trained})
                     # Before a stop, because a run that goes on from here has left the table.
                     if phase == "policy" and self._ends_table(stop):
-                        plain = with_tables(data, None, None)
-                        state, summary = self.programs.guard(state, self._device_keys, plain)
-                        hooks.on_guard(stop, jax.tree.map(np.asarray, get(summary)))
+                        state, summary = self._guard(get(state))
+                        hooks.on_guard(stop, summary)
                     if hooks.stop_requested():
                         raise StoppedError
                 else:
@@ -255,6 +258,25 @@ class Trainer:
         rows = self.programs.support.fill(params, self._device_keys, renewal, self.data, told)
         table, summary = self.programs.weigh(rows)
         return table, renewal * self.config.renew_every, summary
+
+    def _guard(self, state: State) -> tuple[State, dict[str, np.ndarray]]:
+        """The state on the devices, and decisions ``[K]``; ``state`` has a leading seed axis."""
+        found = []
+        for i, key in enumerate(self.keys):
+            key = jax.random.fold_in(jax.random.fold_in(key, Purpose.GUARD), state.policy.step[i])
+            both = jax.tree.map(lambda x, i=i: x[i], (state.params(), state.params(renewed=True)))
+            found.append(guard.judge(self.agent, self._models, *both, key))
+        summary = jax.tree.map(lambda *values: np.stack(values), *found)
+        stays = summary["accepted"] > 0
+
+        def chosen(new: Array, old: Array) -> Array:
+            return jnp.where(stays.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        policy = state.policy.replace(
+            params=jax.tree.map(chosen, state.policy.params, state.renewed_params),
+            average=jax.tree.map(chosen, state.policy.average, state.renewed_params),
+        )
+        return self.layout.put_seeds(state.replace(policy=policy)), summary
 
     def _ends_table(self, step: int) -> bool:
         """Whether the guard judges at a policy step."""

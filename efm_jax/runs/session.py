@@ -273,7 +273,7 @@ class Session(Hooks):
             f"{gain:.3g} ± {error:.2g}{'' if kept else ' (back to the policy before)'}"
             for gain, error, kept in zip(gains, summary["guard_error"], accepted, strict=True)
         )
-        self.say(f"policy step {step}: guard: gain in Q by critics of other episodes: {told}")
+        self.say(f"policy step {step}: guard: gain in return in learned models: {told}")
 
     def on_metrics(self, phase: str, step: int, values: dict[str, np.ndarray]) -> None:
         for row in self.writer.metrics(phase, step, values):

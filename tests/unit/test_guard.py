@@ -1,7 +1,6 @@
-"""The guard and the critics of folds that it asks."""
+"""The guard and the learned models in which it plays policies."""
 
 import dataclasses
-import types
 
 import chex
 import jax
@@ -10,139 +9,99 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from efm_jax.data.preprocess import episode_folds
-from efm_jax.networks import QEnsemble, ValueEnsemble
-from efm_jax.rl.agents.agent import State
-from efm_jax.rl.batch import Batch
-from efm_jax.rl.critics import EnsembleLCB
-from efm_jax.rl.guard import guard
-from efm_jax.training.state import TrainState
+from efm_jax.data.preprocess import first_rows
+from efm_jax.rl import guard
+from efm_jax.rl.agents.agent import AgentParams
 from efm_jax.types import Transitions
-from tests.tiny import A, S, config, layout, train
+from tests.tiny import config, layout, train
 
-ROWS = 64
-SLOPES = np.array([1.0, 2.0, 4.0, -1.0])  # of Q over the action, by member
-GUARDED = {"critic": "ensemble", "num_critics": 4, "critic_folds": 2, "guard": 0.1}
-
-
-class Known(EnsembleLCB):
-    """Member k of ``(0, 1, 0, 1)`` folds: ``slope_k a`` in its own fold's states, else 1000 a."""
-
-    def members(self, params, observations, actions):
-        own = self.learns(observations[..., 0].astype(int))
-        slopes = jnp.where(own, SLOPES.reshape(-1, *[1] * (own.ndim - 1)), 1000.0)
-        return slopes * actions[..., 0]
+MODELS = {"guard_steps": 1500, "guard_length": 10, "hidden_dims": (32, 32), "batch_size": 64}
+GUARDED = {"guard": 0.1, "guard_steps": 3, "guard_length": 4, "estimator": "resample"}
 
 
-@pytest.mark.parametrize(
-    ("errors", "new", "kept"),
-    [(0.0, 0.5, True), (0.0, 0.1, False), (1.4, 0.5, True), (1.5, 0.5, False)],
-)
-@pytest.mark.parametrize("rule", ["sample", "mean"])
-def test_what_is_kept(errors, new, kept, rule):
-    """Actions 0.2 before and ``new`` now: gains 0.3 slope_k, of mean 1.5 and 1.04 errors wide."""
-    critic = Known(QEnsemble((2,), 4), ValueEnsemble((2,), 4), 0.7, 1.0, folds=2)
+class Constant:
+    """Plays the action that is its parameters; what the guard needs of an agent."""
 
-    def play(model, params, states, noise):
-        return jnp.broadcast_to(params.policy, (*noise.shape[:-1], 1))
+    action_size = 1
 
-    agent = types.SimpleNamespace(
-        config=config(guard=errors, action_selection=rule),
-        critic=critic,
-        action_size=1,
-        acting_model=None,
-        sample=play,
-        mean=lambda *args: play(*args).mean(-2),
-    )
-    folds = np.arange(ROWS) % 2
-    states = np.repeat(folds[:, None], S, 1).astype(np.float32)
-    data = Batch(states, np.zeros((ROWS, 1)), np.zeros(ROWS), states, np.zeros(ROWS), folds=folds)
-    data = jax.tree.map(jnp.asarray, data)
-    empty = TrainState(jnp.asarray(7), (), (), ())
-    policy = TrainState(jnp.asarray(7), jnp.asarray(0.9), jnp.asarray(new), "moments")
-    state = State(empty, empty, policy, jnp.asarray(0.2))
+    def __init__(self, errors=0.0):
+        self.config = config(guard=errors, **MODELS)
 
-    after, summary = guard(agent, state, jax.random.key(0), data)
-    gains = (np.float32(new) - np.float32(0.2)) * SLOPES
-    assert_allclose(summary["guard_gain"], gains.mean(), rtol=1e-5)
-    assert_allclose(summary["guard_error"], gains.std(ddof=1) / 2, rtol=1e-5)
-    assert bool(summary["accepted"]) is kept
-    expected = (0.9, new) if kept else (0.2, 0.2)
-    assert_allclose((after.policy.params, after.policy.average), expected)
-    assert (after.policy.opt_state, int(after.policy.step)) == ("moments", 7)
-    last = guard(agent, state.replace(average_acts=False), jax.random.key(0), data)
-    assert_allclose(last[1]["guard_gain"], (0.9 - 0.2) * SLOPES.mean(), rtol=1e-5)
+    def act(self, params, normalizer, keys, observations):
+        states = normalizer.normalize_observations(observations)
+        return normalizer.unscale_actions(jnp.full((len(states), 1), params.policy))
 
 
-def test_members_learn_from_their_fold_alone():
-    critic = EnsembleLCB(QEnsemble((4,), 4), ValueEnsemble((4,), 4), 0.7, 0.5, folds=2)
-    params = critic.init(jax.random.key(0), S, A)
-    draw = np.random.default_rng(0).standard_normal
-    rows = [draw(shape).astype(np.float32) for shape in ((8, S), (8, A), (8,), (8, S), (8,))]
-    target = critic.init(jax.random.key(1), S, A)
-
-    def gradients(critic, rows, folds):
-        batch = Batch(*rows, folds=folds)
-        return jax.grad(lambda p: critic.loss(p, target, None, batch)[0])(params)
-
-    folds = np.arange(8) % 2
-    plain = dataclasses.replace(critic, folds=1)
-    found = gradients(critic, rows, folds)
-    for member in range(4):
-        own = gradients(plain, [row[folds == member % 2] for row in rows], None)
-        chex.assert_trees_all_close(
-            *(jax.tree.map(lambda g, k=member: g[k], g) for g in (found, own)), rtol=1e-5
-        )
+def world(states, actions):
+    """Next states, rewards, and whether the episode terminates."""
+    states = 0.8 * states + 0.2 * actions
+    return states, states[:, 0] - actions[:, 0] ** 2, states[:, 0] > 0.75
 
 
-def test_values_by_members_to_which_a_fold_is_unseen():
-    critic = EnsembleLCB(QEnsemble((4,), 4), ValueEnsemble((4,), 4), 0.7, 0.5, folds=2)
-    params = critic.init(jax.random.key(0), S, A)
-    states, actions = np.ones((6, 1, S), np.float32), np.ones((6, 3, A), np.float32)
-    unseen = np.arange(6) % 2
-    found = critic.q_values(params, states, actions, unseen)
-    for fold in (0, 1):
-        others = jax.tree.map(lambda leaf, f=fold: leaf[1 - f :: 2], params)
-        pair = EnsembleLCB(QEnsemble((4,), 2), ValueEnsemble((4,), 2), 0.7, 0.5)
-        expected = pair.q_values(others, states, actions)
-        assert_allclose(found[unseen == fold], expected[unseen == fold], rtol=1e-5)
+@pytest.fixture(scope="module")
+def models():
+    rng = np.random.default_rng(0)
+    states, actions = rng.uniform(-1, 1, (2, 4000, 1)).astype(np.float32)
+    following, rewards, ended = world(states, actions)
+    data = Transitions(states, actions, rewards, following, ended.astype(np.float32))
+    return guard.fit(config(**MODELS), data)
 
 
-def test_folds_of_episodes():
+@pytest.mark.parametrize("action", [-0.5, 0.3, 1.0])
+def test_returns_are_those_of_the_environment(models, action):
+    """At action 1 episodes terminate on the way, and what comes after does not count."""
+    states, alive = np.asarray(models.starts, np.float64), np.ones(guard.EPISODES)
+    expected = np.zeros(guard.EPISODES)
+    for _ in range(10):
+        states, rewards, ended = world(states, np.full_like(states, action))
+        expected, alive = expected + alive * rewards, alive * ~ended
+    assert (alive.max() == 0) == (action == 1.0)
+    params = AgentParams((), (), jnp.asarray(action))
+    found = guard.returns(Constant(), models, params, jax.random.key(0))
+    assert_allclose(found, expected.mean(), atol=0.4)
+    assert len(set(found.tolist())) == guard.MEMBERS
+
+
+def test_what_is_kept(models):
+    new, old = (AgentParams((), (), jnp.asarray(action)) for action in (0.4, 0.0))
+    of = [guard.returns(Constant(), models, p, jax.random.key(0)) for p in (new, old)]
+    gains = np.asarray(of[0] - of[1], np.float64)
+    error = gains.std(ddof=1) / np.sqrt(guard.MEMBERS)
+    for errors in (gains.mean() / error * 0.99, gains.mean() / error * 1.01):
+        found = guard.judge(Constant(errors), models, new, old, jax.random.key(0))
+        assert_allclose([found["guard_gain"], found["guard_error"]], [gains.mean(), error], 1e-4)
+        assert bool(found["accepted"]) == (gains.mean() > errors * error)
+    assert not guard.judge(Constant(1.0), models, old, new, jax.random.key(0))["accepted"]
+
+
+def test_first_rows_of_episodes():
     states = np.array([[0.0], [1], [2], [0], [1], [5], [6]])
     following = np.array([[1.0], [2], [3], [1], [9], [6], [7]])  # 3 | 2 (cut) | 2 steps
     ended = np.array([0, 0, 1, 0, 0, 0, 1])
-    data = Transitions(states, states, ended, following, ended)
-    assert_array_equal(episode_folds(data, 2), [0, 0, 0, 1, 1, 0, 0])
-    assert_array_equal(episode_folds(data, 3), [0, 0, 0, 1, 1, 2, 2])
+    assert_array_equal(first_rows(Transitions(states, states, ended, following, ended)), [0, 3, 5])
 
 
 def test_a_guarded_run_on_devices_and_resumed():
     """Two devices by the programs of accelerators, stopped on the way, against one at once."""
-    options = config(**GUARDED, estimator="resample")
-    whole, told = train(options, (0, 1))
+    options = config(**GUARDED)
+    whole, told = train(options, (0, 1, 2))
     decisions = np.array([summary["accepted"] for _, summary in told.guards])
     assert [step for step, _ in told.guards] == [10, 20]
     assert 0 < decisions.mean() < 1, "both decisions, else this test shows little"
+    before, after = (saved.policy for saved in told.saved[-2:])
+    assert_array_equal(
+        [
+            (b == a).all()
+            for b, a in zip(*(jax.tree.leaves(p.average)[0] for p in (before, after)), strict=True)
+        ],
+        decisions[1] == 0,
+    )
 
-    on = dataclasses.replace(layout(2, seeds=2), on_cpu=False)
+    on = dataclasses.replace(layout(2, seeds=3), on_cpu=False)
     # Metrics come a chunk late: the run stops at the end of its first table.
-    _, stopped = train(options, (0, 1), on=on, stop_at=("policy", 5))
-    assert stopped.saved[-1].policy.step.tolist() == [10, 10]
-    found, resumed = train(options, (0, 1), on=on, state=stopped.saved[-1])
+    _, stopped = train(options, (0, 1, 2), on=on, stop_at=("policy", 5))
+    assert stopped.saved[-1].policy.step.tolist() == [10] * 3
+    found, resumed = train(options, (0, 1, 2), on=on, state=stopped.saved[-1])
     chex.assert_trees_all_close(found, whole, rtol=1e-3, atol=1e-5)
     again = stopped.guards + resumed.guards
-    chex.assert_trees_all_close(again, told.guards, rtol=1e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"guard": 1.0}, "guard: expected critic=ensemble and critic_folds at least 2"),
-        ({"critic_folds": 2}, "critic_folds: expected 1 for critic=softmax_q"),
-        ({**GUARDED, "num_critics": 1}, "critic_folds: expected at most the 1 of num_critics"),
-    ],
-)
-def test_what_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        train(config(**options))
+    chex.assert_trees_all_close(again, told.guards, rtol=1e-2, atol=1e-4)

@@ -26,7 +26,7 @@ from efm_jax.losses import Aux, sample_keys
 from efm_jax.paths import PATHS
 from efm_jax.rl.batch import Batch, TiledData, draw_noise, gather, with_tables
 from efm_jax.rl.config import QIPOConfig
-from efm_jax.rl.critics import FoldedCritic, make_critic
+from efm_jax.rl.critics import make_critic
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import StepFn, cached_samples, make_step, sample_rows
@@ -101,21 +101,10 @@ class Agent(abc.ABC):
         self.model = GenerativeModel.from_config(config)
         self.acting_model = GenerativeModel.from_config(config, acting=True)
         self.critic = make_critic(config)
-        folded = isinstance(self.critic, FoldedCritic)
-        if config.critic_folds > 1 and not folded:
-            raise ValueError(
-                f"critic_folds: expected 1 for critic={config.critic}, or critic=ensemble; got "
-                f"{config.critic_folds}"
-            )
-        if self.guarded and config.critic_folds == 1:
-            raise ValueError(
-                "guard: expected critic=ensemble and critic_folds at least 2; got "
-                f"critic={config.critic} and 1"
-            )
 
     @property
     def guarded(self) -> bool:
-        """Whether critics of other episodes judge what came of every table."""
+        """Whether learned models of the environment judge what came of every table."""
         return self.renews and self.config.guard > 0
 
     # An agent's own.

@@ -98,9 +98,7 @@ def draw_support(
     noise = draw_noise(key, index, (agent.config.support_size, agent.action_size))
     drawn = agent.model.sample(policy, states, noise)
     actions = jnp.concatenate([batch.actions[:, None], drawn], axis=1)
-    # By members that know nothing of how the episode went on: see efm_jax.rl.guard.
-    unseen = {} if batch.folds is None else {"unseen": batch.folds}
-    return Support(actions, agent.critic.q_values(critic, states, actions, **unseen))
+    return Support(actions, agent.critic.q_values(critic, states, actions))
 
 
 def weigh_support(
