@@ -21,8 +21,8 @@ def get_config() -> QIPOConfig:
         critic="ensemble", num_critics=5, pessimism=1.0, expectile=0.7, discount=0.997, n_step=100,
         critic_hidden_dims=(256, 256), critic_layer_norm=True, critic_learning_rate=3e-4,
         polyak=0.005, reward_transform="locomotion",
-        beta=0.3, target_ess=0.5, guard=2.0, support_size=8, data_copies=8.0, renew_every=4_000, estimator="resample",
-        action_selection="mean", num_candidates=8,
+        beta=0.3, target_ess=0.5, support_size=8, data_copies=8.0, renew_every=4_000,
+        estimator="resample", guard=2.0, action_selection="mean", num_candidates=8,
         behavior_steps=80_000, critic_steps=10_000, policy_steps=4_000,
         log_every=250,  # a chunk: what SIGTERM waits for
         checkpoint_every=10_000, eval_every=2_000, eval_episodes=20,

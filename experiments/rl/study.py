@@ -82,7 +82,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class Study:
-    """One folder of results: returns.csv, and renewals.csv with what every renewal logs."""
+    """One folder of results: returns.csv, and renewals.csv with what every renewal and guard logs."""
 
     out: pathlib.Path
     num_seeds: int  # training seeds, all in one program
@@ -236,8 +236,14 @@ class Evaluation(Progress):
         self.say(f"step {step}{' (last)' if final else ''}: scores {means}, {seconds} s")
 
     def on_renewal(self, step: int, summary: dict[str, np.ndarray]) -> None:
+        self._log(f"table at {step}", step, summary)
+
+    def on_guard(self, step: int, summary: dict[str, np.ndarray]) -> None:
+        self._log(f"guard at {step}", step, summary)
+
+    def _log(self, title: str, step: int, summary: dict[str, np.ndarray]) -> None:
         means = ", ".join(f"{name} {values.mean():.4g}" for name, values in summary.items())
-        self.say(f"table at {step}: {means}")
+        self.say(f"{title}: {means}")
         rows = pd.DataFrame(summary, dtype=float).rename_axis("seed").reset_index()
         rows = rows.melt("seed", var_name="name")
         rows = rows.assign(dataset=self.dataset, method=self.method, step=step)
