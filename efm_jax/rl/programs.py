@@ -156,7 +156,7 @@ class Programs:
     def all(
         self, chunks: dict[str, set[int]], num_episodes: int
     ) -> Iterator[tuple[str, int, Program]]:
-        """Every program of a run, in order of use: its name, its training steps, and itself.
+        """Every program of a run but the guard's, in order of use: its name, its steps, and itself.
 
         Args:
           chunks: lengths of the chunks of each phase.

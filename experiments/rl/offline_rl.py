@@ -9,9 +9,9 @@ and each critic are trained once, for all seeds in one program, and shared by th
 differ in their policy phase alone.  All are evaluated on the same episodes, during the policy phase
 and at its end.
 
-``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what every renewal
-logs), stages/ (trained behavior models and critics) and, from ``--report`` or at the end, table.md,
-summary.json and figures.  What is in returns.csv is not computed again; processes with different
+``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what renewals and
+guard log), stages/ (trained behavior models and critics) and, from ``--report`` or at the end,
+table.md, summary.json and figures.  What is in returns.csv is not computed again; processes with different
 ``--datasets`` may share the folder.
 
 A run's score is the mean over the episodes of its last evaluation ("last"), or of the evaluation

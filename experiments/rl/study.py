@@ -82,7 +82,7 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass
 class Study:
-    """One folder of results: returns.csv, and renewals.csv with what every renewal and guard logs."""
+    """One folder of results: returns.csv, and renewals.csv with what renewals and guard log."""
 
     out: pathlib.Path
     num_seeds: int  # training seeds, all in one program
