@@ -11,8 +11,8 @@ and at its end.
 
 ``--out`` gets returns.csv (every episode of every evaluation), renewals.csv (what renewals and
 guard log), stages/ (trained behavior models and critics) and, from ``--report`` or at the end,
-table.md, summary.json and figures.  What is in returns.csv is not computed again; processes with different
-``--datasets`` may share the folder.
+table.md, summary.json and figures.  What is in returns.csv is not computed again; processes with
+different ``--datasets`` may share the folder.
 
 A run's score is the mean over the episodes of its last evaluation ("last"), or of the evaluation
 with the largest mean ("best": chosen on the episodes it is reported on, so too high; published
