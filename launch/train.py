@@ -260,9 +260,9 @@ class _Run(Session):
 
     def on_table(self, name: str, done: int, total: int) -> None:
         if self._table is None:
-            self._table = self._new_bar(total=total, desc=f"  {name}", unit="state", leave=False)
+            self._table = self._new_bar(total=total, desc=f"  {name}", leave=False)
         self._table.update(done - self._table.n)
-        self._heartbeat.status = f"{name}: {done} of {total} states"
+        self._heartbeat.status = f"{name}: {done} of {total}"
         if done == total:
             self._table.close()
             self._table = None

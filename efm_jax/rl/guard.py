@@ -62,10 +62,11 @@ def fit(
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
     carry = params, jax.vmap(optimizer.init)(params)
     for done in range(0, steps, _CHUNK):
-        if report is not None:
-            report(done, steps)
         some = keys[:, 1 + done :][:, :_CHUNK]
         carry = _train(config.batch_size, network, optimizer, carry, some, rows)
+        if report is not None:
+            jax.block_until_ready(carry)
+            report(min(done + _CHUNK, steps), steps)
     begins = first_rows(data)
     starts = states[begins[np.linspace(0, begins.size - 1, EPISODES).astype(int)]]
     return Models(carry[0], mean, std, states.min(0), states.max(0), starts)

@@ -87,6 +87,7 @@ def test_a_guarded_run_on_devices_and_resumed():
     whole, told = train(options, (0, 1, 2))
     decisions = np.array([summary["accepted"] for _, summary in told.guards])
     assert [step for step, _ in told.guards] == [10, 20]
+    assert ("models", 3, 3) in told.tables
     assert 0 < decisions.mean() < 1, "both decisions, else this test shows little"
     before, after = (saved.policy for saved in told.saved[-2:])
     assert_array_equal(
