@@ -20,7 +20,7 @@ import optax
 from jax import Array, lax
 
 from efm_jax.data.preprocess import first_rows
-from efm_jax.networks import MLP
+from efm_jax.networks import MLP, apply
 from efm_jax.rl.agents.agent import Agent, AgentParams
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.types import Normalizer, Params, Transitions
@@ -85,7 +85,7 @@ def _train(
 
     def loss(params: Params, batch: tuple[Array, ...]) -> Array:
         states, actions, targets, ended = batch
-        predicted = network.apply(params, states, actions)
+        predicted = apply(network, params, states, actions)
         ends = optax.sigmoid_binary_cross_entropy(predicted[:, -1], ended).mean()
         return optax.huber_loss(predicted[:, :-1], targets).mean() + 0.1 * ends
 
@@ -121,7 +121,7 @@ def returns(agent: Agent, models: Models, params: AgentParams, key: Array) -> Ar
         keys = jax.random.split(key, members * episodes)
         actions = agent.act(params, plain, keys, states.reshape(-1, size))
         actions = actions.reshape(members, episodes, -1)
-        predicted = jax.vmap(network.apply)(models.params, states, actions)
+        predicted = jax.vmap(functools.partial(apply, network))(models.params, states, actions)
         changes = predicted[..., :-1] * models.std + models.mean
         states = jnp.clip(states + changes[..., :-1], models.low, models.high)
         rewards = alive * changes[..., -1]
