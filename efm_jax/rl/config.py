@@ -69,7 +69,7 @@ class QIPOConfig:
     # act (ema_decay is the behavior model's alone then); 0: the parameters that act draw.
     table_polyak: float = 0.0
     # qipo: what came of a table stands only if it plays better than the policy before by so many
-    # standard errors over learned models of the environment; 0: it stands.
+    # standard errors over learned models of the environment, else training goes back; 0: it stands.
     guard: float = 0.0
     guard_steps: int = 4_000  # gradient steps of the models
     guard_length: int = 400  # steps of an episode in them

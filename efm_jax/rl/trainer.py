@@ -169,7 +169,8 @@ class Trainer:
         targets = n_step(data, config.n_step, config.discount)
         rows = Batch._make((data.observations, data.actions, *targets, None, None))
         self.data = self.programs.store(self.layout.put_rows(rows))
-        self._fit = functools.partial(guard.fit, config, data)
+        # Of the guard: what it is fitted to, and then its models.
+        self._transitions = data if self.agent.guarded else None
         self._models: guard.Models | None = None
         # Compiled once a run, at their first use.
         self._chunks: dict[tuple[str, int], Callable] = {}
@@ -215,8 +216,9 @@ class Trainer:
                 elif kind == "evaluate":
                     hooks.on_evaluate(start, get(state.params()))
                 elif kind in ("renew", "restore"):
-                    if self.agent.guarded and self._models is None:
-                        self._models = self._fit(functools.partial(report, "models"))
+                    if self._transitions is not None and self._models is None:
+                        told = functools.partial(report, "models")
+                        self._models = guard.fit(self.config, self._transitions, told)
                     if kind == "renew":
                         state = state.replace(
                             renewed_params=self.programs.copy(state.policy.average)
@@ -229,8 +231,8 @@ class Trainer:
                     trained = self._train(phase, start, stop, state, data, pipe)
                     state = state.replace(**{phase: trained})
                     # Before a stop, because a run that goes on from here has left the table.
-                    if phase == "policy" and self._ends_table(stop) and self._models:
-                        state, summary = self._guard(get(state), self._models)
+                    if phase == "policy" and self._ends_table(stop):
+                        state, summary = self._guard(get(state))
                         hooks.on_guard(stop, summary)
                     if hooks.stop_requested():
                         raise StoppedError
@@ -260,14 +262,16 @@ class Trainer:
         table, summary = self.programs.weigh(rows)
         return table, renewal * self.config.renew_every, summary
 
-    def _guard(self, state: State, models: guard.Models) -> tuple[State, dict[str, np.ndarray]]:
+    def _guard(self, state: State) -> tuple[State, dict[str, np.ndarray]]:
         """The state on the devices, and decisions ``[K]``; ``state`` has a leading seed axis."""
+        if self._models is None:
+            raise RuntimeError("the guard's models are fitted before its first table; got none")
         found = []
         for i, key in enumerate(self.keys):
             key = jax.random.fold_in(jax.random.fold_in(key, Purpose.GUARD), state.policy.step[i])
             policies = state.params(), state.params(renewed=True)
             new, old = jax.tree.map(lambda x, i=i: x[i], policies)
-            found.append(guard.judge(self.agent, models, new, old, key))
+            found.append(guard.judge(self.agent, self._models, new, old, key))
         summary = jax.tree.map(lambda *values: np.stack(values), *found)
         stays = summary["accepted"] > 0
 

@@ -51,8 +51,7 @@ WRONG_VALUES = {
         for name in (
             "batch_size", "sample_steps", "support_size", "renew_every", "behavior_steps",
             "critic_steps", "policy_steps", "log_every", "checkpoint_every", "eval_episodes",
-            "num_critics", "n_step", "num_candidates", "guard_steps",
-            "guard_length",
+            "num_critics", "n_step", "num_candidates", "guard_steps", "guard_length",
         )
     },
 }  # fmt: skip
