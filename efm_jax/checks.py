@@ -42,8 +42,8 @@ def check_number(
     """Require a scalar to be finite and in range; a traced one cannot be seen and passes."""
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, (str, bytes)) or np.ndim(value) != 0:
-        raise TypeError(f"{name}: expected a scalar; got {value!r}")
+    if isinstance(value, (str, bytes)) or np.ndim(value) != 0 or np.iscomplexobj(value):
+        raise TypeError(f"{name}: expected a real scalar; got {value!r}")
     number = float(value)
     below = number <= minimum if open_minimum else number < minimum
     if not np.isfinite(number) or below or number > maximum:

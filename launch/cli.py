@@ -186,7 +186,7 @@ def find_preset(name: str) -> str:
       The path, or ``name`` where there is no such file.
     """
     places = (pathlib.Path(name), ROOT / name, ROOT / "experiments" / "configs" / f"{name}.py")
-    return next((str(place) for place in places if place.is_file()), name)
+    return next((str(place) for place in places if os.path.isfile(place)), name)
 
 
 def _find_presets(argv: list[str]) -> list[str]:
@@ -214,7 +214,13 @@ def preset_problem(path: str) -> str | None:
     """Why a preset cannot be read at all; None where its file is there."""
     if path and os.path.isdir(path):
         return "is a folder; expected a .py file"
-    return None if os.path.isfile(path) else "no such file"
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return str(error.strerror).lower()
+    return None
 
 
 def _reason(error: Exception, argv: list[str]) -> str:

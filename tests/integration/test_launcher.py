@@ -352,6 +352,7 @@ def test_preset_that_is_no_file(launcher, tmp_path, more):
         launcher.run("train", f"--config={tmp_path}", *more), f"--config={tmp_path}: is a folder"
     )
     refused(launcher.run("train", "--config=nosuch.py", *more), "--config=nosuch.py: no such file")
+    refused(launcher.run("train", "--config=" + "x" * 300, *more), "x: file name too long")
 
 
 def test_without_a_client_of_the_bucket(launcher, dataset):

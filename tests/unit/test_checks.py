@@ -40,8 +40,8 @@ def test_number():
     checks.check_number("fraction", 1e-9, minimum=0.0, open_minimum=True)
     with pytest.raises(ValueError, match=r"\(0.0"):
         checks.check_number("fraction", 0.0, minimum=0.0, open_minimum=True)
-    for value in ("1", b"1", [1.0], np.ones(2)):
-        with pytest.raises(TypeError, match="beta: expected a scalar"):
+    for value in ("1", b"1", [1.0], np.ones(2), 1j):
+        with pytest.raises(TypeError, match="beta: expected a real scalar"):
             checks.check_number("beta", value)
 
 
