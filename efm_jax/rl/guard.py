@@ -11,7 +11,7 @@ offline (Fu et al. 2021, arXiv 2103.16596; Zhang et al. 2021, arXiv 2104.13877).
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,8 @@ def fit(
     rows = states, actions, (changes - mean) / std, jnp.asarray(data.terminated, states.dtype)
     steps = config.guard_steps
     keys = jax.random.split(jax.random.key(0), (MEMBERS, steps + 1))
-    network = _network(config, states.shape[1])
-    params = jax.vmap(lambda key: network.init(key, states[:1], actions[:1]))(keys[:, 0])
-    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
-    carry = params, jax.vmap(optimizer.init)(params)
+    network, optimizer = _network(config, states.shape[1]), _optimizer(steps)
+    carry = _init(network, optimizer, keys[:, 0], states[:1], actions[:1])
     for done in range(0, steps, _CHUNK):
         some = keys[:, 1 + done :][:, :_CHUNK]
         carry = _train(config.batch_size, network, optimizer, carry, some, rows)
@@ -70,6 +68,14 @@ def fit(
     begins = first_rows(data)
     starts = states[begins[np.linspace(0, begins.size - 1, EPISODES).astype(int)]]
     return Models(carry[0], mean, std, states.min(0), states.max(0), starts)
+
+
+def _init(
+    network: MLP, optimizer: optax.GradientTransformation, keys: Array, *inputs: Array
+) -> tuple[Params, optax.OptState]:
+    """Parameters and moments of all members before their first step."""
+    params = jax.vmap(lambda key: network.init(key, *inputs))(keys)
+    return params, jax.vmap(optimizer.init)(params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -147,5 +153,47 @@ def judge(
     return {"guard_gain": gain, "guard_error": error, "accepted": accepted}
 
 
+def programs(agent: Agent, num_rows: int) -> dict[str, tuple[int, Any, tuple]]:
+    """What :func:`fit` and :func:`returns` compile, on one device.
+
+    Returns:
+      By name the number of steps, the jitted function, and its inputs as shapes.
+    """
+    config, size = agent.config, agent.observation_size
+    network, optimizer = _network(config, size), _optimizer(config.guard_steps)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def of(*shape: int) -> jax.ShapeDtypeStruct:
+        return number.update(shape=shape)
+
+    def inputs(seed: int) -> tuple:
+        key = jax.random.key(seed)
+        return key, jax.random.split(key, (MEMBERS, _CHUNK)), agent.init(key).params()
+
+    key, keys, params = jax.eval_shape(inputs, 0)
+    init = functools.partial(_init, network, optimizer)
+    carry = jax.eval_shape(
+        init, keys.update(shape=(MEMBERS,)), of(1, size), of(1, agent.action_size)
+    )
+    columns = (size,), (agent.action_size,), (size + 1,), ()
+    rows = tuple(of(num_rows, *column) for column in columns)
+    models = Models(carry[0], *map(of, (size + 1, size + 1, size, size)), of(EPISODES, size))
+    steps = {min(config.guard_steps, _CHUNK), config.guard_steps % _CHUNK} - {0}
+    fits = {
+        f"guard, {n} steps": (
+            n,
+            _train,
+            (config.batch_size, network, optimizer, carry, keys.update(shape=(MEMBERS, n)), rows),
+        )
+        for n in sorted(steps)
+    }
+    return fits | {"guard, a policy": (0, returns, (agent, models, params, key))}
+
+
 def _network(config: QIPOConfig, observation_size: int) -> MLP:
     return MLP(tuple(config.hidden_dims), observation_size + 2)
+
+
+@functools.lru_cache  # a program is compiled anew for another optimizer
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(_RATE, steps))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from efm_jax.rl import guard
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.training.parallel import Layout
@@ -19,13 +20,14 @@ class Memory(NamedTuple):
     state: (
         int  # parameters, averages and optimizers of all three models, of every seed on the device
     )
+    guard: int = 0  # on the first device: what its models are fitted to, and they
 
     @property
     def total(self) -> int:
         return sum(self)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_size(value)}" for name, value in self._asdict().items())
+        parts = ", ".join(f"{name} {_size(n)}" for name, n in self._asdict().items() if n)
         return f"{_size(self.total)} ({parts})"
 
 
@@ -43,11 +45,14 @@ def predict(
             table += _bytes((data.next_actions, data.support)) // devices
         tables = max(tables, table)
     state, _, data = programs.on_devices()
-    return Memory(_bytes(data) // devices, tables, _bytes(state) // devices)
+    fits = guard.programs(programs.agent, num_rows) if programs.agent.guarded else {}
+    models = max((_bytes(inputs) for steps, _, inputs in fits.values() if steps), default=0)
+    return Memory(_bytes(data) // devices, tables, _bytes(state) // devices, models)
 
 
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    shapes = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
 def device_limit(layout: Layout) -> int | None:
@@ -77,6 +82,7 @@ def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:
         "dataset": "max_transitions, or more devices" if split else "parallel=data",
         "tables": "support_size or num_seeds, or more devices",
         "state": "num_seeds" if split else "num_seeds, or more devices",
+        "guard": "guard=0, or max_transitions",
     }
     largest = max(settings, key=lambda name: getattr(memory, name))
     raise ValueError(

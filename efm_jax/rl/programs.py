@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from efm_jax.rl import guard
 from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.agent import Purpose, State, acting_inputs, play
 from efm_jax.rl.batch import Batch, Table, TiledData, TiledRows, with_tables
@@ -156,7 +157,7 @@ class Programs:
     def all(
         self, chunks: dict[str, set[int]], num_episodes: int
     ) -> Iterator[tuple[str, int, Program]]:
-        """Every program of a run but the guard's, in order of use: its name, its steps, and itself.
+        """Every program of a run, in order of use: its name, its steps, and itself.
 
         Args:
           chunks: lengths of the chunks of each phase.
@@ -177,6 +178,9 @@ class Programs:
                     rows = self.next_actions.shapes(state.params(), keys, plain)
                     yield "next actions in tiles", 0, Program(self._tile_table, (rows,))
             if lengths and phase == "policy":
+                if agent.guarded:
+                    for name, (steps, *one) in guard.programs(agent, self.num_rows).items():
+                        yield name, steps, self._on_one(*one)
                 yield "begin policy", 0, Program(self.begin_policy, (state,))
                 yield "copy of the policy", 0, Program(self.copy, (state.policy.average,))
                 if data.support is not None:
@@ -192,10 +196,18 @@ class Programs:
     def acting(self, num_episodes: int) -> Program:
         """What an evaluation calls in every step of the environment, on one device."""
         state, key, _ = self.shapes()
-        place = jax.sharding.SingleDeviceSharding(self.layout.devices[0])
         inputs = acting_inputs(self.agent, state.params(), key, self.layout.num_seeds, num_episodes)
-        inputs = jax.tree.map(lambda leaf: leaf.update(sharding=place), inputs)
-        return Program(play, (self.agent, "policy", *inputs))
+        return self._on_one(play, (self.agent, "policy", *inputs))
+
+    def _on_one(self, function: Any, inputs: tuple) -> Program:
+        """The program of a jitted function on the first device."""
+        place = jax.sharding.SingleDeviceSharding(self.layout.devices[0])
+
+        def placed(leaf: Any) -> Any:
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+            return leaf.update(sharding=place) if is_shape else leaf
+
+        return Program(function, jax.tree.map(placed, inputs))
 
 
 def _leading(tree: Any, *sizes: int) -> Any:

@@ -13,8 +13,9 @@ from efm_jax.data.preprocess import first_rows
 from efm_jax.rl import guard
 from efm_jax.rl.agents import make_agent
 from efm_jax.rl.agents.agent import AgentParams, Purpose
+from efm_jax.rl.memory import predict
 from efm_jax.types import Transitions
-from tests.tiny import A, S, config, layout, train, transitions
+from tests.tiny import ROWS, A, S, config, layout, train, transitions
 
 MODELS = {"guard_steps": 1500, "guard_length": 10, "hidden_dims": (32, 32), "batch_size": 64}
 GUARDED = {"guard": 0.1, "guard_steps": 3, "guard_length": 4, "estimator": "resample"}
@@ -76,6 +77,28 @@ def test_what_is_kept(models):
         assert_allclose([found["guard_gain"], found["guard_error"]], [gains.mean(), error], 1e-4)
         assert bool(found["accepted"]) == (gains.mean() > errors * error)
     assert not guard.judge(Constant(1.0), models, old, new, jax.random.key(0))["accepted"]
+
+
+def test_programs_and_memory_are_those_of_a_run(monkeypatch):
+    options, called = config(**GUARDED), {}
+    for name in ("_train", "returns"):
+
+        def record(*inputs, name=name, function=getattr(guard, name)):
+            called[name] = inputs
+            return function(*inputs)
+
+        monkeypatch.setattr(guard, name, record)
+    models = guard.fit(options, transitions())
+    agent = make_agent(options, S, A)
+    policy = agent.init(jax.random.key(0)).params()
+    guard.judge(agent, models, policy, policy, jax.random.key(0))
+    (steps, _, fits), (_, _, plays) = guard.programs(agent, ROWS).values()
+    assert steps == 3
+    chex.assert_trees_all_equal_shapes_and_dtypes(fits[3:], called["_train"][3:])
+    chex.assert_trees_all_equal_shapes_and_dtypes(plays[1:], called["returns"][1:])
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(called["_train"][3:]))
+    assert predict(options, layout(1), ROWS, S, A).guard == held
+    assert predict(config(), layout(1), ROWS, S, A).guard == 0
 
 
 def test_first_rows_of_episodes():
