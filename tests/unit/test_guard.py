@@ -1,6 +1,7 @@
 """The guard and the learned models in which it plays policies."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -81,13 +82,14 @@ def test_what_is_kept(models):
 
 def test_programs_and_memory_are_those_of_a_run(monkeypatch):
     options, called = config(**GUARDED), {}
-    for name in ("_train", "returns"):
+    functions = {name: getattr(guard, name) for name in ("_train", "returns")}
 
-        def record(*inputs, name=name, function=getattr(guard, name)):
-            called[name] = inputs
-            return function(*inputs)
+    def record(name, *inputs):
+        called[name] = inputs
+        return functions[name](*inputs)
 
-        monkeypatch.setattr(guard, name, record)
+    for name in functions:
+        monkeypatch.setattr(guard, name, functools.partial(record, name))
     models = guard.fit(options, transitions())
     agent = make_agent(options, S, A)
     policy = agent.init(jax.random.key(0)).params()
