@@ -60,9 +60,6 @@ class QIPOConfig:
     # qipo, qgpo: at every renewal, the beta at which support sets have this mean effective sample
     # size, as a fraction of their size; 0 keeps beta fixed.
     target_ess: float = 0.0
-    # qipo, qgpo: the least effective sample size of a support set, as such a fraction: beta is less
-    # in states where it would leave fewer, where few errors of Q would decide; 0: one beta for all.
-    min_ess: float = 0.0
     support_size: int = 16  # actions drawn from the policy for each state; the data action is added
     # As many support actions the data action counts for: more of it keeps the policy near the data,
     # where errors of sampling cannot compound over renewals.
@@ -162,7 +159,7 @@ class QIPOConfig:
         checks.check_number("discount", self.discount, minimum=0.0, maximum=1.0)
         checks.check_number("table_polyak", self.table_polyak, minimum=0.0, maximum=1.0)
         checks.check_number("polyak", self.polyak, minimum=0.0, maximum=1.0, open_minimum=True)
-        for name in ("expectile", "ema_decay", "target_ess", "min_ess"):
+        for name in ("expectile", "ema_decay", "target_ess"):
             value = getattr(self, name)
             open_minimum = name == "expectile"
             checks.check_number(name, value, minimum=0.0, maximum=1.0, open_minimum=open_minimum)

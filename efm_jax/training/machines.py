@@ -75,7 +75,8 @@ def described(name: str) -> tuple[Any, ...]:
         if name == "h100":
             options = {"topology": "1x1x1", "target_config": _H100}
             return tuple(topologies.get_topology_desc("h100", "cuda", **options).devices)
-        return tuple(_tpu_slice(name).devices)
+        # Host by host, as they come, XLA refuses reductions over slices of several hosts.
+        return tuple(sorted(_tpu_slice(name).devices, key=lambda device: device.id))
     except Exception as error:  # of several types, by what is missing
         package = "jax-cuda12-plugin and jax-cuda12-pjrt" if name == "h100" else "libtpu"
         hint = f"it needs {package}: {install(_extra(name))}"

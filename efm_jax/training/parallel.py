@@ -61,8 +61,10 @@ class Layout:
             raise ValueError(
                 f"sharding: expected pmap on several hosts; got mesh on {hosts.count()}"
             )
-        devices = tuple(jax.devices() if devices is None else devices)
-        layout = cls(mode, num_seeds, devices, devices[0].platform == "cpu", sharding)
+        if devices is None:  # host by host, because a host's rows are those of consecutive devices
+            devices = sorted(jax.devices(), key=lambda device: device.process_index)
+        on_cpu = devices[0].platform == "cpu"
+        layout = cls(mode, num_seeds, tuple(devices), on_cpu, sharding)
         if mode == "seeds":
             check_divides("num_seeds", num_seeds, len(layout.devices), "devices")
         return layout

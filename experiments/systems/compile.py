@@ -9,7 +9,7 @@ Compiles the programs that launch.train would run (3 layers of 256, OT path, M =
 dimensions, a million transitions, chunks of 100 steps; --network=unet: the published 512/256/128
 with M = 64) and reads, per training step, cycles by the TPU compiler's own estimate and what they
 go to, kernels, reductions over devices; and memory.  Prints a Markdown table; OUT gets
-compile.json, compile.md and compile.png.
+compile.json, compile.md and compile.png; status 1 where a compiler failed.
 """
 
 import json
@@ -20,8 +20,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pandas as pd
 
+from efm_jax.errors import reason
 from efm_jax.files import write_whole
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Program, Programs
@@ -140,10 +142,15 @@ def main() -> int:
         args.machines, args.layouts, args.batch_sizes = ["v6e:1x1"], ["data"], [256]
     machines.prepare(os.environ)
     rows: list[dict[str, Any]] = []
+    failed = 0
     try:
         for case in cases(args):
-            rows.append(measure(args, *case))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            try:
+                rows.append(measure(args, *case))
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            except jax.errors.JaxRuntimeError as error:  # the compiler's own; the rest goes on
+                failed += 1
+                print(f"failed: {case}: {reason(error)}", file=sys.stderr, flush=True)
     except ValueError as error:
         parser.error(str(error))
     table = pd.DataFrame(rows, dtype=object)
@@ -153,7 +160,7 @@ def main() -> int:
     write_whole(args.out / "compile.json", json.dumps(rows, indent=1))
     write_whole(args.out / "compile.md", f"{text}\n")
     draw(rows, args.out / "compile.png")
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

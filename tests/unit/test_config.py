@@ -26,7 +26,6 @@ WRONG_VALUES = {
     "action_selection": ["greedy"],
     "data_copies": [-1.0, np.nan, np.inf],
     "target_ess": [-0.1, 1.0, np.nan],
-    "min_ess": [-0.1, 1.0],
     "pessimism": [-1.0, np.nan, np.inf],
     "eval_sample_steps": [-1],
     "estimator": ["half"],

@@ -153,33 +153,6 @@ def test_beta_from_the_mean_effective_sample_size(copies, fraction):
         assert_allclose(halved(halves)["beta"], [found["beta"]] * 2, rtol=1e-4)
 
 
-@pytest.mark.parametrize("copies", [1.0, 4.0])
-def test_no_set_has_fewer_effective_actions_than_the_least(copies):
-    rng, least = np.random.default_rng(3), 0.5 * (M + copies)
-    q = rng.standard_normal((200, M + 1)) * 10 ** rng.uniform(-2, 1, (200, 1))
-    support = Support(jnp.zeros((*q.shape, A)), jnp.asarray(q))
-    options = config(beta=3.0, min_ess=0.5, data_copies=copies)
-    table, found = jax.jit(lambda support: weigh_support(options, support, None))(support)
-    free = support_weights(support.q_values, 3.0, copies)
-    bound = np.asarray(effective_actions(free, copies)) < least
-    assert 50 < bound.sum() < 150
-    assert_allclose(table.weights[~bound], free[~bound], rtol=1e-6)
-    assert_allclose(effective_actions(table.weights, copies)[bound], least, rtol=1e-3)
-    # They are the weights of a smaller beta, found here by halving in NumPy.
-    repeated = np.concatenate([np.repeat(q[:, :1], int(copies), 1), q[:, 1:]], 1)[bound]
-    low, high = (np.full((bound.sum(), 1), end) for end in (0.0, 3.0))
-    for _ in range(60):
-        g = np.exp((low + high) / 2 * (repeated - repeated.max(1, keepdims=True)))
-        above = (g.sum(1) ** 2 / (g**2).sum(1) > least)[:, None]
-        low, high = np.where(above, (low + high) / 2, low), np.where(above, high, (low + high) / 2)
-    expected = (M + 1) * (g / g.sum(1, keepdims=True))[:, int(copies) :]
-    assert_allclose(table.weights[bound, 1:], expected, rtol=1e-2, atol=1e-4)
-    assert found["beta"] == pytest.approx((low.sum() + 3.0 * (~bound).sum()) / 200, 1e-3)
-    ties = jnp.array([[0.0] + [-jnp.inf] * M])
-    table, _ = weigh_support(options, Support(jnp.zeros((1, M + 1, A)), ties), None)
-    assert_allclose(table.weights[0, 1:], table.weights[0, 1])  # beta 0: nothing else leaves enough
-
-
 def test_weights_of_extreme_values():
     q = jnp.array([[1e6, 0.0, -jnp.inf], [-jnp.inf, 0.0, 0.0]])
     assert_allclose(support_weights(q, 3.0), [[3, 0, 0], [0, 1.5, 1.5]])

@@ -22,7 +22,7 @@ from efm_jax.rl.batch import Batch, draw_noise, gather
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.model import GenerativeModel
 from efm_jax.types import Params
-from efm_jax.weights import AxisName, beta_for_mean_ess, bisect, boltzmann_logits
+from efm_jax.weights import AxisName, beta_for_mean_ess, boltzmann_logits
 
 
 class Support(NamedTuple):
@@ -106,11 +106,9 @@ def weigh_support(
 ) -> tuple[WeightedSupport, dict[str, Array]]:
     """Importance weights of every support set, at ``beta`` or at the beta of ``target_ess``.
 
-    With ``min_ess`` beta is less in some states.  The summary has means over all states of beta, of
-    the weights' concentration and of Q.
+    The summary has means over all states of the weights' concentration and of Q.
     """
     q, copies, beta = support.q_values, config.data_copies, config.beta
-    count = config.support_size + copies
 
     def mean(values: Array) -> Array:
         return values.mean() if axis_name is None else lax.pmean(values.mean(), axis_name)
@@ -119,14 +117,13 @@ def weigh_support(
         return mean(effective_actions(support_weights(q, beta, copies), copies))
 
     if config.target_ess:
+        count = config.support_size + copies
         beta = beta_for_mean_ess(mean_ess, config.target_ess * count, mean(q.std(-1)))
-    if config.min_ess:
-        beta = bounded_beta(q, beta, copies, config.min_ess * count)
     weights = support_weights(q, beta, copies)
     ess = effective_actions(weights, copies)
     every = ess if axis_name is None else lax.all_gather(ess, axis_name, tiled=True)
     return WeightedSupport(support.actions, weights), {
-        "beta": mean(jnp.asarray(beta, ess.dtype)),
+        "beta": jnp.asarray(beta, ess.dtype),
         "ess": mean(ess),
         "ess_low": jnp.quantile(every, 0.1),
         "top_weight": mean(weights.max(-1)) / q.shape[-1],
@@ -148,22 +145,6 @@ def support_weights(q_values: Array, beta: Array | float, data_copies: float = 1
     log_copies = math.log(data_copies) if data_copies else -math.inf
     logits = boltzmann_logits(-q_values, beta).at[..., 0].add(log_copies)
     return q_values.shape[-1] * jax.nn.softmax(logits, axis=-1)
-
-
-def bounded_beta(q_values: Array, beta: Array | float, data_copies: float, least: float) -> Array:
-    """The largest beta of every set up to ``beta`` that leaves ``least`` effective actions.
-
-    ``[..., M + 1] -> [..., 1]``; 0 where ties at infinity leave fewer at any other.
-    """
-    beta = jnp.asarray(beta, q_values.dtype)
-
-    def enough(share: Array) -> Array:
-        weights = support_weights(q_values, share[..., None] * beta, data_copies)
-        return effective_actions(weights, data_copies) >= least
-
-    none = jnp.zeros(q_values.shape[:-1], q_values.dtype)
-    share, _ = bisect(enough, none, none + 1, steps=24)  # to a rounding error of float32
-    return jnp.where(enough(none + 1), 1, share)[..., None] * beta
 
 
 def effective_actions(weights: Array, data_copies: float = 1.0) -> Array:
