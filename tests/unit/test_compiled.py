@@ -167,6 +167,14 @@ def test_programs_on_four_chips(phase, mode):
 
 
 @needs_libtpu
+def test_a_slice_of_several_hosts_compiles():
+    layout = Layout.create("data", 1, machines.described("v6e:4x4"))
+    programs = Programs(QIPOConfig(hidden_dims=(128,)).validate(), layout, ROWS, S, A)
+    found = {title: one for title, _, one in programs.all({"behavior": {20}}, 1)}
+    assert compiled.read(found["behavior, 20 steps"].lower().compile(), 20).collective_count > 0
+
+
+@needs_libtpu
 def test_memory_is_predicted():
     """What stays on a chip, against the arguments of the step that reads most of it."""
     layout = Layout.create("data", 1, machines.described("v5e:2x2"))

@@ -1,3 +1,5 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from efm_jax import losses, paths
 from efm_jax.training import step as step_module
 from efm_jax.training.loop import MetricsPipe, NonFiniteLossError, segments
 from efm_jax.training.packing import Packing, pack_state, unpack_state, unpacked
+from efm_jax.training.parallel import Layout
 from efm_jax.training.state import TrainState
 from efm_jax.training.step import make_chunk, make_step, sample_rows, steps_ahead
 
@@ -211,6 +214,18 @@ def test_rows_of_tables_and_batches_beyond_32_bits_of_products():
     edges = np.arange(65_537) * 2_000_000_000 / 65_536
     assert (rows >= np.floor(edges[:-1])).all()
     assert (rows < np.ceil(edges[1:])).all()
+
+
+def test_devices_lie_host_by_host(monkeypatch):
+    """A slice of 4 x 2 chips and two hosts numbers the first host's chips 0, 1, 4 and 5."""
+    hosts = [0, 0, 1, 1, 0, 0, 1, 1]
+    chips = [
+        types.SimpleNamespace(platform="tpu", id=i, process_index=h) for i, h in enumerate(hosts)
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    layout = Layout.create()
+    assert [chip.id for chip in layout.devices] == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert layout.host_rows(16) == slice(0, 8)
 
 
 def test_devices_share_one_global_batch():
