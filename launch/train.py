@@ -10,6 +10,7 @@ JSON.
   --config.FIELD=VALUE  any field of efm_jax/rl/config.py, such as --config.beta=5
   --loggers=tensorboard,wandb,mlflow   where curves go beside the CSV tables, one for each seed
   --num_seeds=8 --parallel=seeds   whole seeds on every device; by default batch and data are split
+  --online_steps=20000  afterwards play so many steps, and train on them too: see Fine-tuning below
   --compile_only [--topology=v6e:4x4]   memory and, on TPUs, estimated speed; nothing is trained
 
 The work directory gets config.json, metrics.csv, evaluations.csv, returns.csv, result.json,
@@ -17,6 +18,9 @@ checkpoints/, tensorboard/ and learning_curve.png; it may be gs://.  The same co
 continues where the run stopped, on any number of devices; one process at a time; with --extend and
 more policy_steps it continues a finished run.  On several hosts run it on each of them with
 --multihost and one shared work directory.
+Fine-tuning: in each of --online_rounds the policy plays its share of --online_steps, what it played
+joins the data, and behavior model and critic train on with a share of their steps; the round is a
+run of its own in WORKDIR/online/1, 2, ..., and the last one's result is printed.
 Exit status: 0 done; 1 failed (a loss that is not finite, an evaluation at the end that came to no
 number, or a folder that could no longer be written); 2 bad flags, data or checkpoint, or a folder
 that cannot be written at the start; 130, 129, 143 stopped by ctrl-C, SIGHUP, SIGTERM, and saved if
@@ -24,6 +28,7 @@ training had begun.
 """
 
 import contextlib
+import dataclasses
 import re
 import signal
 import sys
@@ -31,6 +36,7 @@ import time
 from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -41,6 +47,8 @@ from efm_jax.rl.agents import State
 from efm_jax.rl.config import QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.rl.trainer import StoppedError, Trainer
+from efm_jax.runs import online
+from efm_jax.runs.loading import restore
 from efm_jax.runs.lock import LockedError
 from efm_jax.runs.loggers import check_loggers
 from efm_jax.runs.session import MAX_SEED, Data, Session, check_run, prepare, used_rows
@@ -48,8 +56,9 @@ from efm_jax.runs.workdir import RunInfo, check_name, resolve
 from efm_jax.training import hosts
 from efm_jax.training.loop import NonFiniteLossError
 from efm_jax.training.parallel import MODES, SHARDINGS, Layout
+from efm_jax.types import Normalizer
 
-from . import cli, compilation, datasets, multihost
+from . import cli, compilation, datasets, leave, multihost, stop_at
 from .evaluation import print_report
 from .heartbeat import Heartbeat
 
@@ -71,6 +80,9 @@ _LOGGERS_HELP = "Curves beside CSV tables: tensorboard, wandb, mlflow, or a name
 _LOGGERS = FLAGS.list("loggers", ["tensorboard"], _LOGGERS_HELP)
 _EXTEND_HELP = "Continue a run of fewer policy steps; refused where it would be another run's."
 _EXTEND = FLAGS.bool("extend", False, _EXTEND_HELP)
+_ONLINE_HELP = "Steps to play after training, which then goes on with them; one seed, one host."
+_ONLINE = FLAGS.integer("online_steps", 0, _ONLINE_HELP, 0)
+_ROUNDS = FLAGS.integer("online_rounds", 5, "Parts of --online_steps, trained on after each.", 1)
 _NUM_SEEDS = FLAGS.integer("num_seeds", 1, "Runs, of consecutive seeds, in one program.", 1)
 
 
@@ -79,11 +91,11 @@ def main(_: list[str]) -> int:
     start = time.perf_counter()
     with multihost.joined():
         config = _read_config()
-        data = _read_dataset(config)
+        data, dataset = _read_dataset(config)
         if compilation.COMPILE_ONLY.value:
             return _compile(config, data)
-        trainer = _make_trainer(data)
-        return _Run(data, trainer, start).to_the_end()
+        run = _Run(data, _make_trainer(data), start)
+        return run.to_the_end() or _go_online(run, dataset)
 
 
 @multihost.agreed_errors()
@@ -100,16 +112,31 @@ def _read_config() -> QIPOConfig:
         raise ValueError(
             f"--config={path}: get_config() must return a QIPOConfig; got {type(config).__name__}"
         )
+    if _ONLINE.value and (_NUM_SEEDS.value > 1 or hosts.count() > 1):
+        raise ValueError(
+            f"--online_steps: expected one seed and one host; got --num_seeds={_NUM_SEEDS.value} "
+            f"and {hosts.count()} hosts"
+        )
     check_loggers(_LOGGERS.value)
     check_run(config, _SEED.value, _NUM_SEEDS.value)  # before the dataset is read
     return config
 
 
-def _read_dataset(config: QIPOConfig) -> Data:
+def _read_dataset(config: QIPOConfig) -> tuple[Data, Dataset]:
     with multihost.agreed_errors():
         devices = compilation.devices()
         layout = Layout.create(_PARALLEL.value, _NUM_SEEDS.value, devices, _SHARDING.value)
         dataset, total = _load(config, layout)
+    return _prepare(config, dataset, layout, total), dataset
+
+
+def _prepare(
+    config: QIPOConfig,
+    dataset: Dataset,
+    layout: Layout,
+    total: int,
+    normalizer: Normalizer | None = None,
+) -> Data:
     return prepare(
         config,
         dataset,
@@ -117,6 +144,7 @@ def _read_dataset(config: QIPOConfig) -> Data:
         seed=_SEED.value,
         num_rows=total,
         plugins=cli.PLUGINS.value,
+        normalizer=normalizer,
         note=_print_note,
         agreed=multihost.agreed_errors,
     )
@@ -163,6 +191,36 @@ def _compile(config: QIPOConfig, data: Data) -> int:
     return compilation.report(Programs(config, data.layout, *sizes), data.memory)
 
 
+def _go_online(run: "_Run", dataset: Dataset) -> int:
+    """Play, train on, and so on in ``--online_rounds``; returns the exit status."""
+    rounds, config, layout = _ROUNDS.value, run.info.config, run.trainer.layout
+    if not _ONLINE.value:
+        return 0
+    shares = {f"{name}_steps": -(-count // rounds) for name, count in run.info.phase_steps.items()}
+    shares = {name: count for name, count in shares.items() if count}
+    every = min(config.renew_every, shares.get("policy_steps", config.renew_every))
+    config = dataclasses.replace(config, max_transitions=0, renew_every=every, **shares)
+    place = run.workdir
+    for number in range(1, rounds + 1):
+        if run.stop_requested():  # after its last chunk
+            return run.stopped()
+        stop_at(leave)  # while it plays there is nothing to save
+        began, folder = time.perf_counter(), place / "online" / str(number)
+        with cli.usage_errors():
+            before = restore(run.workdir, cli.say)
+            steps = _ONLINE.value * number // rounds - _ONLINE.value * (number - 1) // rounds
+            seed = (_SEED.value + number) % (MAX_SEED + 1)
+            dataset = online.grown(dataset, run.workdir, folder, steps, seed)
+            count = dataset.transitions.size
+            count -= count % layout.num_shards
+            config = dataclasses.replace(config, max_transitions=count).validate()
+            data = _prepare(config, dataset.head(count), layout, count, before.normalizer)
+            run = _Run(data, data.trainer(), began, folder, before.state)
+        if status := run.to_the_end():
+            return status
+    return 0
+
+
 def _default_workdir(info: RunInfo) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", info.dataset).strip("-.")[-150:]
     seeds = f"seed{_SEED.value}" + (f"x{_NUM_SEEDS.value}" if _NUM_SEEDS.value > 1 else "")
@@ -175,12 +233,20 @@ class _Run(Session):
     Of several hosts, the first speaks.
     """
 
-    def __init__(self, data: Data, trainer: Trainer, began: float):
+    def __init__(
+        self,
+        data: Data,
+        trainer: Trainer,
+        began: float,
+        workdir: epath.Path | None = None,
+        warm: State | None = None,
+    ):
         self._memory, self._is_first = data.memory, hosts.index() == 0
         with multihost.agreed_errors():
-            workdir = resolve(_WORKDIR.value or _default_workdir(data.info))
+            workdir = workdir or resolve(_WORKDIR.value or _default_workdir(data.info))
         super().__init__(
             *(data, trainer, workdir, self._say, began),
+            warm=warm,
             extend=_EXTEND.value,
             loggers=_LOGGERS.value,
             agreed=multihost.agreed_errors,
@@ -219,11 +285,7 @@ class _Run(Session):
         except StoppedError as error:
             # JAX ends every host when one leaves, and others may still compile what comes before.
             hosts.hosts_where(False)
-            if error.args:
-                return self._give_up(error)
-            name = signal.Signals(self._stop.number).name
-            self._say(f"stopped by {name}, saved in {self.workdir}")
-            return 128 + self._stop.number
+            return self._give_up(error) if error.args else self.stopped()
         if self._is_first:
             print_report(self.info, line)
         return 0
@@ -238,6 +300,12 @@ class _Run(Session):
             memory = f"memory of each device: {self._memory}, {covers}"
             print(f"{self.workdir}: {what}; {memory}; {kind}", flush=True)
         return state
+
+    def stopped(self) -> int:
+        """Say which signal stopped the run; returns the exit status."""
+        name = signal.Signals(self._stop.number).name
+        self._say(f"stopped by {name}, saved in {self.workdir}")
+        return 128 + self._stop.number
 
     def _give_up(self, why: Exception) -> int:
         """Say that there is no result, because evaluations failed; returns the exit status."""

@@ -60,6 +60,18 @@ class Dataset(NamedTuple):
         widths = (columns.shape[1], self.observation_size, self.action_size)
         return hashlib.sha256(repr((sum(sizes), *widths, total % 2**64)).encode()).hexdigest()
 
+    def head(self, count: int) -> "Dataset":
+        """The first transitions, with the episodes that begin in them."""
+        if count == self.transitions.size:
+            return self
+        firsts = np.cumsum(self.episode_lengths) - self.episode_lengths
+        begun = firsts < count  # where each step is a transition
+        return self._replace(
+            transitions=Transitions(*(array[:count] for array in self.transitions)),
+            episode_returns=self.episode_returns[begun],
+            episode_lengths=self.episode_lengths[begun],
+        )
+
     @classmethod
     def from_arrays(
         cls,

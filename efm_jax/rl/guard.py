@@ -177,7 +177,8 @@ def programs(agent: Agent, num_rows: int) -> dict[str, tuple[int, Any, tuple]]:
     )
     columns = (size,), (agent.action_size,), (size + 1,), ()
     rows = tuple(of(num_rows, *column) for column in columns)
-    models = Models(carry[0], *map(of, (size + 1, size + 1, size, size)), of(EPISODES, size))
+    statistics = of(size + 1), of(size + 1), of(size), of(size)
+    models = Models._make((carry[0], *statistics, of(EPISODES, size)))
     steps = {min(config.guard_steps, _CHUNK), config.guard_steps % _CHUNK} - {0}
     fits = {
         f"guard, {n} steps": (

@@ -88,6 +88,7 @@ def prepare(
     seed: int,
     num_rows: int,
     plugins: Sequence[str] = (),
+    normalizer: Normalizer | None = None,
     note: Callable[[str], None],
     agreed: Agreed = contextlib.nullcontext,
 ) -> Data:
@@ -100,6 +101,7 @@ def prepare(
       seed: the first.
       num_rows: transitions of the whole dataset.
       plugins: modules that registered what the configuration names.
+      normalizer: of the run that this one goes on from; by default fitted to the dataset.
       note: called with one line about whatever the user should know.
       agreed: on several hosts, a context in which they stop together.
 
@@ -120,7 +122,8 @@ def prepare(
     # In parallel=seeds every host has read everything, and has nothing to ask the others.
     gather = hosts.gather if layout.mode == "data" else one_host
     dataset = gather_episodes(dataset, gather)
-    normalizer = fit_normalizer(dataset, gather, notes)
+    if normalizer is None:
+        normalizer = fit_normalizer(dataset, gather, notes)
     for text in notes:
         note(text)
     agent = make_agent(config, *sizes)
@@ -156,6 +159,7 @@ class Session(Hooks):
       workdir: made and locked here; a run that is there is continued.
       say: called with one line about whatever the user should know.
       began: when this process began, of ``time.perf_counter``.
+      warm: a state of another run, whose behavior model and critic this one begins with.
       extend: whether a run that is there may be of fewer steps; see :class:`.RunWriter`.
       loggers: as for :class:`.RunWriter`.
       callbacks: called with what has been written.
@@ -173,11 +177,13 @@ class Session(Hooks):
         say: Callable[[str], None],
         began: float,
         *,
+        warm: State | None = None,
         extend: bool = False,
         loggers: Sequence[str | Logger] = (),
         callbacks: Sequence[Callback] = (),
         agreed: Agreed = contextlib.nullcontext,
     ):
+        self._warm = warm
         self.info, self.trainer, self.workdir = data.info, trainer, workdir
         self.say, self._callbacks, self._agreed = say, callbacks, agreed
         with agreed():
@@ -222,6 +228,7 @@ class Session(Hooks):
         """Read the newest checkpoint, or make a fresh state."""
         with self._agreed():
             state = self.trainer.init_state()
+            state = state if self._warm is None else state.begun_as(self._warm)
             found = self.writer.start(state)
         if found is not None:
             step, state = found

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from efm_jax.data.dataset import Dataset
@@ -19,7 +18,6 @@ from efm_jax.runs.session import Callback, Session, check_run, prepare, used_row
 from efm_jax.runs.workdir import check_name, resolve
 from efm_jax.training import hosts
 from efm_jax.training.parallel import Layout
-from efm_jax.types import Transitions
 
 
 class Trained(NamedTuple):
@@ -112,7 +110,7 @@ def train(
     check_run(config, seed, num_seeds)
     layout = Layout.create(parallel, num_seeds)
     count = used_rows(config, dataset.transitions.size)
-    dataset = _rows(dataset, layout.host_rows(count))
+    dataset = dataset.head(count)
     if env is not None:
         dataset = dataset.in_environment(env)
     with contextlib.ExitStack() as stack:
@@ -134,19 +132,6 @@ def train(
         returns=_frame(run.own_returns, RETURN_COLUMNS),
         result=result | {"workdir": workdir},
         workdir=workdir,
-    )
-
-
-def _rows(dataset: Dataset, part: slice) -> Dataset:
-    """Part of a dataset's transitions, with the episodes that begin in them."""
-    if part.stop == dataset.transitions.size:
-        return dataset
-    firsts = np.cumsum(dataset.episode_lengths) - dataset.episode_lengths
-    begun = firsts < part.stop  # where each step is a transition
-    return dataset._replace(
-        transitions=Transitions(*(array[part] for array in dataset.transitions)),
-        episode_returns=dataset.episode_returns[begun],
-        episode_lengths=dataset.episode_lengths[begun],
     )
 
 

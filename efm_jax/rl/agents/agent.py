@@ -73,6 +73,14 @@ class State(struct.PyTreeNode):
         policy = self.renewed_params if renewed else policy
         return AgentParams(self.behavior.average, self.critic.average, policy)
 
+    def begun_as(self, other: "State") -> "State":
+        """A fresh state with another's behavior model and critic; policies begin as the former."""
+        models = {
+            name: getattr(self, name).replace(params=model.params, average=model.average)
+            for name, model in (("behavior", other.behavior), ("critic", other.critic))
+        }
+        return self.replace(**models)
+
 
 class Agent(abc.ABC):
     """A way from a behavior model and a critic to actions; subclasses are final.
