@@ -120,7 +120,7 @@ def read(compiled: Any, steps: int = 1) -> Cost:
             if line.opcode == "while":
                 body, condition = line.called("body"), line.called("condition")
                 walk(str(body), times * turns(found, line, str(condition)))
-            elif line.opcode in ("call", "conditional", "async-start"):
+            elif line.opcode in ("call", "conditional", "async-start", "call-start"):
                 inside = line.called("to_apply") or line.called("calls")
                 walk(inside, times) if inside in found else None
             else:

@@ -63,6 +63,8 @@ class Layout:
             )
         if devices is None:  # host by host, because a host's rows are those of consecutive devices
             devices = sorted(jax.devices(), key=lambda device: device.process_index)
+        if hosts.count() < len({device.process_index for device in devices}):
+            sharding = "mesh"  # pmap would compile for this host's devices of a described machine
         on_cpu = devices[0].platform == "cpu"
         layout = cls(mode, num_seeds, tuple(devices), on_cpu, sharding)
         if mode == "seeds":
@@ -86,7 +88,9 @@ class Layout:
 
     @property
     def local_devices(self) -> tuple[Device, ...]:
-        """This host's devices."""
+        """This host's devices; of a machine that is only described, all of them."""
+        if hosts.count() == 1:
+            return self.devices
         return tuple(device for device in self.devices if device.process_index == hosts.index())
 
     def host_rows(self, num_rows: int) -> slice:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,28 @@ def test_tables():
     head, *rows = cells(text)
     assert head == ["what", "n", "x", "y"]
     assert rows == [["a", "1,234", "0.1235", ""], ["b", "", "", "1.5e+07"]]
+
+
+def test_peers_without_pytorch_are_incomplete(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(
+        peers, "in_turns", lambda calls, _: dict.fromkeys(calls, timing.Timing(1, 1))
+    )
+    item.measure("peers", "smoke")
+    *tables, end = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(table["rows"]) for table in tables] == [2, 1]
+    assert end["status"] == "incomplete"
+    assert end["reason"].endswith("None in sys.modules: pip install torch")
+
+
+def test_the_smoke_list_measures_and_writes(tmp_path, monkeypatch, capsys):
+    flags = "--device --smoke --only=machine --out"
+    monkeypatch.setattr("sys.argv", ["benchmarks", *flags.split(), str(tmp_path)])
+    assert suite.main() == 0
+    record = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert record["items"]["machine"]["status"] == "done"
+    assert {goal[""] for goal in record["goals"]} == {"not measured"}
+    assert "### Goals" in capsys.readouterr().out
 
 
 def test_an_item_prints_its_tables(capsys):

@@ -23,7 +23,12 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %fusion.1 = f32[8,128]{1,0} fusion(%p), kind=kOutput, backend_config={"estimated_cycles":"100"}
   %fusion.2 = f32[8,128]{1,0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/optimizer/add"}, \
 backend_config={"estimated_cycles":"20"}
-  ROOT %all-reduce.1 = (f32[8,128]{1,0}, bf16[2]{0}) all-reduce(%fusion.1), \
+  ROOT %all-reduce.2 = ((f32[8,128]{1,0}, token[]), f32[8,128]{1,0:T(8,128)}) \
+call-start(%fusion.1), async_execution_thread="sparsecore", to_apply=%offloaded
+}
+
+%offloaded (p: f32[8,128]) -> (f32[8,128], bf16[2]) {
+  ROOT %all-reduce.1 = (f32[8,128]{1,0}, bf16[2]{0}) all-reduce(%p), \
 backend_config={"estimated_cycles":"7"}
 }
 

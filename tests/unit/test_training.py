@@ -223,7 +223,11 @@ def test_devices_lie_host_by_host(monkeypatch):
         types.SimpleNamespace(platform="tpu", id=i, process_index=h) for i, h in enumerate(hosts)
     ]
     monkeypatch.setattr(jax, "devices", lambda: chips)
+    described = Layout.create(devices=chips)  # by this one host: it compiles for all of them
+    assert (described.sharding, described.local_devices) == ("mesh", tuple(chips))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     layout = Layout.create()
+    assert (layout.sharding, len(layout.local_devices)) == ("pmap", 4)
     assert [chip.id for chip in layout.devices] == [0, 1, 4, 5, 2, 3, 6, 7]
     assert layout.host_rows(16) == slice(0, 8)
 

@@ -32,10 +32,16 @@ class Sizes(NamedTuple):
     energy_dims: tuple[int, ...] = (256, 256, 256, 256)  # GuidanceQt of QGPO's published code
     states: tuple[int, ...] = (1, 10, 256, 4096)
     seconds: float = 2.0  # of the clock, for each method
+    methods: int | None = None  # the first so many
 
 
 FULL, QUICK = Sizes(), Sizes((32, 16), (32, 32), (64,), 0.2)
-SIZES = {"full": FULL, "quick": QUICK, "device": Sizes(states=(1, 256, 4096)), "smoke": QUICK}
+SIZES = {
+    "full": FULL,
+    "quick": QUICK,
+    "device": Sizes(states=(1, 256, 4096)),
+    "smoke": QUICK._replace(methods=2),
+}
 
 
 class Method(NamedTuple):
@@ -84,7 +90,7 @@ def actor(method: Method, sizes: Sizes, states: int) -> Callable[[], np.ndarray]
 
 def measure(states: int, sizes: Sizes) -> Rows:
     """One row for every method."""
-    calls = {method: actor(method, sizes, states) for method in METHODS}
+    calls = {method: actor(method, sizes, states) for method in METHODS[: sizes.methods]}
     times = in_turns(calls, sizes.seconds)
     guided = {method.evaluations: times[method].best for method in calls if method.policy == "qgpo"}
     published = PUBLISHED_MS.get(states) if sizes is FULL else None

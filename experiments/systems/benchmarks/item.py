@@ -30,7 +30,8 @@ def run(
       environment: what the process has besides this one's.
 
     Returns:
-      ``status`` (done, failed or stopped), its ``reason``, ``seconds``, ``tables`` and ``notes``.
+      ``status`` (done, incomplete, failed or stopped), its ``reason``, ``seconds``, ``tables`` and
+      ``notes``.
     """
     start, command = time.perf_counter(), [sys.executable, "-m", __spec__.name, name, size]
     process = subprocess.Popen(
