@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def finished(launcher, dataset, shared):
             for path, text in zip(streams, result[1:], strict=True):
                 path.write_text(text)
     return workdir, Result(0, *(path.read_text() for path in streams))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished workdir, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "copy")

@@ -136,6 +136,23 @@ def fresh(module, *args, env=None):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def refused(result, *words):
+    assert result.status == 2, (result.status, result.err)
+    assert len(result.complaints) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.complaints[0]
+
+
+def contents(folder):
+    """Every file and folder, with its bytes; of the lock, in which a number goes up, that it is."""
+
+    def read(path):
+        return path.read_bytes() if path.is_file() and path.name != "lock" else None
+
+    return {path: read(path) for path in folder.rglob("*")}
+
+
 def _zygote():
     # Everything heavy that the entry points import; not the entry points, which define flags.
     for module in (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from efm_jax.runs.plugins import load_plugins
+from tests.integration.helpers import refused
 from tests.integration.runs import arrays_of, train_flags
 
 PLUGINS = [f"tests.extension.my_{kind}" for kind in ("path", "loss", "critic", "agent")]
@@ -29,9 +30,8 @@ def test_a_users_parts_train_evaluate_resume_and_export(launcher, dataset, tmp_p
     assert config["plugins"] == PLUGINS
     assert config["config"]["best_q"] == {"pessimism": 0.25}
     # The other commands are told of the plugins: a file does not choose code to run.
-    refused = launcher.run("evaluate", f"--workdir={workdir}")
-    assert (refused.status, len(refused.complaints)) == (2, 1)
-    assert f"give --plugins={','.join(PLUGINS)}" in refused.err
+    evaluated = launcher.run("evaluate", f"--workdir={workdir}")
+    refused(evaluated, f"give --plugins={','.join(PLUGINS)}")
     again = launcher.run("evaluate", f"--workdir={workdir}", train[-1])
     assert again.line["policy_return"] == first.line["policy_return"]
     exported = launcher.run("export", f"--workdir={workdir}", train[-1]).line["file"]
@@ -49,18 +49,15 @@ def test_a_users_parts_train_evaluate_resume_and_export(launcher, dataset, tmp_p
 
 
 def test_without_its_plugin_a_field_is_refused(launcher, dataset, tmp_path):
-    refused = launcher.run("train", *train_flags(dataset, tmp_path / "run", **CONFIG))
-    assert refused.status == 2
-    assert "unknown field 'best_q'" in refused.err
-    assert len(refused.complaints) == 1
+    flags = train_flags(dataset, tmp_path / "run", **CONFIG)
+    refused(launcher.run("train", *flags), "unknown field 'best_q'")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_plugin_that_cannot_be_imported_ends_with_one_line(launcher, dataset, tmp_path):
     flags = train_flags(dataset, tmp_path / "run", "--plugins=tests.extension.nosuch")
-    refused = launcher.run("train", *flags)
-    assert (refused.status, len(refused.complaints)) == (2, 1)
-    assert "plugins: tests.extension.nosuch cannot be imported: ModuleNotFoundError" in refused.err
+    words = "plugins: tests.extension.nosuch cannot be imported: ModuleNotFoundError"
+    refused(launcher.run("train", *flags), words)
 
 
 @pytest.mark.parametrize("name", ["tests.extension.nosuch", "../evil", "os.path;x"])
