@@ -9,8 +9,11 @@ NEEDS := requirements.lock requirements.txt setup.py
 demo: .venv/.installed
 	$(BIN)/python -m launch.train
 
+# What the tests compile is kept for their next run, without what none has read for a week.
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	mkdir -p .venv/programs
+	find .venv/programs -type f -atime +7 -delete
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/programs $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # pyright[nodejs] brings checker and node in its wheels, so a fresh machine downloads nothing more.
 lint: .venv/.installed-test

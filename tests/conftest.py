@@ -20,9 +20,9 @@ os.environ["XLA_FLAGS"] += f" {QUICK_TO_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 _OWN_PROGRAMS = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have that of their starting process
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # make test keeps them in a folder of its own
     _OWN_PROGRAMS = tempfile.mkdtemp(prefix="efm_jax-programs-")
-    os.environ.update(share(_OWN_PROGRAMS))
+os.environ.update(share(os.environ.get("JAX_COMPILATION_CACHE_DIR", _OWN_PROGRAMS)))
 
 import jax  # noqa: E402  the environment above comes first
 import jaxtyping  # noqa: E402
