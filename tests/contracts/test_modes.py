@@ -108,27 +108,40 @@ def mixture(like, name):
     return getattr(exact.GaussianMixture(*(part.astype(dtype) for part in parts)), name)
 
 
+def sixteen(numbers):
+    """Numbers that sixteen bits hold, so that every type computes from the same."""
+    return jnp.asarray(numbers, jnp.bfloat16)
+
+
 def batch(dtype=jnp.float32, energy_dtype=None):
     rng = np.random.default_rng(0)
     shapes = {"x": (B, D), "actions": (B, M, D)}
-    made = {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in shapes.items()}
+    made = {name: sixteen(rng.normal(size=s)).astype(dtype) for name, s in shapes.items()}
     made["t"] = jnp.linspace(0.2, 0.9, B, dtype=jnp.float32)
     energies = {"energy": rng.integers(0, 5, B), "q": rng.integers(0, 5, (B, M))}
     return made | {n: jnp.asarray(e, energy_dtype or dtype) for n, e in energies.items()}
 
 
 def kernel(dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(D, D)) / 2, dtype)
+    return sixteen(np.random.default_rng(1).normal(size=(D, D)) / 2).astype(dtype)
 
 
 @functools.cache
 def expected(name):
-    """The sum of a function's values and its gradient, on one device in float32."""
+    """A function's values, and their sum with its gradient, on one device in float32."""
     return jax.jit(gradient(name))(kernel(), batch())
 
 
 def gradient(name):
-    return jax.value_and_grad(lambda w, b: jnp.sum(ALL[name](w, b)))
+    def run(w, b):
+        def total(w):
+            values = ALL[name](w, b)
+            return jnp.sum(values), values
+
+        (sum_of_all, values), slope = jax.value_and_grad(total, has_aux=True)(w)
+        return values, (sum_of_all, slope)
+
+    return run
 
 
 # Functions that see no energy.
@@ -156,7 +169,7 @@ def test_shares_and_their_gradients_sum_to_one_devices_numbers(devices, name, mo
     else:
         specs = {"in_specs": (P(), P("i")), "out_specs": P(), "check_vma": mode == "checked"}
         got = jax.jit(jax.shard_map(step, mesh=mesh(AxisType.Auto), **specs))(kernel(), batch())
-    chex.assert_trees_all_close(got, expected(name), rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(got, expected(name)[1], rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -169,10 +182,10 @@ def test_gradients_from_outside_and_of_parameters_that_vary(devices, checked):
     loss = jax.jit(lambda w, b: LOSSES["cefm"](w, b, "i")[0])
     total = mapped(lambda w, b: jax.lax.psum(loss(w, b), "i"), (P(), P("i")), P())
     got = jax.value_and_grad(total)(kernel(), batch())
-    chex.assert_trees_all_close(got, expected("cefm"), rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(got, expected("cefm")[1], rtol=2e-5, atol=1e-6)
     own = mapped(lambda w, b: jax.grad(loss)(w[0], b)[None], P("i"), P("i"))
     shares = own(jnp.stack([kernel()] * 4), batch())
-    chex.assert_trees_all_close(shares.sum(0), expected("cefm")[1], rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(shares.sum(0), expected("cefm")[1][1], rtol=2e-5, atol=1e-6)
 
 
 # On Auto axes the compiler alone is at work: some of each kind.
@@ -201,10 +214,7 @@ SIXTEEN = [(n, jnp.bfloat16) for n in ALL] + [(n, jnp.float16) for n in ("cefm",
 
 @pytest.mark.parametrize(("name", "dtype"), SIXTEEN)
 def test_sixteen_bits_give_the_same_up_to_their_rounding(name, dtype):
-    w, rounded = kernel(dtype), batch(dtype)
-    wide = {n: x.astype(jnp.float32) for n, x in rounded.items()}
-    run = jax.jit(ALL[name])
-    got, want = run(w, rounded), run(w.astype(jnp.float32), wide)
+    got, want = jax.jit(ALL[name])(kernel(dtype), batch(dtype)), expected(name)[0]
     points = got.shape[-1:] == (D,)
     assert got.dtype == (dtype if points or name in KEPT else jnp.float32)
     scale = np.abs(want).max()
@@ -217,7 +227,7 @@ KEPT = ("posterior", "intermediate_energy", "mixture energy")  # of the points' 
 @each
 def test_strict_modes_and_plain_evaluation(name):
     """No implicit promotion of ranks and types, and no NaN on the way, which JAX would report."""
-    want = expected(name)[0]
+    want = expected(name)[1][0]
     strict = name not in ("dopri5", "network")  # diffrax and flax promote
     with (
         jax.numpy_rank_promotion("raise" if strict else "allow"),
