@@ -3,7 +3,7 @@
 import pytest
 
 from tests.integration.helpers import refused
-from tests.integration.runs import ROWS, train_flags
+from tests.integration.runs import train_flags
 
 BAD_FLAGS = {
     "unknown field": (["--config.bta=3"], ["unknown field 'bta'; did you mean beta or beta_q?"]),
@@ -15,7 +15,6 @@ BAD_FLAGS = {
     "no support": (["--config.support_size=0"], ["support_size"]),
     "critic": (["--config.critic=sarsa"], ["critic", "softmax_q", "sarsa"]),
     "path": (["--config.path=linear"], ["path", "linear"]),
-    "large batch": ([f"--config.batch_size={ROWS + 1}"], ["batch_size", str(ROWS)]),
     "reward transform": (["--config.reward_transform=log"], ["reward_transform", "log"]),
     "unknown flag": (["--nosuch=1"], ["nosuch"]),
     "positional": (["positional"], ["positional"]),

@@ -103,31 +103,17 @@ def test_workdir_that_is_a_file(launcher, dataset, tmp_path):
 def test_checkpoints_without_the_config_file(launcher, dataset, copy):
     (copy / "config.json").unlink()
     before = contents(copy)
-    for flags in (train_flags(dataset, copy, *SEEDS), train_flags(dataset, copy, *SEEDS, beta=3)):
-        refused(
-            launcher.run("train", *flags),
-            str(copy),
-            "checkpoints are there",
-            "config.json is missing",
-        )
+    words = str(copy), "checkpoints are there", "config.json is missing"
+    refused(launcher.run("train", *train_flags(dataset, copy, *SEEDS)), *words)
     refused(launcher.run("evaluate", f"--workdir={copy}"), "config.json is missing")
     assert contents(copy) == before
 
 
-def test_workdir_of_another_run(launcher, dataset, finished, tmp_path):
-    other = write_d4rl(
-        tmp_path / "other.hdf5", arrays() | {"rewards": np.ones(ROWS)}, env_id="Pendulum-v1"
-    )
+def test_workdir_of_another_run(launcher, dataset, finished):
     workdir = finished[0]
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    refused(
-        launcher.run("train", *train_flags(dataset, workdir, *SEEDS, beta=3)), "beta", str(workdir)
-    )
-    refused(launcher.run("train", *train_flags(other, workdir, *SEEDS)), "dataset", str(workdir))
-    refused(
-        launcher.run("train", *train_flags(dataset, workdir, "--seed=4", "--num_seeds=2")), "seed"
-    )
-    refused(launcher.run("train", *train_flags(dataset, workdir, "--seed=3")), "num_seeds")
+    flags = train_flags(dataset, workdir, *SEEDS, beta=3)
+    refused(launcher.run("train", *flags), "beta", str(workdir))
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 

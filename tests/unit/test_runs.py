@@ -302,8 +302,10 @@ def test_one_writer_starts_a_run_and_another_continues_it(tmp_path):
 
 def test_a_writer_refuses_the_folder_of_another_run(tmp_path):
     info().save(epath.Path(tmp_path))
-    for name, other in {"seed": 4, "num_seeds": 1, "fingerprint": "g", "env_spec": "{}"}.items():
-        another = dataclasses.replace(info(), **{name: other})
+    others = [{"seed": 4}, {"num_seeds": 1}, {"fingerprint": "g"}, {"env_spec": "{}"}]
+    others += [{"dataset": "d", "fingerprint": "g"}]  # the name says it better
+    for other in others:
+        another, name = dataclasses.replace(info(), **other), next(iter(other))
         with pytest.raises(ValueError, match=f"holds a run with {name} = .*give another --workdir"):
             RunWriter(epath.Path(tmp_path), another, None, print, 0.0)
     moved = dataclasses.replace(info(), dataset="elsewhere", transitions=11)

@@ -65,7 +65,6 @@ ACCELERATOR = {"on_cpu": False}  # draws ahead, packed parameters, tiled tables
     ("variant", "devices", "mode", "seeds", "how"),
     [
         (FULL, 8, "data", (0,), {}),
-        (RESAMPLE, 4, "data", (0,), {}),
         (RESAMPLE, 8, "seeds", EIGHT, {}),
         (FULL, 1, "data", (0,), ACCELERATOR),
         (RESAMPLE, 4, "data", (0,), ACCELERATOR),
