@@ -135,7 +135,7 @@ def load_ogbench(
         for, an environment that is not known or whose sizes differ, or data that :mod:`.validation`
         refuses. Indices in messages are rows of the file.
     """
-    arrays = _read(path)
+    arrays = read_npz(path)
     columns = Columns(path, arrays, _REQUIRED)
     kept, observations, next_observations, last = _layout(path, columns)
     spec = None
@@ -185,7 +185,7 @@ def load_ogbench(
 
 def origin_of(path: str) -> dict[str, Any] | None:
     """Seed and versions that a file was regenerated with; None of any other."""
-    return _origin(path, _read(path, (_ORIGIN,)))
+    return _origin(path, read_npz(path, (_ORIGIN,)))
 
 
 def say_origin(origin: dict[str, Any]) -> str:
@@ -200,7 +200,8 @@ def _origin(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
         return dict(json.loads(arrays[_ORIGIN].tobytes()))
 
 
-def _read(path: str, names: Sequence[str] = _ARRAYS) -> dict[str, np.ndarray]:
+def read_npz(path: str, names: Sequence[str] = _ARRAYS) -> dict[str, np.ndarray]:
+    """Those of the named arrays that a file has; a ``DataError`` if it cannot be read safely."""
     with open_file(path, "npz") as handle, zipfile.ZipFile(handle) as archive:
         wanted = {f"{name}.npy": name for name in names}
         found = [member for member in archive.infolist() if member.filename in wanted]

@@ -13,9 +13,11 @@ import numpy as np
 from etils import epath
 
 from efm_jax.data.dataset import Dataset
+from efm_jax.data.ogbench import read_npz
 from efm_jax.envs import environments, specs
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.envs.play import batched, play
+from efm_jax.errors import DataError
 from efm_jax.files import write_whole
 from efm_jax.runs.loading import Policy, restore
 from efm_jax.types import Transitions
@@ -75,10 +77,11 @@ def grown(
             steps: Any = {name: np.asarray(column) for name, column in of}
         np.savez(buffer := io.BytesIO(), **steps)
         write_whole(file, buffer.getvalue())
-    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-        columns: Any = {name: arrays[name] for name in _FIELDS}
+    columns: Any = read_npz(str(file), _FIELDS)
+    if len(columns) < len(_FIELDS):
+        raise DataError(f"{file}: expected {', '.join(_FIELDS)}; got {', '.join(columns)}")
     columns |= {"action_low": dataset.action_low, "action_high": dataset.action_high}
-    played = Dataset.from_arrays(**columns)
+    played = Dataset.from_arrays(**columns, name=str(file))
     joined = {
         name: np.concatenate([getattr(dataset, name), getattr(played, name)])
         for name in ("episode_returns", "episode_lengths")

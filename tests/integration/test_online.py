@@ -13,6 +13,7 @@ from efm_jax.rl.trainer import Trainer
 from efm_jax.runs.session import Session, prepare
 from efm_jax.runs.workdir import resolve
 from efm_jax.training.parallel import Layout
+from tests.integration.helpers import refused
 from tests.integration.runs import CHEAP, ROWS, arrays_of, saved_steps, table, train_flags
 from tests.tiny import config
 
@@ -48,14 +49,15 @@ def test_rounds_go_on_from_each_other(launcher, dataset, tmp_path):
     assert again.status == 0, again.err
     assert json.loads(again.out.splitlines()[-1])["policy_return"] == result["policy_return"]
     assert len(table(rounds[-1] / "returns.csv")) == 4
+    (rounds[0] / "played.npz").write_bytes(b"PK\x03\x04 cut")
+    refused(launcher.run("train", *flags), "played.npz: cannot be read as an npz file")
 
 
 def test_fine_tuning_is_of_one_seed(launcher, dataset, tmp_path):
     result = launcher.run(
         "train", *train_flags(dataset, tmp_path / "run", *ONLINE, "--num_seeds=2")
     )
-    assert result.status == 2
-    assert "--online_steps: expected one seed and one host" in result.complaints[0]
+    refused(result, "--online_steps: expected one seed and one host")
     assert not (tmp_path / "run").exists()
 
 
