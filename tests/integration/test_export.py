@@ -121,9 +121,6 @@ def test_bad_flags_write_nothing(launcher, run, flags, message):
 
 
 def test_a_video_of_another_kind_is_refused(launcher, run, tmp_path):
-    result = launcher.run(
-        "evaluate", f"--workdir={run}", "--episodes=1", f"--video={tmp_path}/film.txt"
-    )
-    assert result.status == 2
-    assert "film.txt" in result.complaints[-1]
+    flags = f"--workdir={run}", "--episodes=1", f"--video={tmp_path}/film.txt"
+    refused(launcher.run("evaluate", *flags), "film.txt")
     assert not (tmp_path / "film.txt").exists()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 from matplotlib import image
 
+from tests.integration.helpers import refused
 from tests.integration.runs import arrays
 from tests.unit.data_fixtures import d4rl_arrays, write_d4rl
 from tests.unit.test_data_attacks import SPEC, minari_with
@@ -61,9 +62,7 @@ def test_bad_input(launcher, dataset, tmp_path):
         (["--nonsense"], "nonsense"),
     ):
         result = launcher.run("inspect", *flags)
-        assert result.status == 2, result
-        assert len(result.complaints) == 1, result.err
-        assert word in result.complaints[0]
+        refused(result, word)
         assert result.out == ""
 
 
@@ -81,6 +80,5 @@ def test_metadata_that_chooses_code_is_refused_in_one_line(launcher, tmp_path, m
     for module in ("inspect", "train"):
         env = {"MINARI_DATASETS_PATH": str(minari)}
         done = launcher.run(module, f"--dataset={name}", cwd=tmp_path, env=env)
-        assert (done.status, len(done.complaints)) == (2, 1), done.err
-        assert "os:_exit" in done.err
+        refused(done, "os:_exit")
         assert list(tmp_path.iterdir()) == [minari]

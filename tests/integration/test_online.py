@@ -50,7 +50,9 @@ def test_rounds_go_on_from_each_other(launcher, dataset, tmp_path):
     assert json.loads(again.out.splitlines()[-1])["policy_return"] == result["policy_return"]
     assert len(table(rounds[-1] / "returns.csv")) == 4
     (rounds[0] / "played.npz").write_bytes(b"PK\x03\x04 cut")
-    refused(launcher.run("train", *flags), "played.npz: cannot be read as an npz file")
+    damaged = launcher.run("train", *flags)
+    assert damaged.status == 2
+    assert "played.npz: cannot be read as an npz file" in damaged.complaints[-1]
 
 
 def test_fine_tuning_is_of_one_seed(launcher, dataset, tmp_path):
