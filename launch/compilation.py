@@ -46,14 +46,15 @@ def report(programs: Programs, memory: Memory) -> int:
         started = time.perf_counter()
         cost = compiled.read(program.lower().compile(), steps or 1)
         taken = time.perf_counter() - started
-        most = max(most, cost.arguments + cost.temporaries)
+        most = max(most, cost.memory + (0 if program.has_dataset else memory.dataset))
         line = f"{name:<28} arguments {cost.arguments / 1e6:10,.1f} MB"
         line += f"  temporaries {cost.temporaries / 1e6:10,.1f} MB"
         if steps and speed and cost.total:
             line += f"  {speed / cost.total:10,.0f} steps/s"
         print(f"{line}  compiled in {taken:.1f} s", flush=True)
     count = len(programs.layout.devices)
-    print(f"each of {count} devices: at most {most / 1e6:,.1f} MB in a program; predicted {memory}")
+    most = f"at most {most / 1e6:,.1f} MB in a program and the dataset"
+    print(f"each of {count} devices: {most}; predicted {memory}")
     if speed:
         print("steps/s are the compiler's estimate; nothing was run")
     sys.stdout.flush()

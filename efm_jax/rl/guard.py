@@ -78,7 +78,7 @@ def _init(
     return params, jax.vmap(optimizer.init)(params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _train(
     size: int,
     network: MLP,

@@ -5,22 +5,24 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from efm_jax.rl import guard
-from efm_jax.rl.config import QIPOConfig
+from efm_jax.rl.batch import with_tables
+from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.training.parallel import Layout
 
 
 class Memory(NamedTuple):
-    """Bytes on each device, without the intermediate results of a compiled step."""
+    """Bytes on each device at the most."""
 
     dataset: int
     tables: int  # the larger of next actions (critic phase) and the policy's table (policy phase)
     state: (
         int  # parameters, averages and optimizers of all three models, of every seed on the device
     )
-    guard: int = 0  # on the first device: what its models are fitted to, and they
+    work: int = 0  # activations, or the guard's rows and models, as far as they exceed a table
 
     @property
     def total(self) -> int:
@@ -37,22 +39,55 @@ def predict(
     """Memory of a run on ``num_rows`` transitions in all, as its devices lay it out."""
     programs = Programs(config, layout, num_rows, observation_size, action_size)
     seeds, devices = layout.seeds_per_device, len(layout.local_devices)
-    tables = 0
-    for phase in ("critic", "policy"):
-        rows, data = programs.shapes(phase)[2], programs.on_devices(phase)[2]
-        table = seeds * _bytes((rows.next_actions, rows.support))
-        if not layout.on_cpu:  # there is one in either form while it is being finished
-            table += _bytes((data.next_actions, data.support)) // devices
-        tables = max(tables, table)
+    tiled = layout.devices[0].platform == "tpu"
     state, _, data = programs.on_devices()
     fits = guard.programs(programs.agent, num_rows) if programs.agent.guarded else {}
-    models = max((_bytes(inputs) for steps, _, inputs in fits.values() if steps), default=0)
-    return Memory(_bytes(data) // devices, tables, _bytes(state) // devices, models)
+    most = [_bytes(inputs, tiled=tiled) for steps, _, inputs in fits.values() if steps]
+    tables = 0
+    for phase in PHASES:
+        state, _, data = programs.on_devices(phase)
+        rows = programs.shapes(phase)[2]
+        table = seeds * _bytes((rows.next_actions, rows.support))
+        if layout.on_cpu:
+            tables = max(tables, table)
+            continue
+        finished = _bytes((data.next_actions, data.support)) // devices
+        tables = max(tables, table + finished)  # in either form while it is being finished
+        most.append(finished + seeds * _activations(programs, phase))
+    if not layout.on_cpu:
+        most.append(_bytes(with_tables(rows, None, None), tiled=tiled))  # before it is stored
+    data = with_tables(data, None, None)
+    work = max(0, *most, tables) - tables
+    return Memory(_bytes(data) // devices, tables, _bytes(state) // devices, work)
 
 
-def _bytes(tree: Any) -> int:
+def _activations(programs: Programs, phase: str) -> int:
+    """Bytes of a step of one seed: an output of every kernel for every sample.
+
+    Layers of states, which are computed once for all their actions, stand for what the backward
+    pass holds besides; so compilers come within 15% for large batches (docs/compiled.md).
+    """
+    agent, config = programs.agent, programs.config
+    samples = config.of_phase("batch_size", phase) // programs.layout.num_shards
+    samples *= agent.actions_per_state if phase == "policy" else 1
+    kernels = jax.tree.leaves(getattr(programs.shapes()[0], phase).params)
+    outputs = sum(leaf.size // leaf.shape[-2] for leaf in kernels if leaf.ndim > 1)
+    size = 4 if phase == "critic" else jnp.dtype(config.dtype).itemsize
+    return samples * outputs * size
+
+
+def _bytes(tree: Any, *, tiled: bool = False) -> int:
+    """Bytes of shapes; ``tiled``: as a TPU pads arrays whose layout is its own choice."""
     shapes = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+    return sum((_padded if tiled else math.prod)(x.shape) * x.dtype.itemsize for x in shapes)
+
+
+def _padded(shape: tuple[int, ...]) -> int:
+    """Numbers in tiles of 8 x 128: the longest axis in lanes, and the rows that waste least."""
+    *rows, lanes = sorted(shape) or [1]
+    count = math.prod(rows)
+    least = min((count // n * (n + -n % 8) for n in rows), default=1)
+    return (lanes + -lanes % 128) * (count if 1 in rows else least)
 
 
 def device_limit(layout: Layout) -> int | None:
@@ -82,7 +117,7 @@ def check_fits(memory: Memory, limit: int | None, layout: Layout) -> None:
         "dataset": "max_transitions, or more devices" if split else "parallel=data",
         "tables": "support_size or num_seeds, or more devices",
         "state": "num_seeds" if split else "num_seeds, or more devices",
-        "guard": "guard=0, or max_transitions",
+        "work": "batch_size, or max_transitions where there is a guard, or more devices",
     }
     largest = max(settings, key=lambda name: getattr(memory, name))
     raise ValueError(

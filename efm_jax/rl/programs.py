@@ -35,6 +35,11 @@ class Program(NamedTuple):
         """Trace and lower, to be compiled."""
         return self.mapped.lower(*self.inputs)
 
+    @property
+    def has_dataset(self) -> bool:
+        """Whether it is given the dataset, which is on the devices beside it otherwise."""
+        return any(isinstance(part, (Batch, TiledData)) for part in self.inputs)
+
 
 class Programs:
     """Everything that one agent's training computes on devices.

@@ -83,11 +83,17 @@ class Cost(NamedTuple):
     arguments: int  # bytes on each device
     temporaries: int
     aliased: int  # bytes of arguments whose memory results take over
+    results: int
 
     @property
     def total(self) -> float:
         """All cycles of a step."""
         return sum(self.cycles.values())
+
+    @property
+    def memory(self) -> int:
+        """Bytes on each device while it runs."""
+        return self.arguments + self.temporaries + self.results - self.aliased
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:
@@ -145,6 +151,7 @@ def read(compiled: Any, steps: int = 1) -> Cost:
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.alias_size_in_bytes,
+        memory.output_size_in_bytes,
     )
 
 

@@ -53,7 +53,10 @@ backend_config={"known_trip_count":{"n":"5"}}
 
 def test_cost_of_a_program():
     memory = types.SimpleNamespace(
-        argument_size_in_bytes=1, temp_size_in_bytes=2, alias_size_in_bytes=3
+        argument_size_in_bytes=1,
+        temp_size_in_bytes=2,
+        alias_size_in_bytes=3,
+        output_size_in_bytes=4,
     )
     program = types.SimpleNamespace(as_text=lambda: TEXT, memory_analysis=lambda: memory)
     cost = compiled.read(program, 20)
@@ -64,8 +67,8 @@ def test_cost_of_a_program():
     assert cost.collectives == {"all-reduce": 8 * 128 * 4 + 2 * 2}
     assert cost.collective_count == 1
     assert cost.before == 3000
-    assert {"f32", "bf16", "u32", "s32", "pred"} == cost.types
-    assert cost[-3:] == (1, 2, 3)
+    assert {"f32", "bf16", "u32", "s32", "pred", "token"} == cost.types
+    assert (cost[-4:], cost.memory) == ((1, 2, 3, 4), 1 + 2 + 4 - 3)
 
 
 def test_a_loop_without_an_end_is_refused():
@@ -180,16 +183,23 @@ def test_a_slice_of_several_hosts_compiles():
 
 
 @needs_libtpu
-def test_memory_is_predicted():
-    """What stays on a chip, against the arguments of the step that reads most of it."""
-    layout = Layout.create("data", 1, machines.described("v5e:2x2"))
-    config = QIPOConfig(hidden_dims=(128, 128), critic_hidden_dims=(128, 128), support_size=8)
-    programs = Programs(config.validate(), layout, ROWS, S, A)
-    found = {title: one for title, _, one in programs.all({"policy": {20}}, 1)}
-    step = compiled.read(found["policy, 20 steps"].lower().compile())
-    weigh = compiled.read(found["support sets, weigh"].lower().compile())
-    predicted = predict(config, layout, ROWS, S, A)
-    state = jax.tree.leaves(found["policy, 20 steps"].inputs[0])  # on four chips
-    own = sum(leaf.size * leaf.dtype.itemsize for leaf in state) // 4
-    others = predicted.state - own  # of models that this step does not read
-    assert predicted.total - others == pytest.approx(step.arguments + weigh.arguments, rel=0.15)
+@pytest.mark.parametrize("machine", ["v5e:1x1", "v5e:2x4"])
+@pytest.mark.parametrize("large", ["tables", "batch", "guard"])
+def test_memory_is_predicted(machine, large):
+    """Against the program of the policy phase that needs most, and the dataset beside it."""
+    layout, rows = Layout.create("data", 1, machines.described(machine)), 4 * ROWS
+    batch_size = len(layout.devices) * (16_384 if large == "batch" else 64)
+    config = QIPOConfig(
+        hidden_dims=(512, 512) if large == "batch" else (128, 128),
+        critic_hidden_dims=(128, 128),
+        support_size=8 if large == "tables" else 2,
+        batch_size=batch_size,
+        guard=0.1 if large == "guard" else 0.0,
+    )
+    programs = Programs(config.validate(), layout, rows, S, A)
+    predicted, most = predict(config, layout, rows, S, A), 0
+    for _, steps, one in programs.all({"policy": {20}}, 1):
+        cost = compiled.read(one.lower().compile(), steps or 1)
+        most = max(most, cost.memory + (0 if one.has_dataset else predicted.dataset))
+    assert predicted.total == pytest.approx(most, rel=0.15)
+    assert (predicted.work > 0) == (large == "batch" or (large, machine) == ("guard", "v5e:2x4"))

@@ -100,7 +100,7 @@ def measure_parts(work: Workload, layout: Layout) -> Rows:
     trainer.run(trainer.init_state(), watch)
     sizes = work.observation_size, work.action_size
     predicted = predict(work.config, layout, work.rows, *sizes)._asdict()
-    del predicted["guard"]  # off here
+    del predicted["work"]  # of programs: the other table
     expected = predicted | dict.fromkeys(_COPIES, predicted["state"])
     expected["all at once"] = sum(predicted.values())
     found = [(part, size, watch.most[part]) for part, size in expected.items()]
