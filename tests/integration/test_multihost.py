@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.integration.helpers import refused, xla_flags
-from tests.integration.runs import CHEAP, STEPS, TOTAL, arrays_of, saved_steps, table, train_flags
+from tests.integration.runs import STEPS, TOTAL, arrays_of, saved_steps, table, train_flags
 
 
 def devices(count):
@@ -133,10 +133,9 @@ def test_two_hosts_equal_one_and_go_on_after_a_preemption(launcher, dataset, tmp
 
 
 def test_seeds_over_hosts_equal_seeds_on_one_device(launcher, dataset, tmp_path):
-    flags, config = ("--num_seeds=4", "--seed=5"), {"critic": CHEAP["critic"]}
-    both = [dataset] * 2
-    hosts = start_hosts(launcher, both, tmp_path / "two", "--parallel=seeds", *flags, **config)
-    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags, **config))
+    flags = ("--num_seeds=4", "--seed=5")
+    hosts = start_hosts(launcher, [dataset] * 2, tmp_path / "two", "--parallel=seeds", *flags)
+    alone = launcher.run("train", *train_flags(dataset, tmp_path / "one", *flags))
     results = [host.wait() for host in hosts]
     assert [r.status for r in (*results, alone)] == [0, 0, 0], (
         results[0].err + results[1].err + alone.err
