@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from efm_jax.rl import guard
-from efm_jax.rl.batch import with_tables
 from efm_jax.rl.config import PHASES, QIPOConfig
 from efm_jax.rl.programs import Programs
 from efm_jax.training.parallel import Layout
@@ -45,18 +44,16 @@ def predict(
     most = [_bytes(inputs, tiled=tiled) for steps, _, inputs in fits.values() if steps]
     tables = 0
     for phase in PHASES:
-        state, _, data = programs.on_devices(phase)
-        rows = programs.shapes(phase)[2]
+        found, rows = programs.on_devices(phase)[2], programs.shapes(phase)[2]
         table = seeds * _bytes((rows.next_actions, rows.support))
         if layout.on_cpu:
             tables = max(tables, table)
             continue
-        finished = _bytes((data.next_actions, data.support)) // devices
+        finished = _bytes((found.next_actions, found.support)) // devices
         tables = max(tables, table + finished)  # in either form while it is being finished
         most.append(finished + seeds * _activations(programs, phase))
     if not layout.on_cpu:
-        most.append(_bytes(with_tables(rows, None, None), tiled=tiled))  # before it is stored
-    data = with_tables(data, None, None)
+        most.append(_bytes(programs.shapes()[2], tiled=tiled))  # the dataset before it is stored
     work = max(0, *most, tables) - tables
     return Memory(_bytes(data) // devices, tables, _bytes(state) // devices, work)
 
