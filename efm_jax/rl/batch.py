@@ -34,6 +34,7 @@ class Batch(NamedTuple):
 
 
 _ROWS, _LANES = 8, 128  # of a tile of a TPU's memory
+_BLOCK = 1024  # rows that are made into lines at once
 
 
 class TiledRows(struct.PyTreeNode):
@@ -51,10 +52,34 @@ class TiledRows(struct.PyTreeNode):
     def from_rows(cls, rows: Array) -> "TiledRows":
         """The same numbers in lines."""
         table = cls(rows, rows.shape[0], rows.shape[1:])
-        lines = rows.reshape(table.size, -1)
-        lines = jnp.pad(lines, ((0, -table.size % (_ROWS * table._count)), (0, 0)))
-        lines = lines.reshape(-1, table._count * lines.shape[1])
-        return table.replace(lines=jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % _LANES))))
+        # As a TPU keeps it, and block by block: for all rows at once it would make an array of
+        # whole tiles first, 128 numbers for each 6 of an action.
+        columns = jnp.moveaxis(rows, 0, -1).reshape(-1, table.size)
+        tile = _ROWS * table._count
+        block = min(tile * max(_BLOCK // tile, 1), table.size)
+        shape = jax.eval_shape(table._lines, columns)
+        lines = jnp.zeros(shape.shape, shape.dtype) + 0 * columns[0, 0]  # of a device's own
+
+        def written(lines: Array, start: int | Array, part: Array) -> Array:
+            line = start // table._count
+            return lax.dynamic_update_slice_in_dim(lines, table._lines(part), line, axis=0)
+
+        def write(i: Array, lines: Array) -> Array:
+            part = lax.dynamic_slice_in_dim(columns, i * block, block, axis=1)
+            return written(lines, i * block, lax.optimization_barrier(part))
+
+        lines = lax.fori_loop(0, table.size // block, write, lines)
+        done = table.size - table.size % block
+        return table.replace(
+            lines=written(lines, done, columns[:, done:]) if done < table.size else lines
+        )
+
+    def _lines(self, columns: Array) -> Array:
+        """Lines of some rows."""
+        rows = columns.T
+        rows = jnp.pad(rows, ((0, -len(rows) % (_ROWS * self._count)), (0, 0)))
+        lines = rows.reshape(-1, self._count * rows.shape[1])
+        return jnp.pad(lines, ((0, 0), (0, -lines.shape[1] % _LANES)))
 
     @property
     def _count(self) -> int:
