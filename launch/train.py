@@ -199,7 +199,7 @@ def _go_online(run: "_Run", dataset: Dataset) -> int:
     shares = {f"{name}_steps": -(-count // rounds) for name, count in run.info.phase_steps.items()}
     shares = {name: count for name, count in shares.items() if count}
     every = min(config.renew_every, shares.get("policy_steps", config.renew_every))
-    config = dataclasses.replace(config, max_transitions=0, renew_every=every, **shares)
+    config = dataclasses.replace(config, renew_every=every, **shares)
     place = run.workdir
     for number in range(1, rounds + 1):
         if run.stop_requested():  # after its last chunk

@@ -33,10 +33,7 @@ Actions are in [-1, 1], as in all of OGBench's environments that have continuous
 import contextlib
 import importlib
 import json
-import math
 import re
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +42,7 @@ import numpy as np
 from efm_jax.data import validation
 from efm_jax.data.dataset import Dataset
 from efm_jax.data.download import NPZ_SIGNATURE, fetch
-from efm_jax.data.rows import Columns, episodes, open_file, problems_of
+from efm_jax.data.rows import Columns, episodes, problems_of, read_npz
 from efm_jax.envs import environments, specs
 from efm_jax.errors import DataError, install, reason
 from efm_jax.types import Rows, Transitions, all_rows
@@ -135,7 +132,7 @@ def load_ogbench(
         for, an environment that is not known or whose sizes differ, or data that :mod:`.validation`
         refuses. Indices in messages are rows of the file.
     """
-    arrays = read_npz(path)
+    arrays = read_npz(path, _ARRAYS)
     columns = Columns(path, arrays, _REQUIRED)
     kept, observations, next_observations, last = _layout(path, columns)
     spec = None
@@ -198,42 +195,6 @@ def _origin(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
         return None
     with problems_of(f"{path}: {_ORIGIN!r}: expected a JSON object"):
         return dict(json.loads(arrays[_ORIGIN].tobytes()))
-
-
-def read_npz(path: str, names: Sequence[str] = _ARRAYS) -> dict[str, np.ndarray]:
-    """Those of the named arrays that a file has; a ``DataError`` if it cannot be read safely."""
-    with open_file(path, "npz") as handle, zipfile.ZipFile(handle) as archive:
-        wanted = {f"{name}.npy": name for name in names}
-        found = [member for member in archive.infolist() if member.filename in wanted]
-        return {wanted[m.filename]: _read_member(path, archive, m) for m in found}
-
-
-def _read_member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """An array whose declared size is checked before memory is taken for it."""
-    what = f"{path}: {member.filename!r}"
-    # NumPy writes no others, and LZMA takes the memory that its header asks for.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{what}: expected no compression but deflate")
-    # Unpacking stops at this size, whatever the compressed bytes hold.
-    validation.check_memory(what, (member.file_size,), np.dtype(np.uint8))
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise DataError(f"{what}: expected numbers; got an array of version {version}")
-        shape, _, dtype = readers[version](file)
-        if dtype.kind not in "biuf":
-            raise DataError(f"{what}: expected real numbers; got type {dtype}")
-        validation.check_memory(what, shape, dtype)
-        if math.prod(shape) * dtype.itemsize > member.file_size:
-            raise DataError(
-                f"{what}: shape {shape} of {dtype} is more than its {member.file_size} bytes"
-            )
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _layout(path: str, columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """Rows that are steps, episode after episode: what files of D4RL and OGBench and arrays share."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -53,6 +55,42 @@ def open_file(path: str, kind: str, label: str | None = None) -> Iterator[IO[byt
             raise DataError(f"{label}: expected an {kind} file; got a folder")
         with file.open("rb") as handle:
             yield handle
+
+
+def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that a file has; a ``DataError`` if it cannot be read safely."""
+    with open_file(path, "npz") as handle, zipfile.ZipFile(handle) as archive:
+        wanted = {f"{name}.npy": name for name in names}
+        found = [member for member in archive.infolist() if member.filename in wanted]
+        return {wanted[m.filename]: _read_member(path, archive, m) for m in found}
+
+
+def _read_member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array whose declared size is checked before memory is taken for it."""
+    what = f"{path}: {member.filename!r}"
+    # NumPy writes no others, and LZMA takes the memory that its header asks for.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{what}: expected no compression but deflate")
+    # Unpacking stops at this size, whatever the compressed bytes hold.
+    validation.check_memory(what, (member.file_size,), np.dtype(np.uint8))
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise DataError(f"{what}: expected numbers; got an array of version {version}")
+        shape, _, dtype = readers[version](file)
+        if dtype.kind not in "biuf":
+            raise DataError(f"{what}: expected real numbers; got type {dtype}")
+        validation.check_memory(what, shape, dtype)
+        if math.prod(shape) * dtype.itemsize > member.file_size:
+            raise DataError(
+                f"{what}: shape {shape} of {dtype} is more than its {member.file_size} bytes"
+            )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 class Columns:

@@ -41,7 +41,11 @@ def predict(
     tiled = layout.devices[0].platform == "tpu"
     state, _, data = programs.on_devices()
     fits = guard.programs(programs.agent, num_rows) if programs.agent.guarded else {}
-    most = [_bytes(inputs, tiled=tiled) for steps, _, inputs in fits.values() if steps]
+    most = [
+        _bytes(inputs, tiled=tiled) + (_copied(inputs[-1]) if tiled else 0)
+        for steps, _, inputs in fits.values()
+        if steps
+    ]
     tables = 0
     for phase in PHASES:
         found, rows = programs.on_devices(phase)[2], programs.shapes(phase)[2]
@@ -77,6 +81,12 @@ def _bytes(tree: Any, *, tiled: bool = False) -> int:
     """Bytes of shapes; ``tiled``: as a TPU pads arrays whose layout is its own choice."""
     shapes = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
     return sum((_padded if tiled else math.prod)(x.shape) * x.dtype.itemsize for x in shapes)
+
+
+def _copied(rows: tuple[jax.ShapeDtypeStruct, ...]) -> int:
+    """Bytes that a TPU copies a table to before a loop that gathers its rows: 128 numbers each."""
+    wide = [x for x in rows if len(x.shape) == 2]
+    return sum(length * (n + -n % 128) * x.dtype.itemsize for x in wide for length, n in [x.shape])
 
 
 def _padded(shape: tuple[int, ...]) -> int:

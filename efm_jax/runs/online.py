@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from efm_jax.data.dataset import Dataset
-from efm_jax.data.ogbench import read_npz
+from efm_jax.data.rows import read_npz
 from efm_jax.envs import environments, specs
 from efm_jax.envs.flatten import flatten_observation
 from efm_jax.envs.play import batched, play

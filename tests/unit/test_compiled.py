@@ -189,11 +189,10 @@ def test_a_slice_of_several_hosts_compiles():
         ("tables", "v5e:1x1"),
         ("tables", "v5e:2x4"),
         ("batch", "v5e:1x1"),
-        # 222 MB predicted for 186; and nothing knows the 400 MB of a program of the guarded run.
-        *(
-            pytest.param(*case, marks=pytest.mark.xfail(strict=True))
-            for case in (("batch", "v5e:2x4"), ("guard", "v5e:1x1"), ("guard", "v5e:2x4"))
-        ),
+        ("guard", "v5e:1x1"),
+        ("guard", "v5e:2x4"),
+        # Eight chips keep some of the activations in fast memory: 222 MB predicted for 186.
+        pytest.param("batch", "v5e:2x4", marks=pytest.mark.xfail(strict=True)),
     ],
 )
 def test_memory_is_predicted(machine, large):
@@ -213,4 +212,4 @@ def test_memory_is_predicted(machine, large):
         cost = compiled.read(one.lower().compile(), steps or 1)
         most = max(most, cost.memory + (0 if one.has_dataset else predicted.dataset))
     assert predicted.total == pytest.approx(most, rel=0.15)
-    assert (predicted.work > 0) == (large == "batch" or (large, machine) == ("guard", "v5e:2x4"))
+    assert (predicted.work > 0) == (large != "tables")
